@@ -1,0 +1,96 @@
+# Tasks of the template. `make help` lists them.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+MAKEFLAGS += --no-print-directory --no-builtin-rules
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+PROJECT := {{cookiecutter.project_slug}}
+LOCKS := requirements/dev.txt $(PROJECT)/requirements/dev.txt $(PROJECT)/requirements/torch.txt
+BIN := .venv/bin
+DEMO ?= build/demo
+
+# Caches stay out of the template folder, from where they would be copied into every project.
+export PYTHONPYCACHEPREFIX := $(CURDIR)/build/pycache
+export RUFF_CACHE_DIR := $(CURDIR)/build/ruff
+export MYPY_CACHE_DIR := $(CURDIR)/build/mypy
+unexport PYTHONDONTWRITEBYTECODE
+
+# uv does not read pip's variables: hand them on, so that a closed network is configured once.
+ifdef PIP_INDEX_URL
+export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
+endif
+ifdef PIP_EXTRA_INDEX_URL
+export UV_INDEX ?= $(PIP_EXTRA_INDEX_URL)
+endif
+ifdef PIP_FIND_LINKS
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+endif
+TORCH_FROM = $(if $(UV_FIND_LINKS)$(UV_INDEX)$(UV_DEFAULT_INDEX),,--torch-backend cpu)
+UV := $(or $(shell command -v uv),.uv/bin/uv)
+
+.PHONY: setup
+setup: .venv/.ready ## Make the template's environment in .venv: the generated project's packages, and cookiecutter
+
+.venv/.ready: $(LOCKS) | $(UV)
+	@echo "Installing the template's environment (minutes the first time, seconds when uv has the packages already) …"
+	@$(UV) venv --quiet --allow-existing --python "$(PYTHON)" .venv
+	@VIRTUAL_ENV=.venv $(UV) pip sync --quiet $(TORCH_FROM) $(LOCKS)
+	@touch $@
+
+.uv/bin/uv: $(PROJECT)/requirements/uv.txt
+	@$(PYTHON) $(PROJECT)/src/project/doctor.py python
+	@echo "Getting uv, the installer …"
+	@$(PYTHON) -m venv .uv || { echo "error: python's venv module is missing. Debian, Ubuntu, WSL: sudo apt install python3-venv" >&2; rm -rf .uv; exit 2; }
+	@.uv/bin/python -m pip install --quiet --require-hashes --requirement $(PROJECT)/requirements/uv.txt
+	@touch $@
+
+.PHONY: demo
+demo: setup ## Generate a project with the default answers, climb as far as this machine allows, end with a prediction
+	@echo "1/4  Generating a project from the default answers into $(DEMO)/"
+	@rm -rf "$(DEMO)" && mkdir -p "$(DEMO)"
+	@$(BIN)/cookiecutter --no-input --output-dir "$(DEMO)" . >/dev/null
+	@echo "2/4  Setting it up: make setup"
+	@$(MAKE) -C "$(DEMO)"/* setup
+	@echo "3/4  Level 0, running its four notebooks: make level0"
+	@$(MAKE) -C "$(DEMO)"/* level0
+	@echo "4/4  Asking the model for a test image: make predict ROW=1"
+	@$(MAKE) -C "$(DEMO)"/* predict ROW=1
+	@echo
+	@echo "The project is in $$(echo "$(DEMO)"/*), its reports in $$(echo "$(DEMO)"/*/runs/*)."
+	@echo "Next: cd $$(echo "$(DEMO)"/*) && make notebook     or your own project: $(BIN)/cookiecutter ."
+
+.PHONY: test
+test: setup lint ## Lint, then test the template and the projects it makes
+	@$(BIN)/python -m pytest
+
+.PHONY: test-quick
+test-quick: setup ## The tests that take seconds
+	@$(BIN)/python -m pytest -m "not heavy"
+
+.PHONY: lint
+lint: setup ## Check style and types, of the template and of the project where it lies; changes nothing
+	@$(BIN)/ruff check hooks tests
+	@$(BIN)/ruff format --check hooks tests
+	@PYTHONPATH=src $(MAKE) -C '$(PROJECT)' lint VENV='$(CURDIR)/.venv' UV='$(abspath $(UV))'
+
+.PHONY: format
+format: setup ## Put the code into the usual form, the notebooks with it
+	@$(BIN)/ruff check --fix hooks tests
+	@$(BIN)/ruff format hooks tests
+	@PYTHONPATH=src $(MAKE) -C '$(PROJECT)' format VENV='$(CURDIR)/.venv' UV='$(abspath $(UV))'
+
+.PHONY: lock
+lock: | $(UV) ## Write all locks anew
+	@$(MAKE) -C '$(PROJECT)' lock UV='$(abspath $(UV))'
+	@$(UV) pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header --upgrade \
+		--constraint '$(PROJECT)/requirements/dev.txt' requirements/dev.in --output-file requirements/dev.txt
+
+.PHONY: clean
+clean: ## Remove what can be made again
+	@rm -rf .venv .uv build
+	@find . -name __pycache__ -prune -exec rm -rf {} +
+
+.PHONY: help
+help: ## Show this list
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -1,0 +1,64 @@
+"""What the template's tests share: where the template lies, and how a project is made from it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cookiecutter.main import cookiecutter
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = "{{cookiecutter.project_slug}}"
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The template's repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def template() -> Path:
+    """The folder that becomes a project."""
+    return ROOT / FOLDER
+
+
+@pytest.fixture(scope="session")
+def questions() -> dict[str, Any]:
+    """cookiecutter.json."""
+    content: dict[str, Any] = json.loads((ROOT / "cookiecutter.json").read_text(encoding="utf-8"))
+    return content
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user configuration of no content, so that nobody's own changes the tests or is changed by them."""
+    folder = tmp_path_factory.mktemp("cookiecutter")
+    settings = {name: str(folder / name) for name in ("cookiecutters_dir", "replay_dir")}
+    path = folder / "config.yaml"
+    path.write_text(json.dumps({**settings, "default_context": {}}), encoding="utf-8")  # JSON is YAML too
+    return path
+
+
+@pytest.fixture(scope="session")
+def generate(config: Path) -> Callable[..., Path]:
+    """Make a project below a folder; answers that are not given have their defaults."""
+
+    def generate(output: Path, *, repository: Path = ROOT, **answers: Any) -> Path:
+        project = cookiecutter(
+            str(repository),
+            no_input=True,
+            extra_context=answers,
+            output_dir=str(output),
+            config_file=str(config),
+        )
+        return Path(project)
+
+    return generate
+
+
+@pytest.fixture(scope="session")
+def default_project(generate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project from the default answers; to be read, not changed."""
+    return generate(tmp_path_factory.mktemp("default"))

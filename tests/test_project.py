@@ -1,0 +1,184 @@
+"""A generated project, used as its owner would: set up, tested, trained on several datasets, broken."""
+
+import csv
+import io
+import json
+import os
+import random
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytestmark = pytest.mark.heavy
+
+Make = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def make(project: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run make in a project as a person would; nothing of this test run's own environment counts."""
+    own = ("VIRTUAL_ENV", "PYTHONPATH", "MAKEFLAGS", "MAKELEVEL", "RUFF_CACHE_DIR", "MYPY_CACHE_DIR")
+    environment = {name: value for name, value in os.environ.items() if name not in own}
+    done = subprocess.run(["make", *arguments], cwd=project, env=environment, capture_output=True, text=True)
+    assert done.returncode == code, (
+        f"make {' '.join(arguments)}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    )
+    assert "Traceback" not in done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def project(generate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project from the default answers, set up from its own lock."""
+    folder = generate(tmp_path_factory.mktemp("used"))
+    make(folder, "setup")
+    return folder
+
+
+@pytest.fixture
+def settings(project: Path):
+    """Change the data block of project.yaml; put back afterwards."""
+    path = project / "project.yaml"
+    before = path.read_text(encoding="utf-8")
+
+    def change(**data: object) -> None:
+        document = yaml.safe_load(before)
+        document["data"].update(data)
+        path.write_text(yaml.safe_dump(document), encoding="utf-8")
+
+    yield change
+    path.write_text(before, encoding="utf-8")
+
+
+def newest_run(project: Path) -> Path:
+    return max((project / "runs").iterdir(), key=lambda run: run.stat().st_mtime)
+
+
+def metrics(project: Path) -> dict[str, float]:
+    content: dict[str, float] = json.loads((newest_run(project) / "evaluation.json").read_text())
+    return content
+
+
+def test_the_projects_own_tests_and_linters_pass(project: Path) -> None:
+    done = make(project, "test")
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
+    make(project, "lint")
+
+
+def test_level_0_reads_digits_and_answers_in_a_picture(project: Path) -> None:
+    done = make(project, "level0")
+    for name in ("data", "model", "train", "evaluate"):
+        assert f"{name}.html" in done.stdout
+        assert (newest_run(project) / f"{name}.html").stat().st_size > 100_000
+    assert metrics(project)["accuracy"] >= 0.97
+    answer = make(project, "predict", "ROW=1").stdout
+    assert "██" in answer
+    assert "truth" in answer
+    assert newest_run(project).name in make(project, "runs").stdout
+    assert (
+        newest_run(project).name in make(project / "level_0_manual", "runs").stdout
+    )  # from the level's folder too
+
+
+def test_level_0_on_other_real_data_by_editing_the_data_block_alone(project: Path, settings) -> None:
+    settings(source="sample:breast_cancer", label="diagnosis")
+    make(project, "level0", "SET=train.epochs=15")
+    assert metrics(project)["accuracy"] > 0.93
+    assert json.loads((newest_run(project) / "settings.json").read_text())["train"]["epochs"] == 15
+
+
+def mixed_rows() -> list[list[object]]:
+    chance = random.Random(0)
+    rows: list[list[object]] = [["id", "weight kg", "colour", "note", "kind"]]
+    for number in range(400):
+        kind = chance.choice(["apple", "pear"])
+        weight = chance.gauss({"apple": 0.2, "pear": 0.3}[kind], 0.03)
+        colour = chance.choice({"apple": ["red", "green"], "pear": ["green", "yellow"]}[kind])
+        cells = ["" if chance.random() < 0.1 else cell for cell in (f"{weight:.3f}", colour)]
+        rows.append([f"fruit {number}", *cells, chance.choice(["", "a, b", "größer"]), kind])
+    return rows
+
+
+def test_level_0_on_a_mixed_file_with_strings_blanks_and_an_id(
+    project: Path, settings, tmp_path: Path
+) -> None:
+    rows = mixed_rows()
+    with (project / "fruit.csv").open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows(rows)
+    settings(source="fruit.csv", label="kind", ignore=["id"])
+    make(project, "level0")
+    assert metrics(project)["accuracy"] > 0.85
+    row = '{"weight kg": 0.31, "colour": "yellow", "note": "never seen before"}'
+    assert "prediction  pear" in make(project, "predict", f"ROW={row}").stdout
+    new = tmp_path / "new.csv"
+    with new.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([cells[1:4] for cells in rows[:30]])
+    answers = list(csv.DictReader(io.StringIO(make(project, "predict", f"CSV={new}").stdout)))
+    assert len(answers) == 29
+    right = sum(answer["prediction"] == row[4] for answer, row in zip(answers, rows[1:30], strict=True))
+    assert right >= 24
+
+
+def test_a_notebook_out_of_step_stops_training_and_sync_mends_it(project: Path) -> None:
+    module = project / "src" / "trainer" / "model.py"
+    before = module.read_bytes()
+    module.write_bytes(before.replace(b"min(50,", b"min(40,"))
+    runs = len(list((project / "runs").glob("*")))
+    assert "model.ipynb and src/trainer/model.py" in make(project, "level0", code=2).stderr
+    assert len(list((project / "runs").glob("*"))) == runs
+    make(project, "sync", code=2)  # which side is right?
+    make(project, "sync", "FROM=module")
+    assert b"min(40," in (project / "level_0_manual" / "model.ipynb").read_bytes()
+    module.write_bytes(before)
+    make(project, "sync", "FROM=module")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("level0", "SET=train.epochs=many"), "train.epochs"),
+        (("level0", "SET=gate.threshold=1.5"), "gate.threshold: should be less than or equal to 1"),
+        (("level0", "SET=data.label=colour"), "no label column 'colour'"),
+        (("predict",), "give ROW"),
+        (("predict", "ROW=1", "RUN=nowhere"), "no run 'nowhere'"),
+        (("predict", "CSV=nowhere.csv"), "no file nowhere.csv"),
+    ],
+)
+def test_a_mistake_is_one_message(project: Path, arguments: tuple[str, ...], message: str) -> None:
+    assert message in make(project, *arguments, code=2).stderr
+
+
+def test_doctor_finds_level_0_complete(project: Path) -> None:
+    out = make(project, "doctor").stdout
+    assert "✓ environment  torch" in out
+    assert "Level 0 can start." in out
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {
+            "project_name": "Änderung & Co: 50 %",
+            "project_slug": "change",
+            "description": 'Says "no" \\ maybe: {1}',
+        },
+        {"gpu": "none", "ci": "gitlab", "data_ingestion": "none", "license": "Proprietary"},
+    ],
+    ids=["nasty texts", "other choices"],
+)
+def test_projects_of_other_answers_are_clean(
+    project: Path, generate: Callable[..., Path], tmp_path: Path, answers: dict[str, str]
+) -> None:
+    other = generate(tmp_path, **answers)
+    venv = f"VENV={project / '.venv'}"
+    environment = {**os.environ, "PYTHONPATH": "src"}
+    command = ["make", "lint", venv, "-o", str(project / ".venv" / ".ready")]
+    done = subprocess.run(command, cwd=other, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    code = "from project.settings import load; print(load('').description)"
+    python = project / ".venv" / "bin" / "python"
+    read = subprocess.run([python, "-c", code], cwd=other, env=environment, capture_output=True, text=True)
+    assert read.stdout.rstrip("\n") == answers.get("description", "Reads handwritten digits."), read.stderr

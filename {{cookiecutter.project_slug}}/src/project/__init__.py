@@ -1,0 +1,1 @@
+"""What the levels share: settings, the data schema, the saved model's manifest, runs."""

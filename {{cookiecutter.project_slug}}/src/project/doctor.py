@@ -1,0 +1,189 @@
+"""What this machine has and what is missing, level by level. Standard library only: it runs before anything is installed.
+
+python3 src/project/doctor.py            everything
+python3 src/project/doctor.py python     only: is this Python new enough? (exit code 2 if not)
+"""
+
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+OLDEST_PYTHON = (3, 11)
+DISK_GB = 4
+
+
+class Check(NamedTuple):
+    """One thing to look for. `find` returns what is there, or None; `get` says how to get it, by system."""
+
+    level: int
+    name: str
+    purpose: str
+    find: Callable[[], "str | None"]
+    get: "dict[str, str]"
+    needed: bool = True
+
+
+def version_of(*command: str) -> Callable[[], "str | None"]:
+    """The first line that a command prints, when it is there and works."""
+
+    def find() -> "str | None":
+        if shutil.which(command[0]) is None:
+            return None
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        lines = (done.stdout or done.stderr).strip().splitlines()
+        return lines[0] if done.returncode == 0 and lines else None
+
+    return find
+
+
+def python() -> "str | None":
+    """This Python, when it is new enough."""
+    return f"Python {platform.python_version()}" if sys.version_info[:2] >= OLDEST_PYTHON else None
+
+
+def disk() -> "str | None":
+    """Free disk space, when there is enough of it."""
+    free = shutil.disk_usage(ROOT).free / 1e9
+    return f"{free:.0f} GB free" if free >= DISK_GB else None
+
+
+def environment() -> "str | None":
+    """The project's environment, when it is as new as the lock."""
+    ready, lock = ROOT / ".venv" / ".ready", ROOT / "requirements" / "dev.txt"
+    if not ready.is_file() or ready.stat().st_mtime < lock.stat().st_mtime:
+        return None
+    return version_of(str(ROOT / ".venv" / "bin" / "python"), "-c", "import torch; print('torch', torch.__version__)")()
+
+
+def accelerator() -> "str | None":
+    """What would make training faster."""
+    code = (
+        "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() "
+        "else 'Apple MPS' if torch.backends.mps.is_available() else '')"
+    )
+    python = ROOT / ".venv" / "bin" / "python"
+    return (version_of(str(python), "-c", code)() if python.exists() else None) or None
+
+
+def anywhere(text: str) -> "dict[str, str]":
+    """The same advice for every system."""
+    return dict.fromkeys(("linux", "macos", "wsl"), text)
+
+
+CHECKS = (
+    Check(
+        0,
+        "python",
+        "runs everything",
+        python,
+        {
+            "linux": "sudo apt install python3.11 python3.11-venv (or newer), then: make setup PYTHON=python3.11",
+            "macos": "brew install python@3.12, then: make setup PYTHON=python3.12",
+            "wsl": "sudo apt install python3.11 python3.11-venv (or newer), then: make setup PYTHON=python3.11",
+        },
+    ),
+    Check(
+        0,
+        "git",
+        "keeps versions",
+        version_of("git", "--version"),
+        {"linux": "sudo apt install git", "macos": "xcode-select --install", "wsl": "sudo apt install git"},
+    ),
+    Check(
+        0,
+        "make",
+        "runs the tasks",
+        version_of("make", "--version"),
+        {"linux": "sudo apt install make", "macos": "xcode-select --install", "wsl": "sudo apt install make"},
+    ),
+    Check(0, "disk", f"the environment takes about 2 GB; {DISK_GB} GB should be free", disk, anywhere("free some space")),
+    Check(0, "environment", "packages as locked, torch with them", environment, anywhere("make setup")),
+    Check(
+        0,
+        "accelerator",
+        "trains faster; not needed",
+        accelerator,
+        {"linux": "with an NVIDIA GPU: make setup TORCH=auto", "macos": "-", "wsl": "with an NVIDIA GPU: make setup TORCH=auto"},
+        needed=False,
+    ),
+    Check(
+        1,
+        "docker",
+        "runs the steps as containers",
+        version_of("docker", "info", "--format", "Docker engine {{.ServerVersion}}"),
+        {
+            "linux": "https://docs.docker.com/engine/install, then: sudo usermod -aG docker $USER",
+            "macos": "https://docs.docker.com/desktop/setup/install/mac-install, then start it",
+            "wsl": "Docker Desktop on Windows, with WSL integration switched on",
+        },
+        needed=False,
+    ),
+    Check(
+        1,
+        "gcloud",
+        "talks to Google Cloud by hand",
+        version_of("gcloud", "--version"),
+        anywhere("https://cloud.google.com/sdk/docs/install"),
+        needed=False,
+    ),
+    Check(
+        2,
+        "terraform",
+        "makes the cloud's resources",
+        version_of("terraform", "version"),
+        anywhere("https://developer.hashicorp.com/terraform/install"),
+        needed=False,
+    ),
+)
+LEVELS = ("Level 0, notebooks on this machine", "Level 1, containers and a pipeline", "Level 2, git push to production")
+
+
+def system() -> str:
+    """linux, macos or wsl."""
+    if sys.platform == "darwin":
+        return "macos"
+    return "wsl" if "microsoft" in platform.release().lower() else "linux"
+
+
+def report(checks: "tuple[Check, ...]" = CHECKS) -> bool:
+    """Print what is there and what is not; False when something that level 0 needs is missing."""
+    complete = True
+    level = -1
+    for check in checks:
+        if check.level != level:
+            level = check.level
+            print(f"\n{LEVELS[level]}")
+        found = check.find()
+        complete = complete and (found is not None or not check.needed)
+        if found:
+            print(f"  ✓ {check.name:<12} {found}")
+        else:
+            sign = "✗" if check.needed else "·"
+            print(f"  {sign} {check.name:<12} missing: {check.purpose}\n      get it: {check.get[system()]}")
+    print("\nLevel 0 can start." if complete else "\nSomething that level 0 needs is missing (✗).")
+    return complete
+
+
+def main() -> None:
+    """Command line; exit code 2 when something needed is missing."""
+    if sys.argv[1:] == ["python"]:
+        check = CHECKS[0]
+        if check.find() is None:
+            wanted = ".".join(map(str, OLDEST_PYTHON))
+            print(f"error: Python {wanted} or newer is needed, this is {platform.python_version()}.", file=sys.stderr)
+            print(f"       get it: {check.get[system()]}", file=sys.stderr)
+            sys.exit(2)
+    elif not report():
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

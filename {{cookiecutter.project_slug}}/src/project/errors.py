@@ -1,0 +1,24 @@
+"""Mistakes that a person can mend are told in one message, never as a traceback."""
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Says what was wrong, where, what is allowed and what to do next."""
+
+    def _render_traceback_(self) -> list[str]:
+        """IPython's hook: a notebook shows the message alone."""
+        return [f"error: {self}"]
+
+
+def run_command(command: Callable[[], None]) -> None:
+    """Run a command line's main function; exit with code 2 and one message on a user's mistake."""
+    try:
+        command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,84 @@
+"""The saved model's manifest, model.json: written last, so that a folder with one that verifies is whole.
+
+A bucket mounted as a folder cannot rename folders; that is why wholeness rests on this file and not on a rename.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from project.errors import UserError
+
+NAME = "model.json"
+FORMAT = 1  # raised when the folder's layout changes
+
+
+def sha256(path: Path) -> str:
+    """The file's SHA-256 as hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write a JSON file as a whole or not at all."""
+    write_bytes(path, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file as a whole or not at all: under another name, flushed to disk, then renamed."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write(folder: Path, document: dict[str, Any]) -> None:
+    """Complete a saved model: `document`, and name, size and hash of every other file in the folder."""
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(folder.iterdir())
+        if path.name != NAME
+    }
+    write_json(folder / NAME, {"format": FORMAT, **document, "files": files})
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The manifest of a saved model, after every file was compared with it.
+
+    Raises:
+        UserError: there is no model, or it is not the one that was saved.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        raise UserError(f"{folder} holds no saved model: there is no {NAME} in it. Train one with `make level0`.")
+    try:
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        files: dict[str, dict[str, Any]] = document["files"]
+        document["format"], document["schema"]
+        for name, entry in files.items():
+            if Path(name).name != name or not {"bytes", "sha256"} <= entry.keys():
+                raise ValueError(name)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a model's manifest ({error!r}). Train again, or take another copy.") from None
+    if document["format"] != FORMAT:
+        raise UserError(f"{path} has format {document['format']}; this code reads format {FORMAT}.")
+    problems = [problem for name, entry in files.items() if (problem := _compare(folder / name, entry))]
+    problems += [f"{p.name} is not in the manifest" for p in folder.iterdir() if p.name not in {NAME, *files}]
+    if problems:
+        raise UserError(f"the saved model in {folder} is damaged: {'; '.join(problems)}. Train again, or take another copy.")
+    return document
+
+
+def _compare(path: Path, entry: dict[str, Any]) -> str | None:
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if path.stat().st_size != entry["bytes"]:
+        return f"{path.name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
+    return None if sha256(path) == entry["sha256"] else f"{path.name} was changed after it was saved"

@@ -1,0 +1,196 @@
+"""project.yaml as one frozen model: every name, size and threshold of the project, checked before anything runs."""
+
+import difflib
+import os
+import shlex
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from project.errors import UserError
+from trainer.hyperparameters import Hyperparameters
+
+FILE = "project.yaml"
+
+Share = Annotated[float, Field(ge=0, le=1)]
+SAMPLES = ("digits", "wine", "breast_cancer")
+
+
+class Block(BaseModel):
+    """A part of project.yaml: an unknown key is a mistake, and nothing changes once it is read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Template(Block):
+    """The template's version and commit that this project came from."""
+
+    version: str
+    commit: str
+
+
+class Data(Block):
+    """Where the rows come from and which columns count."""
+
+    source: Annotated[str, Field(strict=True, min_length=1)]
+    label: Annotated[str, Field(strict=True, min_length=1)]
+    ignore: tuple[Annotated[str, Field(strict=True)], ...] = ()
+    categorical: tuple[Annotated[str, Field(strict=True)], ...] = ()
+    test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    split_seed: Annotated[int, Field(strict=True, ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Data":
+        if self.source.startswith("sample:") and self.source.removeprefix("sample:") not in SAMPLES:
+            raise ValueError(f"source: the samples are {', '.join('sample:' + name for name in SAMPLES)}")
+        if self.label in self.ignore:
+            raise ValueError(f"ignore: holds the label '{self.label}'")
+        return self
+
+
+class Gate(Block):
+    """When a new model is good enough to replace the champion."""
+
+    metric: Literal["accuracy", "macro_f1"]
+    threshold: Share
+    margin: Share
+
+
+class Environment(Block):
+    """One Google Cloud project."""
+
+    project: str
+
+
+class TrainJobs(Block):
+    """The GPU jobs to try, in order."""
+
+    jobs: Annotated[tuple[str, ...], Field(min_length=1)]
+
+
+class Serve(Block):
+    """The endpoint's machine, its fewest and most replicas, and a new version's first share of the traffic."""
+
+    machine: str
+    replicas: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+    canary_percent: Annotated[int, Field(ge=1, le=100)]
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Serve":
+        if self.replicas[0] > self.replicas[1]:
+            raise ValueError("replicas: the first number (fewest) is larger than the second (most)")
+        return self
+
+
+class Cloud(Block):
+    """Level 2."""
+
+    region: str
+    ci: Literal["github-actions", "gitlab", "azure-devops", "cloud-build"]
+    data_ingestion: Literal["scheduled-job", "managed-airflow", "none"]
+    encryption: Literal["google-managed", "customer-managed"]
+    environments: Annotated[dict[str, Environment], Field(min_length=1)]
+    train: TrainJobs
+    serve: Serve
+    alerts: str
+    mirrors: dict[str, str]
+
+
+class Settings(Block):
+    """The whole of project.yaml."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{1,18}[a-z0-9]$")]
+    description: str
+    template: Template
+    data: Data
+    train: Hyperparameters
+    gate: Gate
+    cloud: Cloud
+
+
+def project_root() -> Path:
+    """The nearest folder upwards from the current one that holds project.yaml.
+
+    Raises:
+        UserError: there is none.
+    """
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / FILE).is_file():
+            return folder
+    raise UserError(f"no {FILE} in {here} or above it. Go to the project's folder first: cd YOUR-PROJECT.")
+
+
+def load(overrides: str | None = None) -> Settings:
+    """Read and check project.yaml.
+
+    Args:
+        overrides: changes for one run, as "train.epochs=50 train.learning_rate=0.01"; without it, the SET variable.
+
+    Raises:
+        UserError: names each wrong key, what it is and what is allowed.
+    """
+    path = project_root() / FILE
+    try:
+        document = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{FILE} is not valid YAML: {error}") from None
+    if not isinstance(document, dict):
+        raise UserError(f"{FILE} is empty, or not a mapping of keys to values.")
+    _override(document, os.environ.get("SET", "") if overrides is None else overrides)
+    try:
+        return Settings.model_validate(document)
+    except ValidationError as error:
+        rules = "\n".join(f"  {_explain(detail)}" for detail in error.errors())
+        raise UserError(f"{FILE} (with SET=…, if given):\n{rules}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses the same key twice, where PyYAML silently takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _override(document: dict[str, Any], overrides: str) -> None:
+    for assignment in shlex.split(overrides):
+        path, equals, value = assignment.partition("=")
+        *parents, key = path.split(".")
+        block: Any = document
+        for parent in parents:
+            block = block.get(parent) if isinstance(block, dict) else None
+        if not equals or not isinstance(block, dict) or not key:
+            raise UserError(f"SET: '{assignment}' is not KEY=VALUE with a key of {FILE}; for example SET=\"train.epochs=50\".")
+        try:
+            block[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"SET: the value of '{assignment}' is not valid YAML.") from None
+
+
+def _explain(detail: Any) -> str:
+    path = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        near = difflib.get_close_matches(str(detail["loc"][-1]), _keys(detail["loc"][:-1]), 1)
+        return f"{path}: there is no such key" + (f"; did you mean '{near[0]}'?" if near else ".")
+    if detail["type"] in ("missing", "missing_argument"):
+        return f"{path}: is missing."
+    rule = detail["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    if detail["type"] == "value_error":
+        return f"{path}.{rule}." if path else f"{rule}."
+    quote = "; write it in quotes" if detail["type"] == "string_type" else ""
+    return f"{path}: {rule} (it is {detail['input']!r}{quote})."
+
+
+def _keys(location: tuple[Any, ...]) -> list[str]:
+    """The keys that the block at this path may have."""
+    block: Any = Settings
+    for part in location:
+        field = getattr(block, "model_fields", {}).get(part)
+        block = field.annotation if field else None
+    return list(getattr(block, "model_fields", None) or getattr(block, "__dataclass_fields__", {}))

@@ -1,0 +1,335 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_markers: '"""'
+#     cell_metadata_filter: tags,-all
+#     formats: level_0_manual///ipynb,src/trainer///py:percent
+#     notebook_metadata_filter: jupytext,-jupytext.text_representation.jupytext_version,-kernelspec,-language_info
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+# ---
+
+# %% [markdown]
+"""
+# Data
+A CSV file goes in; two Parquet files come out: rows to train on, and rows to test on.
+
+Run it here cell by cell, or as a program: `python -m trainer.data --csv data/digits.csv --label digit --train train.parquet --test test.parquet`
+"""
+
+# %% tags=["active-ipynb"]
+"""
+from project import notebooks
+
+notebooks.require_in_step()
+"""
+
+# %%
+import argparse
+import csv
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+
+from project.errors import UserError, run_command
+from project.manifest import sha256
+from project.schema import Column, Schema
+from trainer import csv_file
+from trainer.csv_file import IS_MISSING, name_in_sql, text_in_sql
+from trainer.runtime import local_path
+
+# %% [markdown]
+"""
+## Where the rows come from
+`data.source` in project.yaml names a CSV file, or one of three real datasets that scikit-learn carries, so that there is something to
+learn from before your own data are ready. A sample is written as a CSV too: from here on nothing knows the difference.
+"""
+
+
+# %%
+def find_csv(source: str, folder: Path) -> Path:
+    """The CSV file that `data.source` means; a sample is made in `folder` if it is not there yet."""
+    if not source.startswith("sample:"):
+        path = local_path(source)
+        return path if path.is_absolute() else folder.parent / path
+    name = source.removeprefix("sample:")
+    path = folder / f"{name}.csv"
+    if not path.exists():
+        _write_sample(name, path)
+    return path
+
+
+def _write_sample(name: str, path: Path) -> None:
+    from sklearn import datasets
+
+    sample = getattr(datasets, f"load_{name}")()
+    label = {"digits": "digit", "wine": "cultivar", "breast_cancer": "diagnosis"}[name]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow([*sample.feature_names, label])
+        for features, target in zip(sample.data, sample.target, strict=True):
+            writer.writerow([*(f"{value:.17g}" for value in features), sample.target_names[target]])
+    partial.replace(path)
+
+
+# %% [markdown]
+"""
+## Train or test?
+Each row is put on one side by a hash of its own content (and a seed). A row therefore never changes side when other rows are added,
+and two equal rows are never on both sides, which would let the model be tested on what it has seen.
+"""
+
+
+# %%
+def is_test(names: Iterable[str], test_share: float, split_seed: int) -> str:
+    """The SQL condition under which a row is a test row; MD5 because every system and version computes it alike."""
+    cells = ", ".join(f"coalesce({name_in_sql(name)}, '')" for name in sorted(names))
+    bound = f"{round(test_share * 16**8):08x}"
+    return f"(left(md5(concat_ws(chr(31), {text_in_sql(str(split_seed))}, {cells})), 8) < '{bound}')"
+
+
+def check_split(database: duckdb.DuckDBPyConnection, label: str, test: str) -> None:
+    """Raises UserError when a class has no row to train on, or there is no row to test on."""
+    sides = database.execute(f"""
+        SELECT {name_in_sql(label)}, count(*) FILTER (NOT {test}), count(*) FILTER ({test}) FROM cells GROUP BY 1 ORDER BY 1
+    """).fetchall()
+    for name, in_train, in_test in sides:
+        if not in_train:
+            raise UserError(
+                f"class {name!r} has {in_test} rows, and the split puts all of them into the test part. "
+                "Add rows of that class, or try another data.split_seed in project.yaml."
+            )
+    if not any(in_test for _, _, in_test in sides):
+        raise UserError("the split leaves no row to test on. Add rows, or raise data.test_share in project.yaml.")
+
+
+# %% [markdown]
+"""
+## From CSV to Parquet
+The file is checked before anything is written: the header, the label, and what each column holds, which is decided by all of its rows and
+not by the first few (the checks themselves are in `src/trainer/csv_file.py`). A mistake is told with its row, column and value.
+"""
+
+
+# %%
+def write_sides(
+    database: duckdb.DuckDBPyConnection, label: str, kinds: dict[str, str], origin: str, sides: dict[Path, str]
+) -> None:
+    """Write the rows that meet each path's condition; all files or none."""
+    number = "CAST(CASE WHEN NOT {missing} THEN {cell} END AS DOUBLE) AS {cell}"
+    typed = [
+        number.format(cell=name_in_sql(name), missing=IS_MISSING.format(name_in_sql(name)))
+        if kind == "numeric"
+        else name_in_sql(name)
+        for name, kind in kinds.items()
+    ]
+    partial = {path: path.with_name(path.name + ".partial") for path in sides}
+    try:
+        for path, condition in sides.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            database.execute(f"""
+                COPY (SELECT {", ".join([*typed, name_in_sql(label)])} FROM cells WHERE {condition})
+                TO {text_in_sql(str(partial[path]))} (FORMAT parquet, KV_METADATA {{origin: {text_in_sql(origin)}}})
+            """)
+        for path in sides:
+            partial[path].replace(path)
+    finally:
+        for path in partial.values():
+            path.unlink(missing_ok=True)
+
+
+# %%
+def prepare(
+    csv_path: Path,
+    label: str,
+    train_path: Path,
+    test_path: Path,
+    *,
+    ignore: Iterable[str] = (),
+    categorical: Iterable[str] = (),
+    test_share: float = 0.2,
+    split_seed: int = 0,
+) -> dict[str, Any]:
+    """Check the CSV file and write its rows, typed, to two Parquet files.
+
+    Returns:
+        Numbers of rows and the kind of each column, to look at.
+
+    Raises:
+        UserError: one message that names the row, the column and the value; nothing is written then.
+    """
+    names = csv_file.read_header(csv_path)
+    features = csv_file.choose_features(names, label, ignore, categorical)
+    try:
+        with csv_file.open_csv(csv_path, names) as database:
+            csv_file.check_label(database, label)
+            kinds = csv_file.infer_kinds(database, features, categorical)
+            test = is_test([*features, label], test_share, split_seed)
+            check_split(database, label, test)
+            origin = json.dumps({"label": label, "sha256": sha256(csv_path)})
+            write_sides(database, label, kinds, origin, {train_path: f"NOT {test}", test_path: test})
+    except duckdb.InvalidInputException as error:
+        raise UserError(f"{csv_path}: {csv_file.explain(str(error))}") from None
+    sizes = {path: _count(path) for path in (train_path, test_path)}
+    return {"train_rows": sizes[train_path], "test_rows": sizes[test_path], "label": label, "kinds": kinds}
+
+
+# %% [markdown]
+"""
+## Reading them back
+The Parquet files carry all that training needs to know of the data: the types of the columns, the label's name and the hash of the
+CSV file that they came from.
+"""
+
+
+# %%
+def read_origin(path: Path) -> dict[str, str]:
+    """The label's name and the SHA-256 of the CSV file that a Parquet file came from."""
+    if not path.is_file():
+        raise UserError(f"there is no file {path}. Make it with `python -m trainer.data`, or run data.ipynb.")
+    entry = duckdb.execute("SELECT value FROM parquet_kv_metadata(?) WHERE key = 'origin'", [str(path)]).fetchone()
+    if entry is None:
+        raise UserError(f"{path} was not written by trainer.data: it does not say what its label is.")
+    origin: dict[str, str] = json.loads(entry[0])
+    return origin
+
+
+def read_rows(path: Path) -> dict[str, np.ndarray]:
+    """Column name → values: float64 with NaN for missing numbers, or text with None for blanks."""
+    read_origin(path)
+    table = duckdb.execute("SELECT * FROM read_parquet(?)", [str(path)]).fetchnumpy()
+    for values in filter(np.ma.isMaskedArray, table.values()):
+        values.data[values.mask] = np.nan if values.dtype == np.float64 else None
+    return {name: np.ma.getdata(values) for name, values in table.items()}
+
+
+MOST_CATEGORIES = 1000
+
+
+def read_schema(train_path: Path) -> Schema:
+    """Columns, categories and classes as the training rows show them.
+
+    A category that occurs once shares the code of unknown ones: that is how the model learns what to make of them.
+    """
+    label, rows = read_origin(train_path)["label"], read_rows(train_path)
+    columns = []
+    for name, values in rows.items():
+        if name == label:
+            continue
+        if values.dtype == np.float64:
+            columns.append(Column(name, "numeric", optional=bool(np.isnan(values).any())))
+            continue
+        known = Counter(value for value in values if value is not None)
+        often = sorted(value for value, count in known.most_common(MOST_CATEGORIES) if count > 1)
+        columns.append(Column(name, "categorical", known.total() < len(values), tuple(often)))
+    found = sorted({str(value) for value in rows[label]})
+    integers = all(re.fullmatch(r"0|-?[1-9]\d{0,17}", value) for value in found)
+    classes: tuple[int, ...] | tuple[str, ...] = tuple(sorted(map(int, found))) if integers else tuple(found)
+    return Schema(label, tuple(columns), classes)
+
+
+def _count(path: Path) -> int:
+    (rows,) = duckdb.execute("SELECT count(*) FROM read_parquet(?)", [str(path)]).fetchone() or (0,)
+    return int(rows)
+
+
+# %% [markdown]
+"""
+## Try it
+These cells use the source that project.yaml names. Change `data` there, and run all again.
+"""
+
+# %% tags=["active-ipynb"]
+"""
+from project import plots, runs, settings
+
+chosen = settings.load().data
+run = runs.current().start(settings.load())
+csv_path = find_csv(chosen.source, settings.project_root() / "data")
+summary = prepare(
+    csv_path,
+    chosen.label,
+    run.train_data,
+    run.test_data,
+    ignore=chosen.ignore,
+    categorical=chosen.categorical,
+    test_share=chosen.test_share,
+    split_seed=chosen.split_seed,
+)
+schema = read_schema(run.train_data)
+print(f"{csv_path.name}: {summary['train_rows']:,} rows to train on, {summary['test_rows']:,} to test on,")
+print(f"{len(schema.columns)} columns, {len(schema.classes)} classes: {', '.join(map(str, schema.classes[:10]))}")
+"""
+
+# %% [markdown]
+"""
+Look at the rows before anything else. If you cannot tell the classes apart, do not expect the model to.
+"""
+
+# %% tags=["active-ipynb"]
+"""
+train_rows = read_rows(run.train_data)
+plots.samples(train_rows, schema)
+"""
+
+# %% [markdown]
+"""
+Are the classes balanced? If one class holds nine rows in ten, then a model that always answers with it is right nine times in ten.
+"""
+
+# %% tags=["active-ipynb"]
+"""
+plots.class_balance(train_rows[schema.label], read_rows(run.test_data)[schema.label], schema)
+"""
+
+# %% [markdown]
+"""
+What does each column hold? Missing values are allowed: the model sees the training median and a flag beside it.
+"""
+
+# %% tags=["active-ipynb"]
+"""
+plots.columns(train_rows, schema)
+"""
+
+
+# %% tags=["active-py"]
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m trainer.data", description="CSV → train.parquet and test.parquet")
+    parser.add_argument("--csv", required=True, help="a CSV file with a header; gs:// works where the bucket is mounted")
+    parser.add_argument("--label", required=True, help="the column to predict")
+    parser.add_argument("--ignore", nargs="*", default=[], help="columns that the model must not see")
+    parser.add_argument(
+        "--categorical", nargs="*", default=[], help="columns that are categories although they look like numbers"
+    )
+    parser.add_argument("--test-share", type=float, default=0.2)
+    parser.add_argument("--split-seed", type=int, default=0)
+    parser.add_argument("--train", required=True, help="where the training rows go")
+    parser.add_argument("--test", required=True, help="where the test rows go")
+    arguments = parser.parse_args()
+    summary = prepare(
+        local_path(arguments.csv),
+        arguments.label,
+        local_path(arguments.train),
+        local_path(arguments.test),
+        ignore=arguments.ignore,
+        categorical=arguments.categorical,
+        test_share=arguments.test_share,
+        split_seed=arguments.split_seed,
+    )
+    print(f"{summary['train_rows']:,} rows → {arguments.train}, {summary['test_rows']:,} rows → {arguments.test}")
+
+
+if __name__ == "__main__":
+    run_command(main)

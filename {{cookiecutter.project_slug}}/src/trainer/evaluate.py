@@ -1,0 +1,176 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_markers: '"""'
+#     cell_metadata_filter: tags,-all
+#     formats: level_0_manual///ipynb,src/trainer///py:percent
+#     notebook_metadata_filter: jupytext,-jupytext.text_representation.jupytext_version,-kernelspec,-language_info
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+# ---
+
+# %% [markdown]
+"""
+# Evaluate
+How good is the model on rows that it has never seen, and where is it wrong?
+
+Run it here cell by cell, or as a program: `python -m trainer.evaluate --model-dir model --test test.parquet --metrics-file evaluation.json`
+"""
+
+# %% tags=["active-ipynb"]
+"""
+from project import notebooks
+
+notebooks.require_in_step()
+"""
+
+# %%
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from project.errors import UserError, run_command
+from project.manifest import write_json
+from trainer import artifact, runtime
+from trainer.data import read_rows
+
+# %% [markdown]
+"""
+## The numbers
+Accuracy is easy to read and easy to be fooled by: where one class is common, always answering with it already scores well. That is the
+*baseline*. The macro F1 counts every class alike, however rare. The log loss also punishes confidence in wrong answers.
+"""
+
+
+# %%
+def score(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """Metrics of probabilities (rows, classes) against labels (rows), as positions of classes.
+
+    Returns:
+        accuracy, macro_f1 (mean over the classes that occur or were answered), log_loss (nats per row), baseline (share
+        of the most common class), rows, confusion (true class by answered class), and for each class precision, recall, F1.
+    """
+    classes = probabilities.shape[1]
+    answers = probabilities.argmax(axis=1)
+    confusion = np.zeros((classes, classes), dtype=np.int64)
+    np.add.at(confusion, (labels, answers), 1)
+    right, true, answered = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
+    precision, recall = right / np.maximum(answered, 1), right / np.maximum(true, 1)
+    f1 = 2 * right / np.maximum(true + answered, 1)
+    of_label = probabilities[np.arange(len(labels)), labels].astype(np.float64)
+    return {
+        "rows": len(labels),
+        "accuracy": float((answers == labels).mean()),
+        "macro_f1": float(f1[(true + answered) > 0].mean()),
+        "log_loss": float(-np.log(np.maximum(of_label, 1e-12)).mean()),
+        "baseline": float(true.max() / len(labels)),
+        "confusion": confusion.tolist(),
+        "precision": precision.tolist(),
+        "recall": recall.tolist(),
+        "f1": f1.tolist(),
+    }
+
+
+# %% [markdown]
+"""
+## Ask the saved model
+What is judged is the folder that will be served, loaded as a server would load it: every file is checked against the manifest first.
+"""
+
+
+# %%
+def answer(model_dir: Path, test_path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities (rows, classes) of a saved model for the rows of a Parquet file, and their labels (rows).
+
+    Raises:
+        UserError: the model is damaged, or the rows do not fit it.
+    """
+    network, schema = artifact.load(model_dir)
+    rows = read_rows(test_path)
+    if schema.label not in rows:
+        raise UserError(f"{test_path} has no column '{schema.label}', which the model was trained to predict.")
+    features, labels = schema.encode(rows), schema.encode_labels(rows[schema.label])
+    with torch.inference_mode():
+        return network(torch.from_numpy(features)).softmax(dim=1).numpy(), labels
+
+
+def evaluate(model_dir: Path, test_path: Path, metrics_path: Path) -> dict[str, Any]:
+    """Score a saved model on test rows, and write the metrics as JSON."""
+    probabilities, labels = answer(model_dir, test_path)
+    metrics = score(probabilities, labels)
+    metrics_path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(metrics_path, metrics)
+    return metrics
+
+
+# %% [markdown]
+"""
+## Try it
+"""
+
+# %% tags=["active-ipynb"]
+"""
+from project import plots, runs
+
+run = runs.current()
+run.require(run.test_data, "data")
+run.require(run.model / "model.json", "train")
+metrics = evaluate(run.model, run.test_data, run.evaluation)
+print(f"accuracy  {metrics['accuracy']:.4f}   (always answering the most common class: {metrics['baseline']:.4f})")
+print(f"macro F1  {metrics['macro_f1']:.4f}")
+print(f"log loss  {metrics['log_loss']:.4f}   on {metrics['rows']:,} test rows")
+"""
+
+# %% [markdown]
+"""
+Which classes are taken for which? A row is a true class, a column an answer; all that is off the diagonal is a mistake.
+"""
+
+# %% tags=["active-ipynb"]
+"""
+_, schema = artifact.load(run.model)
+plots.confusion(metrics["confusion"], schema)
+"""
+
+# %% [markdown]
+"""
+The worst mistakes: wrong, and sure of it. Look at each: is it the model that is wrong, or the label?
+"""
+
+# %% tags=["active-ipynb"]
+"""
+probabilities, labels = answer(run.model, run.test_data)
+plots.worst_mistakes(read_rows(run.test_data), probabilities, labels, schema)
+"""
+
+# %% [markdown]
+"""
+Can its confidence be believed? Of the answers given with 90 %, nine in ten should be right.
+"""
+
+# %% tags=["active-ipynb"]
+"""
+plots.calibration(probabilities, labels)
+"""
+
+
+# %% tags=["active-py"]
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m trainer.evaluate", description="saved model + test.parquet → metrics")
+    parser.add_argument("--model-dir", required=True, help="a saved model's folder")
+    parser.add_argument("--test", required=True, help="test rows, as trainer.data writes them")
+    parser.add_argument("--metrics-file", required=True, help="where the metrics go, as JSON")
+    arguments = parser.parse_args()
+    model_dir, test = runtime.local_path(arguments.model_dir), runtime.local_path(arguments.test)
+    metrics = evaluate(model_dir, test, runtime.local_path(arguments.metrics_file))
+    print(f"accuracy {metrics['accuracy']:.4f}, macro F1 {metrics['macro_f1']:.4f} on {metrics['rows']:,} rows")
+
+
+if __name__ == "__main__":
+    run_command(main)

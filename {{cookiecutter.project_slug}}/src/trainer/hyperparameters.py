@@ -1,0 +1,49 @@
+"""What a training run can be told: the `train` block of project.yaml, checked.
+
+To add one: a line here, and its use in model.py or train.py. It then travels by itself, as one dict, through
+project.yaml, SET=…, the command line, the pipeline and the cloud's jobs. One with a default here need not stand in
+project.yaml; those without are given there and nowhere else. (A module of its own because settings must load without torch.)
+"""
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
+
+from project.errors import UserError
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Hyperparameters:
+    """Raises pydantic's ValidationError for an unknown name or a value outside its range."""
+
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)]
+    threads: Annotated[int, Field(strict=True, ge=1, le=1024)]  # of the CPU; part of what makes a run repeatable
+    epochs: Annotated[int, Field(strict=True, ge=1)]  # at most: training stops early
+    batch_size: Annotated[int, Field(strict=True, ge=1)]  # rows per step, over all ranks together
+    learning_rate: Annotated[float, Field(gt=0, le=10)]
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.01
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    validation_share: Annotated[float, Field(gt=0, lt=0.9)] = 0.15  # of the training rows, to choose the best epoch
+    patience: Annotated[int, Field(strict=True, ge=1)] = 10  # epochs without a better validation loss before stopping
+
+    def to_json(self) -> str:
+        """As `from_json` takes it."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Hyperparameters":
+        """Parse and check.
+
+        Raises:
+            UserError: it is no JSON object, or names the value and its rule.
+        """
+        try:
+            return cls(**json.loads(text))
+        except ValidationError as error:
+            rules = "; ".join(f"{e['loc'][0]}: {e['msg']} (got {e['input']!r})" for e in error.errors())
+            raise UserError(f"--hyperparameters: {rules}.") from None
+        except (ValueError, TypeError) as error:
+            raise UserError(f"--hyperparameters wants one JSON object such as '{{\"epochs\": 40, …}}': {error}.") from None

@@ -1,0 +1,126 @@
+"""Where a training process runs: device, threads, ranks, checkpoints, and cloud paths. It knows nothing of the model."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.distributed
+from safetensors import safe_open
+
+from project.errors import UserError
+from project.manifest import write_bytes
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """This process's device, and its place among the processes that train together."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """True in the one process that prints and saves."""
+        return self.rank == 0
+
+    def share(self, rows: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a batch that all ranks know."""
+        return rows[self.rank :: self.world_size]
+
+
+@contextmanager
+def start(threads: int) -> Iterator[Runtime]:
+    """Choose the device, make arithmetic repeatable, join the other ranks if torchrun started several."""
+    torch.set_num_threads(threads)
+    device = find_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cuda":  # on the CPU the network's operations are repeatable as they are, and this costs seconds
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants a fixed workspace for it
+        torch.use_deterministic_algorithms(True)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        yield Runtime(device)
+        return
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Runtime(device, torch.distributed.get_rank(), world_size)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def find_device(local_rank: int = 0) -> torch.device:
+    """A CUDA GPU (one for each local rank), else Apple's MPS, else the CPU."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    # MPS has no float64, in which features arrive: such numbers are scaled on the CPU and moved afterwards.
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def restart_on_all_gpus(module: str) -> None:
+    """On a machine with several GPUs, or several machines, run this command line again under torchrun, and exit.
+
+    Several machines are announced by CLUSTER_SPEC, the cloud's JSON: workerpool0[0] is the master "host:port" and
+    rank 0, index i of workerpool1 is rank i + 1.
+    """
+    if "RANK" in os.environ:
+        return
+    cluster = json.loads(os.environ.get("CLUSTER_SPEC", "{}"))
+    pools = cluster.get("cluster", {"workerpool0": ["localhost:29500"]})
+    nodes = len(pools["workerpool0"]) + len(pools.get("workerpool1", []))
+    gpus = torch.cuda.device_count()
+    if nodes == 1 and gpus <= 1:
+        return
+    task = cluster.get("task", {"type": "workerpool0", "index": 0})
+    node_rank = task["index"] + (0 if task["type"] == "workerpool0" else len(pools["workerpool0"]))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={max(gpus, 1)}"]
+    meeting = [f"--node-rank={node_rank}", "--rdzv-backend=static", f"--rdzv-endpoint={pools['workerpool0'][0]}"]
+    sys.exit(subprocess.run([*torchrun, *meeting, "-m", module, *sys.argv[1:]], check=False).returncode)
+
+
+def local_path(address: str) -> Path:
+    """A local path for a path or a gs:// address: in the cloud, buckets are mounted under $GCS_MOUNT (default /gcs).
+
+    Raises:
+        UserError: a gs:// address where no bucket is mounted.
+    """
+    if not address.startswith("gs://"):
+        return Path(address)
+    mount = Path(os.environ.get("GCS_MOUNT", "/gcs"))
+    path = mount / address.removeprefix("gs://")
+    bucket = mount / address.removeprefix("gs://").split("/")[0]
+    if not bucket.is_dir():
+        raise UserError(
+            f"{address}: no bucket is mounted at {bucket}. Copy the file here with "
+            f"`gcloud storage cp {address} data/` and name that copy, or mount the bucket and set GCS_MOUNT."
+        )
+    return path
+
+
+def save_checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
+    """Keep where training stands, as one file that is whole or not there; no pickle."""
+    folder.mkdir(parents=True, exist_ok=True)
+    on_cpu = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    write_bytes(folder / "checkpoint.safetensors", safetensors.torch.save(on_cpu, {"state": json.dumps(dict(state))}))
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    """What `save_checkpoint` kept, on the CPU; None when there is none that can be read."""
+    path = folder / "checkpoint.safetensors"
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            return tensors, json.loads(file.metadata()["state"])
+    except safetensors.SafetensorError as error:
+        print(f"{path} cannot be read ({error}): training starts from the beginning.", file=sys.stderr)
+        return None

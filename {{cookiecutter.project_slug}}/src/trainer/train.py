@@ -1,0 +1,331 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_markers: '"""'
+#     cell_metadata_filter: tags,-all
+#     formats: level_0_manual///ipynb,src/trainer///py:percent
+#     notebook_metadata_filter: jupytext,-jupytext.text_representation.jupytext_version,-kernelspec,-language_info
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+# ---
+
+# %% [markdown]
+"""
+# Train
+An explicit loop: shuffle, step, measure, keep the best. Early stopping on rows held back from training; a checkpoint after every epoch.
+
+Run it here cell by cell, or as a program:
+`python -m trainer.train --train train.parquet --model-dir model --hyperparameters '{"seed": 0, "threads": 2, "epochs": 40, "batch_size": 128, "learning_rate": 0.003}'`
+(in the project's folder the last argument may be left out: project.yaml says it). On several GPUs the program starts itself once for each.
+"""
+
+# %% tags=["active-ipynb"]
+"""
+from project import notebooks
+
+notebooks.require_in_step()
+"""
+
+# %%
+import argparse
+import copy
+import math
+import os
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from project.errors import UserError, run_command
+from trainer import artifact, runtime
+from trainer.data import read_origin, read_rows, read_schema
+from trainer.hyperparameters import Hyperparameters
+from trainer.model import Network
+
+# %% [markdown]
+"""
+## Rows held back
+Early stopping needs rows that training does not see, and the test rows must not be used for it: choosing on them would make the test too
+kind. So a part of the training rows is held back, drawn with the seed, the same part of each class.
+"""
+
+
+# %%
+def hold_back(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the rows to learn from, and of the rows to validate on; a class with one row is only learned from."""
+    chance = np.random.default_rng(seed)
+    validation = []
+    for label in np.unique(labels):
+        rows = chance.permutation(np.flatnonzero(labels == label))
+        validation.append(rows[: min(len(rows) - 1, math.ceil(share * len(rows)))])
+    held = np.zeros(len(labels), dtype=bool)
+    held[np.concatenate(validation)] = True
+    if not held.any():
+        raise UserError(f"{len(labels)} training rows are too few to hold any back for validation. Add rows.")
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+# %% [markdown]
+"""
+## The state of training
+All that is needed to go on after an interruption. Chance is not part of it: each epoch draws anew from the seed and its own number, so a
+resumed run shuffles as an undisturbed one would, and ends with the same weights.
+"""
+
+
+# %%
+@dataclass
+class Progress:
+    """What training knows after an epoch: curves so far, and the best weights."""
+
+    history: list[dict[str, float]] = field(default_factory=list)
+    best_epoch: int = 0
+    best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def note(self, measured: dict[str, float], network: Network) -> None:
+        """Add an epoch; keep its weights if its validation loss is the lowest so far."""
+        self.history.append(measured)
+        if self.best_epoch == 0 or measured["validation_loss"] < self.history[self.best_epoch - 1]["validation_loss"]:
+            self.best_epoch = len(self.history)
+            self.best_weights = copy.deepcopy(network.state_dict())
+
+    def should_stop(self, patience: int) -> bool:
+        """True when the last `patience` epochs brought nothing better."""
+        return len(self.history) - self.best_epoch >= patience
+
+
+def save_checkpoint(folder: Path, network: Network, optimizer: torch.optim.Optimizer, progress: Progress, facts: str) -> None:
+    """Keep network, optimiser and progress."""
+    moments = {
+        f"optimizer.{number}.{name}": value
+        for number, state in optimizer.state_dict()["state"].items()
+        for name, value in state.items()
+    }
+    tensors = {f"network.{k}": v for k, v in network.state_dict().items()} | moments
+    tensors |= {f"best.{k}": v for k, v in progress.best_weights.items()}
+    runtime.save_checkpoint(folder, tensors, {"history": progress.history, "best": progress.best_epoch, "facts": facts})
+
+
+def load_checkpoint(folder: Path, network: Network, optimizer: torch.optim.Optimizer, facts: str) -> Progress:
+    """Put network and optimiser back where they were; an empty Progress when there is nothing to resume.
+
+    A checkpoint of other data or hyper-parameters (`facts`) is of another run, and is not used.
+    """
+    saved = runtime.load_checkpoint(folder)
+    if saved is None or saved[1]["facts"] != facts:
+        return Progress()
+    tensors, state = saved
+    parts: dict[str, dict[str, torch.Tensor]] = {"network": {}, "best": {}, "optimizer": {}}
+    for name, tensor in tensors.items():
+        part, rest = name.split(".", 1)
+        parts[part][rest] = tensor
+    network.load_state_dict(parts["network"])
+    moments: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in parts["optimizer"].items():
+        number, moment = name.split(".")
+        moments.setdefault(int(number), {})[moment] = tensor
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    return Progress(state["history"], state["best"], parts["best"])
+
+
+# %% [markdown]
+"""
+## The loop
+The rows fit in memory, scaled once; a batch is a handful of row numbers. With several ranks each takes its share of every batch, and
+their gradients are averaged, so one GPU and eight follow the same path.
+"""
+
+
+# %%
+def fit(
+    network: Network,
+    features: np.ndarray,
+    labels: np.ndarray,
+    options: Hyperparameters,
+    machine: runtime.Runtime,
+    checkpoints: Path | None = None,
+    facts: str = "",
+) -> Progress:
+    """Train `network` on raw features (rows, columns) and labels (rows), and leave the best epoch's weights in it."""
+    learn, validate = hold_back(labels, options.validation_share, options.seed)
+    network.scaling.fit(features[learn])
+    with torch.inference_mode():
+        scaled = network.scaling(torch.from_numpy(features))
+    inputs, targets = scaled.clone().to(machine.device), torch.from_numpy(labels).to(machine.device)
+    network.to(machine.device)
+
+    optimizer = torch.optim.AdamW(network.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
+    progress = load_checkpoint(checkpoints, network, optimizer, facts) if checkpoints else Progress()
+    if progress.history and machine.is_main:
+        print(f"Resuming after epoch {len(progress.history)} from {checkpoints}")
+
+    epochs = range(len(progress.history) + 1, options.epochs + 1)
+    # To standard output: a notebook would show standard error on red, as if something had failed.
+    bar = tqdm(total=options.epochs, initial=len(progress.history), unit="epoch", ncols=100, file=sys.stdout)
+    bar.disable = not machine.is_main
+    for epoch in epochs:
+        if progress.should_stop(options.patience):
+            break
+        for group in optimizer.param_groups:  # cosine decay: large steps first, small ones to settle
+            group["lr"] = options.learning_rate * 0.5 * (1 + math.cos(math.pi * (epoch - 1) / options.epochs))
+        train_loss = run_epoch(network, optimizer, inputs, targets, learn, options, epoch, machine)
+        progress.note({"train_loss": train_loss, **measure(network, inputs, targets, validate)}, network)
+        latest = progress.history[-1]
+        bar.set_postfix(loss=f"{latest['validation_loss']:.4f}", accuracy=f"{latest['validation_accuracy']:.4f}")
+        bar.update()
+        if not math.isfinite(latest["validation_loss"]):
+            raise UserError(f"the loss became {latest['validation_loss']} in epoch {epoch}. Try a smaller train.learning_rate.")
+        if checkpoints and machine.is_main:
+            save_checkpoint(checkpoints, network, optimizer, progress, facts)
+    bar.close()
+    network.load_state_dict(progress.best_weights)
+    return progress
+
+
+def run_epoch(
+    network: Network,
+    optimizer: torch.optim.Optimizer,
+    inputs: torch.Tensor,
+    targets: torch.Tensor,
+    learn: np.ndarray,
+    options: Hyperparameters,
+    epoch: int,
+    machine: runtime.Runtime,
+) -> float:
+    """One pass over the rows to learn from; returns the mean loss."""
+    chance = torch.Generator().manual_seed(options.seed * 100_003 + epoch)  # the same on every rank
+    torch.manual_seed(options.seed * 100_003 + epoch + 7919 * machine.rank)  # for dropout: its own on each rank
+    order = torch.from_numpy(learn)[torch.randperm(len(learn), generator=chance)].to(machine.device)
+    network.train()
+    total = torch.zeros((), device=machine.device)
+    for batch in torch.split(order, options.batch_size):
+        rows = machine.share(batch)
+        # Summed over the share and divided by the whole batch: the ranks' gradients then simply add up.
+        loss = cross_entropy(network.from_scaled(inputs[rows]), targets[rows], reduction="sum") / len(batch)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        add_gradients(network, machine)
+        optimizer.step()
+        total += loss.detach() * len(batch)
+    if machine.world_size > 1:
+        torch.distributed.all_reduce(total)
+    return float(total) / len(learn)
+
+
+def add_gradients(network: nn.Module, machine: runtime.Runtime) -> None:
+    """Give every rank the sum of all ranks' gradients, in one message."""
+    if machine.world_size == 1:
+        return
+    gradients = [weights.grad for weights in network.parameters() if weights.grad is not None]
+    together = torch.cat([gradient.flatten() for gradient in gradients])
+    torch.distributed.all_reduce(together)
+    for gradient, summed in zip(gradients, torch.split(together, [g.numel() for g in gradients]), strict=True):
+        gradient.copy_(summed.view_as(gradient))
+
+
+@torch.inference_mode()
+def measure(network: Network, inputs: torch.Tensor, targets: torch.Tensor, rows: np.ndarray) -> dict[str, float]:
+    """Loss and accuracy on the rows held back."""
+    network.eval()
+    chosen = torch.from_numpy(rows).to(inputs.device)
+    logits = network.from_scaled(inputs[chosen])
+    right = (logits.argmax(dim=1) == targets[chosen]).float().mean()
+    return {"validation_loss": float(cross_entropy(logits, targets[chosen])), "validation_accuracy": float(right)}
+
+
+# %% [markdown]
+"""
+## From Parquet to a saved model
+Everything that made the model is written down beside it: the data's hash, the hyper-parameters, the code's version.
+"""
+
+
+# %%
+def train(train_path: Path, model_dir: Path, options: Hyperparameters, checkpoints: Path | None = None) -> dict[str, Any]:
+    """Train on a Parquet file of trainer.data and save the model; returns what metrics.json says."""
+    with runtime.start(options.threads) as machine:
+        schema, rows, origin = read_schema(train_path), read_rows(train_path), read_origin(train_path)
+        features, labels = schema.encode(rows), schema.encode_labels(rows[schema.label])
+        torch.manual_seed(options.seed)
+        network = Network(schema, options.dropout)
+        facts = f"{origin['sha256']} {options.to_json()}"
+        progress = fit(network, features, labels, options, machine, checkpoints, facts)
+        metrics = {"rows": len(labels), "best_epoch": progress.best_epoch, "history": progress.history}
+        if machine.is_main:
+            made_from = {
+                "data_sha256": origin["sha256"],
+                "hyperparameters": asdict(options),
+                "code_version": os.environ.get("CODE_VERSION", "unknown"),
+                "torch": torch.__version__,
+                "device": machine.device.type,
+            }
+            artifact.save(model_dir, network, schema, metrics, made_from)
+        return metrics
+
+
+# %% [markdown]
+"""
+## Try it
+"""
+
+# %% tags=["active-ipynb"]
+"""
+from project import plots, runs, settings
+
+chosen = settings.load()
+run = runs.current()
+metrics = train(run.require(run.train_data, "data"), run.model, chosen.train)
+best = metrics["history"][metrics["best_epoch"] - 1]
+print(f"best epoch {metrics['best_epoch']} of {len(metrics['history'])}: validation accuracy {best['validation_accuracy']:.4f}")
+"""
+
+# %% [markdown]
+"""
+Both losses should fall together. When the validation loss turns upwards while the training loss goes on falling, the network has begun to
+learn the rows by heart; the dashed line marks the epoch whose weights were kept.
+"""
+
+# %% tags=["active-ipynb"]
+"""
+plots.learning_curve(metrics["history"], metrics["best_epoch"])
+"""
+
+
+# %% tags=["active-py"]
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m trainer.train", description="train.parquet → saved model")
+    parser.add_argument("--train", required=True, help="rows to train on, as trainer.data writes them")
+    parser.add_argument("--model-dir", default=os.environ.get("AIP_MODEL_DIR"), help="where the saved model goes")
+    parser.add_argument(
+        "--checkpoint-dir", default=os.environ.get("AIP_CHECKPOINT_DIR"), help="where to keep and resume checkpoints"
+    )
+    parser.add_argument("--hyperparameters", help="one JSON object; without it, the train block of project.yaml")
+    arguments = parser.parse_args()
+    if not arguments.model_dir:
+        parser.error("--model-dir is needed (or AIP_MODEL_DIR)")
+    runtime.restart_on_all_gpus("trainer.train")
+    if arguments.hyperparameters:
+        options = Hyperparameters.from_json(arguments.hyperparameters)
+    else:
+        from project import settings
+
+        options = settings.load().train
+    checkpoints = runtime.local_path(arguments.checkpoint_dir) if arguments.checkpoint_dir else None
+    model_dir = runtime.local_path(arguments.model_dir)
+    metrics = train(runtime.local_path(arguments.train), model_dir, options, checkpoints)
+    if int(os.environ.get("RANK", "0")) == 0:
+        best = metrics["history"][metrics["best_epoch"] - 1]
+        print(f"best epoch {metrics['best_epoch']}, validation accuracy {best['validation_accuracy']:.4f} → {model_dir}")
+
+
+if __name__ == "__main__":
+    run_command(main)

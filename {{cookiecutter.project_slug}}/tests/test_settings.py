@@ -1,0 +1,101 @@
+"""project.yaml: read as it is, and refused with the key and the rule."""
+
+import pydantic
+import pytest
+import yaml
+
+from project.errors import UserError
+from project.settings import load
+
+
+def test_the_project_file_is_valid(settings):
+    assert settings.name
+    assert settings.data.test_share == 0.2
+    assert settings.cloud.train.jobs
+
+
+def test_overrides_hold_for_one_run(project):
+    assert load("train.epochs=3 train.learning_rate=1e-2 data.ignore=[a,b]").train.epochs == 3
+    changed = load("train.learning_rate=1e-2 data.ignore=[a,b]")
+    assert changed.train.learning_rate == 0.01
+    assert changed.data.ignore == ("a", "b")
+    assert load("").train.epochs != 3
+
+
+def test_the_set_variable_is_read(project, monkeypatch):
+    monkeypatch.setenv("SET", "train.dropout=0.25")
+    assert load().train.dropout == 0.25
+
+
+def test_settings_are_frozen(settings):
+    with pytest.raises(pydantic.ValidationError):
+        settings.data.label = "x"
+
+
+CHANGES = {
+    "unknown key": ("train.epoch", 3, ["train.epoch", "no such key", "did you mean 'epochs'"]),
+    "unknown block": ("clout", {}, ["clout", "did you mean 'cloud'"]),
+    "unknown key below": ("cloud.serve.machin", "x", ["cloud.serve.machin", "did you mean 'machine'"]),
+    "wrong type": ("train.epochs", "many", ["train.epochs", "valid integer", "'many'"]),
+    "a truth value for a number": ("train.epochs", True, ["train.epochs", "True"]),
+    "out of range": ("gate.threshold", 1.5, ["gate.threshold", "less than or equal to 1", "1.5"]),
+    "negative": ("train.learning_rate", -1, ["train.learning_rate", "greater than 0"]),
+    "no such choice": ("gate.metric", "rmse", ["gate.metric", "'accuracy' or 'macro_f1'"]),
+    "no such sample": ("data.source", "sample:mnist", ["data.source", "sample:digits"]),
+    "ignored label": ("data.ignore", ["digit"], ["data.ignore", "label"]),
+    "a number as a name": ("data.label", 3, ["data.label", "quotes"]),
+    "replicas upside down": ("cloud.serve.replicas", [3, 1], ["cloud.serve.replicas"]),
+    "no environment": ("cloud.environments", {}, ["cloud.environments"]),
+    "missing": ("data", None, ["data"]),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_a_wrong_key_or_value_is_told(case, project):
+    path, value, fragments = CHANGES[case]
+    document = yaml.safe_load((project / "project.yaml").read_text())
+    document["data"]["label"] = "digit"
+    *parents, key = path.split(".")
+    block = document
+    for parent in parents:
+        block = block[parent]
+    block[key] = value
+    (project / "project.yaml").write_text(yaml.safe_dump(document))
+    with pytest.raises(UserError) as told:
+        load("")
+    for fragment in fragments:
+        assert fragment in str(told.value)
+
+
+def test_all_mistakes_are_told_at_once(project):
+    with pytest.raises(UserError) as told:
+        load("train.epochs=0 gate.margin=2")
+    assert "train.epochs" in str(told.value)
+    assert "gate.margin" in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "empty"), ("- a", "mapping"), ("a: [", "not valid YAML"), ("name: a\nname: b", "'name' stands twice")],
+)
+def test_a_file_that_is_no_settings(project, text, message):
+    (project / "project.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load("")
+
+
+@pytest.mark.parametrize("overrides", ["epochs", "train.epochs", "nope.x=1", "train.epochs.x=1", "=3"])
+def test_a_malformed_override_is_told(project, overrides):
+    with pytest.raises(UserError, match="SET"):
+        load(overrides)
+
+
+def test_an_unknown_override_is_told(project):
+    with pytest.raises(UserError, match=r"train\.epoch: there is no such key; did you mean 'epochs'"):
+        load("train.epoch=3")
+
+
+def test_outside_a_project_the_way_is_shown(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"no project\.yaml"):
+        load("")
