@@ -62,11 +62,11 @@ demo: setup ## Generate a project with the default answers, climb as far as this
 
 .PHONY: test
 test: setup lint ## Lint, then test the template and the projects it makes
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 .PHONY: test-quick
 test-quick: setup ## The tests that take seconds
-	@$(BIN)/python -m pytest -m "not heavy"
+	@$(BIN)/python -m pytest --numprocesses 2 -m "not heavy"
 
 .PHONY: lint
 lint: setup ## Check style and types, of the template and of the project where it lies; changes nothing

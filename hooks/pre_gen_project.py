@@ -121,7 +121,7 @@ def broken_rules(variable: str, value: Any) -> list[str]:
 def shown(value: Any) -> str:
     """The value as it was given; escaped where it cannot be seen, and cut where it is too long to read."""
     text = repr(value)
-    return text if len(text) <= 120 else f"{text[:100]}… ({len(text)} characters)"
+    return text if len(text) <= 120 else f"{text[:100]}…"
 
 
 def report(answers: dict[str, Any]) -> str:

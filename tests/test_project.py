@@ -5,9 +5,14 @@ import io
 import json
 import os
 import random
+import signal
+import socket
 import subprocess
+import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -182,3 +187,65 @@ def test_projects_of_other_answers_are_clean(
     python = project / ".venv" / "bin" / "python"
     read = subprocess.run([python, "-c", code], cwd=other, env=environment, capture_output=True, text=True)
     assert read.stdout.rstrip("\n") == answers.get("description", "Reads handwritten digits."), read.stderr
+
+
+@pytest.fixture
+def jupyter(project: Path, tmp_path: Path):
+    """`make notebook`, with its server's address and token; no browser is opened."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = {"allow_root": True, "open_browser": False, "port": port, "token": "secret"}
+    (tmp_path / "jupyter_server_config.json").write_text(
+        json.dumps({"ServerApp": options, "IdentityProvider": {"token": "secret"}})
+    )
+    environment = {**os.environ, "JUPYTER_CONFIG_DIR": str(tmp_path), "HOME": str(tmp_path)}
+    command = ["make", "notebook"]
+    server = subprocess.Popen(
+        command, cwd=project, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+    def call(path: str, content: object = None) -> dict[str, Any]:
+        body = None if content is None else json.dumps(content).encode()
+        method = "GET" if content is None else "PUT"
+        headers = {"Authorization": "token secret", "Content-Type": "application/json"}
+        address = f"http://127.0.0.1:{port}/api/{path}"
+        with urllib.request.urlopen(urllib.request.Request(address, body, headers, method=method)) as answer:
+            document: dict[str, Any] = json.load(answer)
+        return document
+
+    try:
+        for _ in range(120):
+            try:
+                call("status")
+                break
+            except OSError:
+                assert server.poll() is None, server.stderr.read() if server.stderr else ""
+                time.sleep(0.5)
+        yield call
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.communicate(timeout=30)
+
+
+def test_a_save_in_jupyter_writes_the_module_too(project: Path, jupyter) -> None:
+    notebook, module = "level_0_manual/model.ipynb", project / "src" / "trainer" / "model.py"
+    before = {path: path.read_bytes() for path in (project / notebook, module)}
+    opened = jupyter(f"contents/{notebook}")
+    for cell in opened["content"]["cells"]:
+        cell["source"] = cell["source"].replace("min(50,", "min(45,")
+    jupyter(f"contents/{notebook}", {"type": "notebook", "format": "json", "content": opened["content"]})
+    assert "min(45," in module.read_text()
+    assert "in step" in make(project, "sync", "FROM=notebook").stdout
+    assert not list((project / "level_0_manual").glob("*.py"))
+    for path, content in before.items():
+        path.write_bytes(content)
+
+
+def test_a_notebook_of_ones_own_gets_no_module(project: Path, jupyter) -> None:
+    cells = [{"cell_type": "code", "source": "1", "metadata": {}, "outputs": [], "execution_count": None}]
+    content = {"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 4}
+    before = set((project / "src" / "trainer").iterdir())
+    jupyter("contents/level_0_manual/mine.ipynb", {"type": "notebook", "format": "json", "content": content})
+    (project / "level_0_manual" / "mine.ipynb").unlink()
+    assert set((project / "src" / "trainer").iterdir()) == before

@@ -169,8 +169,8 @@ def fit(
 
     epochs = range(len(progress.history) + 1, options.epochs + 1)
     # To standard output: a notebook would show standard error on red, as if something had failed.
-    bar = tqdm(total=options.epochs, initial=len(progress.history), unit="epoch", ncols=100, file=sys.stdout)
-    bar.disable = not machine.is_main
+    silent = not machine.is_main
+    bar = tqdm(total=options.epochs, initial=len(progress.history), unit="epoch", ncols=100, file=sys.stdout, disable=silent)
     for epoch in epochs:
         if progress.should_stop(options.patience):
             break
