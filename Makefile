@@ -9,6 +9,7 @@ PROJECT := {{cookiecutter.project_slug}}
 LOCKS := requirements/dev.txt $(PROJECT)/requirements/dev.txt $(PROJECT)/requirements/torch.txt
 BIN := .venv/bin
 DEMO ?= build/demo
+PORT ?= 8080
 
 # Caches stay out of the template folder, from where they would be copied into every project.
 export PYTHONPYCACHEPREFIX := $(CURDIR)/build/pycache
@@ -32,7 +33,8 @@ UV := $(or $(shell command -v uv),.uv/bin/uv)
 .PHONY: setup
 setup: .venv/.ready ## Make the template's environment in .venv: the generated project's packages, and cookiecutter
 
-.venv/.ready: $(LOCKS) | $(UV)
+.venv/.ready: $(LOCKS)
+	@$(if $(filter .uv/%,$(UV)),$(MAKE) $(UV))
 	@echo "Installing the template's environment (minutes the first time, seconds when uv has the packages already) …"
 	@$(UV) venv --quiet --allow-existing --python "$(PYTHON)" .venv
 	@VIRTUAL_ENV=.venv $(UV) pip sync --quiet $(TORCH_FROM) $(LOCKS)
@@ -47,18 +49,33 @@ setup: .venv/.ready ## Make the template's environment in .venv: the generated p
 
 .PHONY: demo
 demo: setup ## Generate a project with the default answers, climb as far as this machine allows, end with a prediction
-	@echo "1/4  Generating a project from the default answers into $(DEMO)/"
+	@.venv/bin/python -c 'import socket; socket.create_server(("127.0.0.1", $(PORT)))' 2>/dev/null || { \
+		echo "error: port $(PORT) is in use, and the demo wants to serve a model there. Another: make demo PORT=8081" >&2; exit 2; }
+	@echo "1/6  Generating a project from the default answers into $(DEMO)/"
 	@rm -rf "$(DEMO)" && mkdir -p "$(DEMO)"
 	@$(BIN)/cookiecutter --no-input --output-dir "$(DEMO)" . >/dev/null
-	@echo "2/4  Setting it up: make setup"
-	@$(MAKE) -C "$(DEMO)"/* setup
-	@echo "3/4  Level 0, running its four notebooks: make level0"
-	@$(MAKE) -C "$(DEMO)"/* level0
-	@echo "4/4  Asking the model for a test image: make predict ROW=1"
-	@$(MAKE) -C "$(DEMO)"/* predict ROW=1
+	@$(MAKE) demo-in-project PROJECT="$$(echo "$(DEMO)"/*)"
+
+IS_UP = import urllib.request; urllib.request.urlopen('http://127.0.0.1:$(PORT)/health')
+.PHONY: demo-in-project
+demo-in-project: IN = $(MAKE) -C "$(PROJECT)" UV='$(abspath $(UV))' PORT=$(PORT)
+demo-in-project:
+	@echo "2/6  Setting it up: make setup"
+	@$(IN) setup
+	@echo "3/6  Level 0, its four notebooks: make level0"
+	@$(IN) level0
+	@echo "4/6  Level 1, the pipeline: make level1"
+	@$(IN) level1
+	@echo "5/6  A worse model on purpose, which the gate must stop: make level1 SET=\"train.epochs=1\""
+	@$(IN) level1 SET="train.epochs=1"
+	@echo "6/6  Serving the champion, and asking it for a test image: make serve, make predict ROW=1"
+	@(cd "$(PROJECT)" && exec .venv/bin/python -m predictor.app --registry registry --port $(PORT)) & server=$$!; \
+		trap 'kill $$server && wait $$server || true' EXIT; \
+		for _ in {1..60}; do $(BIN)/python -c "$(IS_UP)" 2>/dev/null && break; kill -0 $$server; sleep 0.5; done; \
+		$(IN) predict ROW=1
 	@echo
-	@echo "The project is in $$(echo "$(DEMO)"/*), its reports in $$(echo "$(DEMO)"/*/runs/*)."
-	@echo "Next: cd $$(echo "$(DEMO)"/*) && make notebook     or your own project: $(BIN)/cookiecutter ."
+	@echo "The server is stopped. The project is in $(PROJECT), its reports in $$(ls -d "$(PROJECT)"/runs/*/data.html | xargs dirname)."
+	@echo "Next: cd $(PROJECT) && make notebook     or your own project: $(BIN)/cookiecutter ."
 
 .PHONY: test
 test: setup lint ## Lint, then test the template and the projects it makes

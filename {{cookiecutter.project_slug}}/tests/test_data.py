@@ -10,10 +10,10 @@ import sys
 import duckdb
 import numpy as np
 import pytest
-from tests.conftest import mixed_rows
 
 from project.errors import UserError
 from project.schema import parse_number
+from tests.conftest import mixed_rows
 from trainer import csv_file, data
 
 
@@ -184,6 +184,7 @@ BAD_FILES = {
     "too few cells": (lines("x,z,y", *[f"{n},1,a" for n in range(5)], "7"), "y", ["line 7", "1 cells", "header has 3"]),
     "open quote": (lines("x,y", *GOOD, '"1,a'), "y", ["line 42", "quote"]),
     "other encoding": (b"x,y\n" + b"\xe9,a\n" * 9, "y", ["UTF-8"]),
+    "mixed line ends": ("x,y\r\n1,a\n2,b\r\n", "y", ["CRLF", "sed -i"]),
     "semicolons": (lines("x;y", "1;a"), "y", ["separated", "comma"]),
     "nothing to test on": (lines("x,y", "1,a", "1,a", "2,b", "2,b"), "y", ["no row to test on", "data.test_share"]),
 }

@@ -138,12 +138,20 @@ def test_level0_leaves_reports_with_pictures_and_a_model(quick, capsys):
     assert run.name in runs.table("accuracy")
 
 
-def test_a_failing_notebook_is_told_with_its_report(quick, monkeypatch):
+def test_a_wrong_column_is_told_before_anything_runs(quick, monkeypatch):
     monkeypatch.setenv("SET", "data.source=sample:wine data.label=vintage")
-    with pytest.raises(UserError, match=r"no label column 'vintage'[\s\S]*data\.ipynb; the report"):
+    with pytest.raises(UserError, match="no label column 'vintage'"):
+        level0.main()
+    assert not (quick / "runs").exists()
+
+
+def test_a_failing_notebook_is_told_with_its_report(quick, monkeypatch):
+    (quick / "one_class.csv").write_text("x,y\n1,a\n2,a\n")
+    monkeypatch.setenv("SET", "data.source=one_class.csv data.label=y")
+    with pytest.raises(UserError, match=r"every row says 'a'[\s\S]*data\.ipynb; the report"):
         level0.main()
     (report,) = (quick / "runs").glob("*/data.html")
-    assert "no label column" in report.read_text()
+    assert "every row says" in report.read_text()
     with pytest.raises(UserError, match="no model is trained yet"):
         runs.find()
 

@@ -34,6 +34,7 @@ def test_settings_are_frozen(settings):
 
 CHANGES = {
     "unknown key": ("train.epoch", 3, ["train.epoch", "no such key", "did you mean 'epochs'"]),
+    "misspelt": ("train", {"epoch": 3}, ["epoch: there is no such key"]),
     "unknown block": ("clout", {}, ["clout", "did you mean 'cloud'"]),
     "unknown key below": ("cloud.serve.machin", "x", ["cloud.serve.machin", "did you mean 'machine'"]),
     "wrong type": ("train.epochs", "many", ["train.epochs", "valid integer", "'many'"]),

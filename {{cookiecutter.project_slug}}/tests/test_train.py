@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 
 from project.errors import UserError
+from project.storage import local_path
 from trainer import runtime
 from trainer import train as module
 from trainer.hyperparameters import Hyperparameters
@@ -175,7 +176,7 @@ def test_several_machines_are_started_with_torchrun(monkeypatch):
 def test_buckets_are_folders(tmp_path, monkeypatch):
     monkeypatch.setenv("GCS_MOUNT", str(tmp_path))
     with pytest.raises(UserError, match="no bucket is mounted"):
-        runtime.local_path("gs://bucket/a/b.csv")
+        local_path("gs://bucket/a/b.csv")
     (tmp_path / "bucket").mkdir()
-    assert runtime.local_path("gs://bucket/a/b.csv") == tmp_path / "bucket" / "a" / "b.csv"
-    assert runtime.local_path("a/b.csv") == Path("a/b.csv")
+    assert local_path("gs://bucket/a/b.csv") == tmp_path / "bucket" / "a" / "b.csv"
+    assert local_path("a/b.csv") == Path("a/b.csv")

@@ -1,6 +1,6 @@
-"""Ask a saved model, through its ONNX file.
+"""Ask a model: the running server of this machine, or else a saved model through its ONNX file.
 
-python -m predictor.predict --row 3              the third test row of the newest run
+python -m predictor.predict --row 3              the third test row
 python -m predictor.predict --row '{"age": 41}'  a row of your own
 python -m predictor.predict --csv new.csv        every row of a file; answers go to standard output as CSV
 """
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime
@@ -20,6 +20,9 @@ import onnxruntime
 from project import manifest
 from project.errors import UserError, run_command
 from project.schema import BLANKS, Schema
+
+if TYPE_CHECKING:
+    from predictor.client import Server
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,15 @@ class Model:
         Raises:
             UserError: there is no model, or it is damaged.
         """
-        schema = Schema.from_json(manifest.read(folder)["schema"])
+        document = manifest.read(folder)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = threads
         options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+        try:
+            schema = Schema.from_json(document["schema"])
+            session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's have no common class
+            raise UserError(f"{folder} is no model that this code can read: {str(error)[:200]}") from None
         return cls(schema, session)
 
     def probabilities(self, table: Mapping[str, Sequence[Any] | np.ndarray]) -> np.ndarray:
@@ -101,7 +108,7 @@ def parse_row(text: str, schema: Schema) -> dict[str, list[Any]]:
     return {name: [value] for name, value in row.items()}
 
 
-def show_row(model: Model, table: Mapping[str, Sequence[Any]], title: str) -> str:
+def show_row(model: "Model | Server", table: Mapping[str, Sequence[Any]], title: str) -> str:
     """One answer as text: the image where the columns are pixels, the best classes with their scores, the truth if known."""
     schema = model.schema
     scores = model.probabilities(table)[0]
@@ -139,7 +146,7 @@ def _side_by_side(left: list[str], right: list[str]) -> list[str]:
     return [f"  {a:<{width}}  {b}".rstrip() for a, b in zip(left, right, strict=True)]
 
 
-def write_answers(model: Model, table: Mapping[str, Sequence[Any]]) -> None:
+def write_answers(model: "Model | Server", table: Mapping[str, Sequence[Any]]) -> None:
     """The rows' answers as CSV on standard output: row number, prediction, its score."""
     probabilities = model.probabilities(table)
     best = probabilities.argmax(axis=1)
@@ -151,31 +158,49 @@ def write_answers(model: Model, table: Mapping[str, Sequence[Any]]) -> None:
 
 def main() -> None:
     """Command line."""
-    from project import runs
-
     parser = argparse.ArgumentParser(prog="python -m predictor.predict", description="Ask a saved model.")
-    parser.add_argument("--model-dir", type=Path, help="a saved model's folder; without it, the newest run's")
-    parser.add_argument("--run", help="a run's id, instead of the newest")
+    parser.add_argument("--model-dir", type=Path, help="a saved model's folder, asked without a server")
+    parser.add_argument("--run", help="a run's id, whose model is asked without a server")
+    parser.add_argument("--port", type=int, default=8080, help="where the server may be")
     parser.add_argument("--row", help="a test row's number from 1, or a JSON object")
     parser.add_argument("--csv", type=Path, help="a CSV file with a header")
     arguments = parser.parse_args()
     if (arguments.row is None) == (arguments.csv is None):
         raise UserError("give ROW=NUMBER, ROW='{\"column\": value, …}' or CSV=FILE; for example: make predict ROW=1")
-    folder = arguments.model_dir or runs.find(arguments.run).model
-    model = Model.load(folder)
+    model, test_data = choose(arguments)
     if arguments.csv:
         write_answers(model, read_csv(arguments.csv))
     elif arguments.row.strip().isdecimal():
         number = int(arguments.row)
-        print(show_row(model, test_row(runs.find(arguments.run).test_data, number), f"Test row {number}"))
+        print(show_row(model, test_row(test_data, number), f"Test row {number}"))
     else:
         print(show_row(model, parse_row(arguments.row, model.schema), "Your row"))
+
+
+def choose(arguments: argparse.Namespace) -> "tuple[Model | Server, Path]":
+    """Whom to ask, and where the test rows are; says so on standard error."""
+    from predictor.client import Server
+    from project import runs
+    from project.registry import LocalRegistry
+
+    if arguments.model_dir:
+        return Model.load(arguments.model_dir), arguments.model_dir.parent / "test.parquet"
+    registry = LocalRegistry(runs.registry_folder())
+    server = None if arguments.run else Server.find(arguments.port, registry)
+    if server:
+        print(f"Asking the server at {server.address}, version {server.version}.", file=sys.stderr)
+        return server, runs.Run(runs.runs_folder() / registry.version(server.version).run).test_data
+    run = runs.find(arguments.run)
+    print(f"Asking the model of run {run.name} (no server on port {arguments.port}).", file=sys.stderr)
+    return Model.load(run.model), run.test_data
 
 
 def test_row(path: Path, number: int) -> dict[str, list[Any]]:
     """One row of the run's test data, by its number from 1."""
     import duckdb
 
+    if not path.is_file():
+        raise UserError(f"{path} is not there: give a row of your own, ROW='{{\"column\": value, …}}', or CSV=FILE.")
     table = duckdb.execute("SELECT * FROM read_parquet(?) LIMIT 1 OFFSET ?", [str(path), max(0, number - 1)])
     names, row = [column[0] for column in table.description or []], table.fetchone()
     if row is None or number < 1:

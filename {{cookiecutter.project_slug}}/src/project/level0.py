@@ -14,6 +14,8 @@ from tqdm import tqdm
 from project import notebooks, runs, settings
 from project.errors import UserError, run_command
 from project.manifest import write_bytes
+from trainer.csv_file import check_header
+from trainer.data import find_csv
 
 
 def execute(name: str, run: runs.Run, place: str) -> float:
@@ -65,7 +67,9 @@ def _explain(error: CellExecutionError, name: str, report: str) -> str:
 def main() -> None:
     """Run all four."""
     notebooks.require_in_step()
-    chosen = settings.load()  # a mistake in project.yaml is told before anything runs
+    chosen = settings.load()  # a mistake in project.yaml is told before anything runs …
+    csv_path = find_csv(chosen.data.source, settings.project_root() / "data")
+    check_header(csv_path, chosen.data.label, chosen.data.ignore, chosen.data.categorical)  # … and so is a wrong column
     run = runs.new().start(chosen)
     print(f"Training on {chosen.data.source}; everything goes to runs/{run.name}/")
     for number, name in enumerate(notebooks.ORDER, start=1):

@@ -1,21 +1,29 @@
-"""The notebooks of level 0 and their twins in src/trainer: kept in step, and run without a browser.
+"""The notebooks of level 0 and their twins in src/trainer: kept in step.
 
-python -m project.notebooks check                    are the pairs in step?
-python -m project.notebooks sync --from notebook     write the modules from the notebooks
-python -m project.notebooks sync --from module       write the notebooks from the modules
+python -m project.notebooks check                            are the pairs in step?
+python -m project.notebooks sync                             write each pair's other half from the one edited since HEAD
+python -m project.notebooks sync --from notebook [NAME …]    write the modules from the notebooks
+python -m project.notebooks sync --from module [NAME …]      write the notebooks from the modules
+
+What counts is what the files of the working tree say, never their dates. In a commit hook pre-commit has put aside what
+is not staged, so the working tree is then what will be committed.
 """
 
 import argparse
 import hashlib
 from pathlib import Path
+from typing import Literal, NamedTuple, get_args
 
 import jupytext
 import nbformat
 
+from project import git
 from project.errors import UserError, run_command
 from project.settings import project_root
 
 ORDER = ("data", "model", "train", "evaluate")
+Half = Literal["notebook", "module"]
+HALVES: tuple[Half, ...] = get_args(Half)
 
 # Written into both halves of a pair. Each file is paired by name: a rule for the whole folder would turn every scratch
 # notebook that lies in it into a module.
@@ -65,21 +73,45 @@ def _tags(cell: nbformat.NotebookNode) -> nbformat.NotebookNode:
     return nbformat.from_dict({"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {})
 
 
+def half_path(name: str, half: Half) -> Path:
+    """Where a half of a pair lies."""
+    return notebook_path(name) if half == "notebook" else module_path(name)
+
+
+def shown(name: str, half: Half) -> str:
+    """A half's path for messages, and for git."""
+    return half_path(name, half).relative_to(project_root()).as_posix()
+
+
+def code(half: Half, text: str) -> str:
+    """What counts of a half's text. Outputs, cell ids and other metadata do not.
+
+    A module goes by way of a notebook too: how many empty lines stand between two cells is no difference.
+    """
+    return as_module(jupytext.reads(text, fmt="ipynb") if half == "notebook" else as_notebook(text))
+
+
+def current_code(name: str, half: Half) -> str | None:
+    """What counts of a half as it lies here; None when it is missing."""
+    try:
+        return code(half, half_path(name, half).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # nbformat and jupytext raise many kinds
+        path = shown(name, half)
+        raise UserError(
+            f"{path} cannot be read as a {half}: {error}. Mend it, or take the last commit's: git checkout HEAD -- {path}"
+        ) from None
+
+
 def out_of_step() -> list[str]:
-    """Names of the pairs whose halves differ; outputs, cell ids and other metadata do not count."""
+    """Names of the pairs whose halves differ, or of which one is missing."""
     return [name for name in ORDER if not _in_step(name)]
 
 
 def _in_step(name: str) -> bool:
-    try:
-        notebook = jupytext.read(notebook_path(name), fmt="ipynb")
-        module = module_path(name).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return False
-    except Exception as error:  # nbformat and jupytext raise many kinds
-        raise UserError(f"{notebook_path(name)} cannot be read as a notebook: {error}") from None
-    # By way of the notebook on both sides: how many empty lines stand between two cells is no difference.
-    return as_module(notebook) == as_module(as_notebook(module))
+    notebook = current_code(name, "notebook")
+    return notebook is not None and notebook == current_code(name, "module")
 
 
 def require_in_step() -> None:
@@ -93,21 +125,83 @@ def require_in_step() -> None:
         )
 
 
-def sync(source: str) -> list[str]:
-    """Write the other half of each pair that is out of step; returns the names of those written."""
-    differing = out_of_step()
+def edited_half(name: str) -> Half | None:
+    """The one half that says something else than in the last commit; None when both do, or when that cannot be told."""
+    before = {half: _committed_code(name, half) for half in HALVES}
+    now = {half: current_code(name, half) for half in HALVES}
+    if None in now.values() or before["notebook"] is None or before["notebook"] != before["module"]:
+        return None
+    edited = [half for half in HALVES if now[half] != before[half]]
+    return edited[0] if len(edited) == 1 else None
+
+
+def _committed_code(name: str, half: Half) -> str | None:
+    text = git.at_last_commit(half_path(name, half))
+    try:
+        return None if text is None else code(half, text)
+    except Exception:  # nbformat and jupytext raise many kinds; a damaged file decides nothing
+        return None
+
+
+class Difference(NamedTuple):
+    """A pair that is out of step, and the half that alone was edited, if there is one."""
+
+    name: str
+    edited: Half | None
+
+    def __str__(self) -> str:
+        """What is wrong and what to type, for this pair alone: another pair's right half may be the other one."""
+        notebook, module = shown(self.name, "notebook"), shown(self.name, "module")
+        if self.edited:
+            edited = shown(self.name, self.edited)
+            return f"{notebook} and {module} differ, and only {edited} was edited since the last commit. Type: make sync"
+        return (
+            f"{notebook} and {module} differ, or one is missing, and git does not tell which one is right: both were edited "
+            "since the last commit, or none has them in step. If the notebook is right, type: "
+            f"make sync FROM=notebook PAIR={self.name}; if the module is: make sync FROM=module PAIR={self.name}"
+        )
+
+
+def differences(names: list[str] | None = None) -> list[Difference]:
+    """The pairs that are out of step, or those of them that are named."""
+    return [Difference(name, edited_half(name)) for name in out_of_step() if name in (names or ORDER)]
+
+
+def sync_edited(names: list[str] | None = None) -> list[str]:
+    """Write the other half of each pair of which one half alone was edited; no edit is lost. Returns what was written.
+
+    Raises:
+        UserError: pairs remain that a person must decide; they are left as they are.
+    """
+    found = differences(names)
+    written = [_write(pair.name, pair.edited) for pair in found if pair.edited]
+    undecided = [str(pair) for pair in found if not pair.edited]
+    if undecided:
+        raise UserError("\n".join([*undecided, *written]))
+    return written
+
+
+def sync(source: Half, names: list[str] | None = None) -> list[str]:
+    """Write the other half of each pair that is out of step, or of those named; returns the names of those written."""
+    differing = [name for name in out_of_step() if name in (names or ORDER)]
     for name in differing:
-        if source == "notebook":
-            if not notebook_path(name).is_file():
-                raise UserError(f"{notebook_path(name)} is not there. `make sync FROM=module` makes it.")
-            text = as_module(jupytext.read(notebook_path(name), fmt="ipynb"))
-            module_path(name).write_text(text, encoding="utf-8")
-        else:
-            if not module_path(name).is_file():
-                raise UserError(f"{module_path(name)} is not there. `make sync FROM=notebook` makes it.")
-            twin = as_notebook(module_path(name).read_text(encoding="utf-8"))
-            notebook_path(name).write_text(nbformat.writes(twin) + "\n", encoding="utf-8")
+        _write(name, source)
     return differing
+
+
+def _write(name: str, source: Half) -> str:
+    """Write a pair's other half; returns what was done and what to type next."""
+    path, target = half_path(name, source), half_path(name, "module" if source == "notebook" else "notebook")
+    if not path.is_file():
+        other = "module" if source == "notebook" else "notebook"
+        raise UserError(f"{shown(name, source)} is not there. `make sync FROM={other}` makes it.")
+    text = path.read_text(encoding="utf-8")
+    if source == "notebook":
+        target.write_text(as_module(jupytext.reads(text, fmt="ipynb")), encoding="utf-8")
+    else:
+        target.write_text(nbformat.writes(as_notebook(text)) + "\n", encoding="utf-8")
+    written = target.relative_to(project_root()).as_posix()
+    return f"{written} was written from {shown(name, source)}. Next: git add {shown(name, source)} {written}"
 
 
 def main() -> None:
@@ -115,15 +209,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m project.notebooks", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("check")
-    commands.add_parser("sync").add_argument("--from", dest="source", choices=("notebook", "module"), required=True)
+    syncing = commands.add_parser("sync")
+    syncing.add_argument("--from", dest="source", choices=HALVES)
+    syncing.add_argument("names", nargs="*", metavar="NAME", help=", ".join(ORDER))
     arguments = parser.parse_args()
     if arguments.command == "check":
         require_in_step()
         print(f"{len(ORDER)} notebooks are in step with their modules")
+        return
+    names = _known(arguments.names)
+    if arguments.source is None:
+        print("\n".join(sync_edited(names)) or "already in step")
     else:
-        written = sync(arguments.source)
+        written = sync(arguments.source, names)
         other = "modules" if arguments.source == "notebook" else "notebooks"
         print(f"{other} written: {', '.join(written)}" if written else "already in step")
+
+
+def _known(names: list[str]) -> list[str]:
+    for name in names:
+        if name not in ORDER:
+            raise UserError(f"PAIR: there is no pair '{name}'; there are {', '.join(ORDER)}.")
+    return names
 
 
 if __name__ == "__main__":

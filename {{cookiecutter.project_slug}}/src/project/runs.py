@@ -73,6 +73,11 @@ def runs_folder() -> Path:
     return project_root() / "runs"
 
 
+def registry_folder() -> Path:
+    """Where the registry of this machine is."""
+    return project_root() / "registry"
+
+
 def current() -> Run:
     """The run that a notebook belongs to: $RUN under `make level0`, and the run named "notebook" in Jupyter."""
     return Run(runs_folder() / os.environ.get("RUN", "notebook"))
@@ -94,13 +99,14 @@ def find(name: str | None = None) -> Run:
         if not run.model.is_dir():
             raise UserError(f"there is no run '{name}' with a model in {runs_folder()}. `make runs` lists them.")
         return run
-    finished = [run for run in _all() if (run.model / "model.json").is_file()]
+    finished = [run for run in all_runs() if (run.model / "model.json").is_file()]
     if not finished:
         raise UserError("no model is trained yet. Type `make level0` first.")
     return max(finished, key=lambda run: (run.model / "model.json").stat().st_mtime)
 
 
-def _all() -> list[Run]:
+def all_runs() -> list[Run]:
+    """Every run's folder, in the order of their names."""
     folder = runs_folder()
     return [Run(path) for path in sorted(folder.iterdir()) if path.is_dir()] if folder.is_dir() else []
 
@@ -117,7 +123,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def table(metric: str) -> str:
     """All runs as text: settings and test metrics, best first, unfinished ones last."""
     rows = []
-    for run in _all():
+    for run in all_runs():
         settings, metrics = read_json(run.settings), read_json(run.evaluation)
         rows.append((metrics.get(metric, -math.inf), run.name, settings, metrics))
     if not rows:

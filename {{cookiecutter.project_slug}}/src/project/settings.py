@@ -15,6 +15,7 @@ from trainer.hyperparameters import Hyperparameters
 FILE = "project.yaml"
 
 Share = Annotated[float, Field(ge=0, le=1)]
+UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")  # pydantic's names for it
 SAMPLES = ("digits", "wine", "breast_cancer")
 
 
@@ -143,7 +144,9 @@ def load(overrides: str | None = None) -> Settings:
     try:
         return Settings.model_validate(document)
     except ValidationError as error:
-        rules = "\n".join(f"  {_explain(detail)}" for detail in error.errors())
+        # Misspelt keys first: they are why others are missing.
+        details = sorted(error.errors(), key=lambda detail: detail["type"] not in UNKNOWN_KEY)
+        rules = "\n".join(f"  {_explain(detail)}" for detail in details)
         raise UserError(f"{FILE} (with SET=…, if given):\n{rules}") from None
 
 
@@ -175,7 +178,7 @@ def _override(document: dict[str, Any], overrides: str) -> None:
 
 def _explain(detail: Any) -> str:
     path = ".".join(str(part) for part in detail["loc"])
-    if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+    if detail["type"] in UNKNOWN_KEY:
         near = difflib.get_close_matches(str(detail["loc"][-1]), _keys(detail["loc"][:-1]), 1)
         return f"{path}: there is no such key" + (f"; did you mean '{near[0]}'?" if near else ".")
     if detail["type"] in ("missing", "missing_argument"):

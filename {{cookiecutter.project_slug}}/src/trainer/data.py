@@ -42,9 +42,9 @@ import numpy as np
 from project.errors import UserError, run_command
 from project.manifest import sha256
 from project.schema import Column, Schema
+from project.storage import local_path
 from trainer import csv_file
 from trainer.csv_file import IS_MISSING, name_in_sql, text_in_sql
-from trainer.runtime import local_path
 
 # %% [markdown]
 """

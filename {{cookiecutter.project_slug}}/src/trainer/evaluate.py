@@ -36,7 +36,9 @@ import torch
 
 from project.errors import UserError, run_command
 from project.manifest import write_json
-from trainer import artifact, runtime
+from project.registry import Registry
+from project.storage import local_path
+from trainer import artifact
 from trainer.data import read_rows
 
 # %% [markdown]
@@ -110,6 +112,26 @@ def evaluate(model_dir: Path, test_path: Path, metrics_path: Path) -> dict[str, 
 
 # %% [markdown]
 """
+## The champion on the same rows
+A new model is compared with the one in use on the same test rows, now: the number that the champion once got was got on other rows.
+"""
+
+
+# %%
+def score_champion(registry: Registry, test_path: Path) -> dict[str, Any]:
+    """What the gate needs to know of the champion: its metrics on these rows, its version, or why it cannot be scored."""
+    champion = registry.champion()
+    if champion is None:
+        return {"champion": None, "champion_version": None, "champion_problem": None}
+    try:
+        metrics, problem = score(*answer(champion.model, test_path)), None
+    except UserError as error:
+        metrics, problem = None, str(error)
+    return {"champion": metrics, "champion_version": champion.number, "champion_problem": problem}
+
+
+# %% [markdown]
+"""
 ## Try it
 """
 
@@ -167,8 +189,8 @@ def main() -> None:
     parser.add_argument("--test", required=True, help="test rows, as trainer.data writes them")
     parser.add_argument("--metrics-file", required=True, help="where the metrics go, as JSON")
     arguments = parser.parse_args()
-    model_dir, test = runtime.local_path(arguments.model_dir), runtime.local_path(arguments.test)
-    metrics = evaluate(model_dir, test, runtime.local_path(arguments.metrics_file))
+    model_dir, test = local_path(arguments.model_dir), local_path(arguments.test)
+    metrics = evaluate(model_dir, test, local_path(arguments.metrics_file))
     print(f"accuracy {metrics['accuracy']:.4f}, macro F1 {metrics['macro_f1']:.4f} on {metrics['rows']:,} rows")
 
 

@@ -1,4 +1,4 @@
-"""Where a training process runs: device, threads, ranks, checkpoints, and cloud paths. It knows nothing of the model."""
+"""Where a training process runs: device, threads, ranks, checkpoints. It knows nothing of the model."""
 
 import json
 import os
@@ -15,7 +15,6 @@ import torch
 import torch.distributed
 from safetensors import safe_open
 
-from project.errors import UserError
 from project.manifest import write_bytes
 
 
@@ -84,25 +83,6 @@ def restart_on_all_gpus(module: str) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={max(gpus, 1)}"]
     meeting = [f"--node-rank={node_rank}", "--rdzv-backend=static", f"--rdzv-endpoint={pools['workerpool0'][0]}"]
     sys.exit(subprocess.run([*torchrun, *meeting, "-m", module, *sys.argv[1:]], check=False).returncode)
-
-
-def local_path(address: str) -> Path:
-    """A local path for a path or a gs:// address: in the cloud, buckets are mounted under $GCS_MOUNT (default /gcs).
-
-    Raises:
-        UserError: a gs:// address where no bucket is mounted.
-    """
-    if not address.startswith("gs://"):
-        return Path(address)
-    mount = Path(os.environ.get("GCS_MOUNT", "/gcs"))
-    path = mount / address.removeprefix("gs://")
-    bucket = mount / address.removeprefix("gs://").split("/")[0]
-    if not bucket.is_dir():
-        raise UserError(
-            f"{address}: no bucket is mounted at {bucket}. Copy the file here with "
-            f"`gcloud storage cp {address} data/` and name that copy, or mount the bucket and set GCS_MOUNT."
-        )
-    return path
 
 
 def save_checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:

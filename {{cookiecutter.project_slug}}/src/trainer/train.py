@@ -45,6 +45,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from project.errors import UserError, run_command
+from project.storage import local_path
 from trainer import artifact, runtime
 from trainer.data import read_origin, read_rows, read_schema
 from trainer.hyperparameters import Hyperparameters
@@ -319,9 +320,9 @@ def main() -> None:
         from project import settings
 
         options = settings.load().train
-    checkpoints = runtime.local_path(arguments.checkpoint_dir) if arguments.checkpoint_dir else None
-    model_dir = runtime.local_path(arguments.model_dir)
-    metrics = train(runtime.local_path(arguments.train), model_dir, options, checkpoints)
+    checkpoints = local_path(arguments.checkpoint_dir) if arguments.checkpoint_dir else None
+    model_dir = local_path(arguments.model_dir)
+    metrics = train(local_path(arguments.train), model_dir, options, checkpoints)
     if int(os.environ.get("RANK", "0")) == 0:
         best = metrics["history"][metrics["best_epoch"] - 1]
         print(f"best epoch {metrics['best_epoch']}, validation accuracy {best['validation_accuracy']:.4f} → {model_dir}")

@@ -1,0 +1,51 @@
+"""`make demo`: what README promises of it."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.heavy
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def run_demo(root: Path, folder: Path, port: int) -> subprocess.CompletedProcess[str]:
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")
+    }
+    command = ["make", "demo", f"DEMO={folder}", f"PORT={port}"]
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+
+
+def test_the_demo_climbs_to_level_1_and_ends_with_a_prediction(root: Path, tmp_path: Path) -> None:
+    port = free_port()
+    done = run_demo(root, tmp_path / "demo", port)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Registered: version 1; it is the champion." in done.stdout
+    assert "Gate: closed" in done.stdout
+    assert "The champion stays version 1." in done.stdout
+    assert f"Asking the server at http://127.0.0.1:{port}, version 1." in done.stderr
+    assert "██" in done.stdout
+    assert re.search(r"Next: cd \S+digit-reader && make notebook", done.stdout)
+    with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+        pass  # the server was stopped
+    shutil.rmtree(tmp_path / "demo")
+
+
+def test_a_port_in_use_is_told_before_anything_is_made(root: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = run_demo(root, tmp_path / "demo", taken.getsockname()[1])
+    assert done.returncode == 2
+    assert "make demo PORT=" in done.stderr
+    assert not (tmp_path / "demo").exists()

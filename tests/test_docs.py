@@ -1,0 +1,412 @@
+"""The documentation names what is there: commands, files, links, questions, packages, settings, messages."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = ROOT / "{{cookiecutter.project_slug}}"
+LEVELS = sorted(PROJECT.glob("level_*/README.md"))
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *(PROJECT / "README.md", *LEVELS),
+]
+PICTURES = sorted((ROOT / "docs").glob("*.svg"))
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def name(path: Path) -> str:
+    """The path as a test's name."""
+    return path.relative_to(ROOT).as_posix()
+
+
+pages = pytest.mark.parametrize("page", PAGES, ids=name)
+
+
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The page's fenced blocks of a language."""
+    return [text for kind, text in FENCE.findall(read(page)) if kind == language]
+
+
+def spans(page: Path) -> list[str]:
+    """The page's pieces of code within sentences and tables."""
+    return re.findall(r"`([^`\n]+)`", FENCE.sub("", read(page)))
+
+
+def section(page: Path, title: str) -> str:
+    """The text below a heading of the second level."""
+    return re.split(r"^## ", read(page).split(f"\n## {title}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
+
+
+# ── commands ────────────────────────────────────────────────────────────────────────────────────────────────
+
+# Where the commands of a page's sentences are typed.
+BOTH = {"README.md", "docs/index.md", "docs/decisions.md", "docs/gotchas.md", "CHANGELOG.md"}
+IN_TEMPLATE = {"CONTRIBUTING.md"}
+
+
+def targets(makefile: Path) -> set[str]:
+    """What a Makefile documents, and so offers."""
+    return set(re.findall(r"^([a-z0-9-]+):.*?## ", read(makefile), re.MULTILINE))
+
+
+def goals(words: list[str]) -> set[str]:
+    """The targets among the words of a call of make."""
+    return {word for word in words[1:] if "=" not in word and not word.startswith("-")}
+
+
+def calls(code: str) -> Iterator[set[str]]:
+    """The targets of each call of make in a piece of code."""
+    for call in re.findall(r"(?:^|[;&|]\s*)(make\s[^;&|>\n]*)", code):
+        yield goals(shlex.split(call.replace("…", ""), comments=True))
+
+
+@pages
+def test_every_target_is_there(page: Path) -> None:
+    offered = targets(ROOT / "Makefile") if name(page) in IN_TEMPLATE else targets(PROJECT / "Makefile")
+    if name(page) in BOTH:
+        offered |= targets(ROOT / "Makefile")
+    for code in spans(page):
+        assert all(call <= offered for call in calls(code)), code
+
+
+def typed(page: Path, template: Path, project: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Each make command of the page's bash blocks, and the folder in which a reader types it."""
+    folder = template
+    if page == PROJECT / "README.md" or page.name.startswith("level-"):
+        folder = project
+    elif page in LEVELS:
+        folder = project / page.parent.name
+    for block in blocks(page, "bash"):
+        for line in block.splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["cd"]:
+                folder = project
+            elif words[:1] == ["make"]:
+                yield folder, words
+
+
+def make(folder: Path, *words: str) -> str:
+    """Run make in a folder as a person would; nothing of this test run's own environment counts."""
+    own = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "VIRTUAL_ENV", "PYTHONPATH")
+    environment = {key: value for key, value in os.environ.items() if key not in own}
+    command = ["make", *words]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, f"make {' '.join(words)} in {folder}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+WITH_COMMANDS = [page for page in PAGES if blocks(page, "bash")]
+
+
+@pytest.mark.parametrize("page", WITH_COMMANDS, ids=name)
+def test_every_command_can_be_typed(page: Path, default_project: Path) -> None:
+    """As far as make goes without running it; test_project.py and .ci/run run the commands themselves."""
+    commands = list(typed(page, ROOT, default_project))
+    assert commands
+    for folder, words in commands:
+        project = folder if (folder / "project.yaml").exists() else folder.parent
+        assert goals(words) <= targets((ROOT if folder == ROOT else project) / "Makefile"), words
+        # `make demo` asks make what it would do in the demonstration's project: let it look into this one.
+        demo = [f"DEMO={default_project.parent}"] if "demo" in words else []
+        done = make(folder, "-n", *words[1:], *demo)
+        assert "Nothing to be done" not in done or goals(words) == {"setup"}, words
+    assert not (default_project / ".venv").exists()
+
+
+def test_the_readme_shows_the_two_commands() -> None:
+    first = blocks(ROOT / "README.md", "bash")[0]
+    assert re.findall(r"^make (\w+)", first, re.MULTILINE) == ["demo", "test"]
+
+
+@pytest.mark.parametrize("level", [page.parent.name for page in LEVELS])
+def test_make_works_inside_a_levels_folder(level: str, default_project: Path) -> None:
+    folder = default_project / level
+    assert make(folder) == make(folder, "help") == make(default_project, "help")
+    assert f"CSV='{level}/new.csv'" in make(folder, "-n", "predict", "CSV=new.csv")
+    assert level not in make(folder, "-n", "predict", "CSV=/elsewhere/new.csv")
+    assert make(folder, "-n", "level0", "SET=train.epochs=50") == "".join(
+        ["make -C .. level0 \n", make(default_project, "-n", "level0", "SET=train.epochs=50")]
+    )
+
+
+# ── files and links ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def anchors(page: Path) -> set[str]:
+    """What can stand behind # in a link to the page, as code hosts make it from the headings."""
+    titles = re.findall(r"^#+ (.+)$", FENCE.sub("", read(page)), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pages
+def test_every_link_leads_somewhere(page: Path) -> None:
+    text = re.sub(r"`[^`\n]+`", "", FENCE.sub("", read(page)))
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https://", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.is_file(), link
+        assert target.is_relative_to(PROJECT if page.is_relative_to(PROJECT) else ROOT), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_every_page_is_found_from_the_start_page() -> None:
+    start = read(ROOT / "docs" / "index.md")
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "index.md" or f"({page.name})" in start, page.name
+
+
+def tree(page: Path, holding: str) -> list[str]:
+    """The paths of the annotated tree that holds this one; each has a word about it."""
+    for block in blocks(page, "text"):
+        paths = re.findall(r"^(\S+) {2,}\S.*$", block, re.MULTILINE)
+        if holding in paths:
+            return paths
+    raise AssertionError(f"{page} has no tree with {holding}")
+
+
+def top(paths: list[str]) -> set[str]:
+    return {path.split("/")[0] for path in paths}
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", PROJECT / "README.md"], ids=name)
+def test_the_projects_tree_is_complete_and_true(page: Path, default_project: Path) -> None:
+    paths = tree(page, "project.yaml")
+    for path in paths:
+        there = default_project / path
+        assert there.is_dir() if path.endswith("/") else there.is_file(), path
+    assert top(paths) == {path.name for path in default_project.iterdir()}
+    packages = {f"src/{path.name}/" for path in (default_project / "src").iterdir()}
+    assert {path for path in paths if path.startswith("src/")} == packages
+
+
+def test_what_is_made_later_is_not_in_git() -> None:
+    ignored = {line.strip("/") for line in read(PROJECT / ".gitignore").splitlines()}
+    assert {path.strip("/") for path in tree(PROJECT / "README.md", "runs/")} <= ignored
+
+
+def test_the_templates_tree_is_complete_and_true() -> None:
+    paths = tree(ROOT / "CONTRIBUTING.md", "cookiecutter.json")
+    assert all((ROOT / path).exists() for path in paths), paths
+    ignored = {line.strip("/") for line in read(ROOT / ".gitignore").splitlines()} | {".git"}
+    assert top(paths) == {path.name for path in ROOT.iterdir()} - ignored
+
+
+def test_levels_are_promised_only_while_they_are_not_there() -> None:
+    """When a level comes, these sentences and the picture have to change."""
+    texts = [read(path) for path in (ROOT / "README.md", PROJECT / "README.md", *PICTURES)]
+    for level, folder in ((1, "level_1_pipeline"), (2, "level_2_cicd")):
+        there = (PROJECT / folder).exists()
+        assert there == (f"level{level}" in targets(PROJECT / "Makefile"))
+        row = re.search(rf"^\| .*{level} · .*$", texts[1], re.MULTILINE)
+        assert row and ("later version" in row[0]) != there
+        assert (f"`{folder}/`" in texts[0]) != there
+        assert (f"level_{level}" in " ".join(tree(PROJECT / "README.md", "project.yaml"))) == there
+
+
+# ── questions, packages, settings ───────────────────────────────────────────────────────────────────────────
+
+
+def test_every_question_every_choice_and_every_default(
+    questions: dict[str, Any], default_project: Path
+) -> None:
+    page = ROOT / "docs" / "questions.md"
+    asked = {variable: value for variable, value in questions.items() if not variable.startswith("_")}
+    assert re.findall(r"^## ([a-z_]+)$", read(page), re.MULTILINE) == list(asked)
+    for variable, value in asked.items():
+        text = section(page, variable)
+        default = value[0] if isinstance(value, list) else value
+        if variable == "project_slug":
+            default = default_project.name
+        assert re.search(rf"\*\*Default:\*\* [^\n]*`{re.escape(default)}`", text), variable
+        assert isinstance(value, list) or "**Rules:**" in text
+        assert re.findall(r"^\| `([^`]+)`", text, re.MULTILINE) == (value if isinstance(value, list) else [])
+
+
+def test_the_jobs_of_each_gpu(questions: dict[str, Any]) -> None:
+    rows = re.findall(
+        r"^\| `([^`]+)` \|.*\| (.*) \|$", section(ROOT / "docs/questions.md", "gpu"), re.MULTILINE
+    )
+    assert {gpu: re.findall(r"`([^`]+)`", jobs) for gpu, jobs in rows} == questions["_train_jobs"]
+
+
+@pytest.mark.parametrize(
+    "requirements",
+    [
+        "requirements/dev.in",
+        *(f"{PROJECT.name}/requirements/{part}" for part in ("dev.in", "torch.txt", "uv.in")),
+    ],
+)
+def test_every_package_has_its_reason(requirements: str) -> None:
+    text = " ".join(re.findall(r"\*\*([^*]+)\*\*", read(ROOT / "docs" / "decisions.md")))
+    for package in re.findall(r"^([A-Za-z0-9_.-]+)", read(ROOT / requirements), re.MULTILINE):
+        assert re.search(rf"(?<![\w-]){package}(?![\w-])", text, re.IGNORECASE), package
+
+
+FILES = {"py", "ipynb", "html", "parquet", "json", "csv"}
+
+
+@pages
+def test_every_setting_is_one_of_project_yaml(page: Path) -> None:
+    settings = yaml.safe_load(read(PROJECT / "project.yaml"))
+    lines = [line for line in read(page).splitlines() if "no such key" not in line]
+    blocks_of_settings = "|".join(key for key, value in settings.items() if isinstance(value, dict))
+    for path in re.findall(rf"(?<![\w./])((?:{blocks_of_settings})(?:\.[a-z_0-9]+)+)", "\n".join(lines)):
+        if path.split(".")[1] in FILES:
+            continue
+        found: Any = settings
+        for key in path.split("."):
+            assert isinstance(found, dict), path
+            assert key in found, path
+            found = found[key]
+
+
+@pages
+def test_every_yaml_example_is_a_part_of_project_yaml(page: Path) -> None:
+    settings = yaml.safe_load(read(PROJECT / "project.yaml"))
+    for example in blocks(page, "yaml"):
+        for key, block in yaml.safe_load(example).items():
+            assert set(block) <= set(settings[key])
+
+
+def test_the_newest_version_is_this_one(questions: dict[str, Any]) -> None:
+    versions = re.findall(
+        r"^## \[(\d+\.\d+\.\d+)\] - (?:unreleased|\d{4}-\d\d-\d\d)$", read(ROOT / "CHANGELOG.md"), re.M
+    )
+    assert versions[0] == questions["_template_version"]
+    assert versions == sorted(versions, key=lambda version: [*map(int, version.split("."))], reverse=True)
+
+
+# ── messages ────────────────────────────────────────────────────────────────────────────────────────────────
+
+# A file, the label, and the beginning of what is said about it; the whole of it stands in docs/level-0.md.
+BAD_FILES = [
+    ("", "y", "there is no file"),
+    ("customer,age,plan,post_code,spend,left\n" + "C,1,a,1,1,x\n" * 2, "digit", "there is no label column"),
+    ("x;y\n1;a\n", "y", "data/bad.csv: the columns seem"),
+    ("x,y\n1,a\n2,a,3\n3,b\n", "y", "data/bad.csv: line 3"),
+    ("x,y\n" + "".join(f"{n}{'o' * (n == 7)},{'ab'[n % 2]}\n" for n in range(1, 31)), "y", "row 7, column"),
+    ("x,y\n1,a\n2,\n3,b\n", "y", "row 2, label"),
+    ("x,y\n1,a\n2,a\n", "y", "label 'y': every row"),
+    ("x,y\n1,a\n2,a\n3,b\n", "y", "row 3, label"),
+]
+BAD_SETTINGS = ["train.epoch=50", "gate.threshold=1.5"]
+
+SAY = """
+import json, sys
+from pathlib import Path
+from project import settings
+from project.errors import UserError
+from trainer.data import prepare
+files, overrides = json.load(sys.stdin)
+messages = []
+for content, label in files:
+    path = Path("data/bad.csv" if content else "none.csv")
+    path.write_text(content) if content else None
+    try:
+        prepare(path, label, Path("train.parquet"), Path("test.parquet"))
+    except UserError as error:
+        messages.append(f"error: {error}")
+for override in overrides:
+    try:
+        settings.load(override)
+    except UserError as error:
+        messages.append(str(error).splitlines()[-1].strip())
+json.dump(messages, sys.stdout)
+"""
+
+
+def test_messages_are_the_real_ones(default_project: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "project.yaml").write_bytes((default_project / "project.yaml").read_bytes())
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", SAY],
+        input=json.dumps([[(content, label) for content, label, _ in BAD_FILES], BAD_SETTINGS]),
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(PROJECT / "src")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    messages = json.loads(done.stdout)
+    assert len(messages) == len(BAD_FILES) + len(BAD_SETTINGS)
+    text = read(ROOT / "docs" / "level-0.md")
+    for message, (_, _, beginning) in zip(messages, BAD_FILES, strict=False):
+        assert message.startswith(f"error: {beginning}")
+    for message in messages:
+        assert f"`{message}`" in text
+
+
+# ── the rest ────────────────────────────────────────────────────────────────────────────────────────────────
+
+DEVCONTAINER_KEYS = {
+    *("name", "image", "features", "remoteUser", "postCreateCommand"),
+    *("forwardPorts", "portsAttributes", "customizations"),
+}
+
+
+def test_the_dev_container() -> None:
+    container = json.loads(read(PROJECT / ".devcontainer" / "devcontainer.json"))
+    assert set(container) <= DEVCONTAINER_KEYS
+    assert re.fullmatch(r"mcr\.microsoft\.com/devcontainers/python:\d+-3\.\d+-[a-z]+", container["image"])
+    assert tuple(map(int, container["image"].split("-")[1].split("."))) >= (3, 11)
+    assert container["features"]
+    assert all(
+        re.fullmatch(r"ghcr\.io/devcontainers/features/[a-z-]+:\d+", name) for name in container["features"]
+    )
+    assert container["remoteUser"] == "vscode"
+    assert list(calls(container["postCreateCommand"])) == [{"setup"}]
+    assert container["forwardPorts"] == [8888]
+    editor = container["customizations"]["vscode"]
+    assert set(editor["extensions"]) == {"ms-python.python", "ms-toolsai.jupyter", "charliermarsh.ruff"}
+    assert editor["settings"]["python.defaultInterpreterPath"].endswith("/.venv/bin/python")
+
+
+@pytest.mark.parametrize("picture", PICTURES, ids=name)
+def test_pictures_are_well_formed(picture: Path) -> None:
+    svg = ElementTree.fromstring(read(picture))
+    assert svg.tag == "{http://www.w3.org/2000/svg}svg"
+    assert {"viewBox", "role"} <= set(svg.attrib)
+    assert "href" not in read(picture)  # it fetches nothing
+    code = re.findall(r'class="code">make (\w+)<', read(picture))
+    assert set(code) - {"level1"} <= targets(PROJECT / "Makefile")
+
+
+def test_pictures_are_described() -> None:
+    for page in PAGES:
+        assert all(re.findall(r"!\[([^\]]*)\]", read(page)))
+
+
+@pytest.mark.parametrize("path", [*PAGES, *PICTURES], ids=name)
+def test_nothing_is_left_over(path: Path) -> None:
+    text = read(path)
+    assert not re.findall(r"\b(TODO|FIXME|XXX|TBD|YOUR_\w+|DEMO_OUTPUT)\b|(?i:lorem ipsum)", text)
+    assert not re.findall(r"(?<![\w.])/(?:root|opt|tmp|work|home|Users|mnt|var)\b", text)
+    assert text.endswith("\n")
+    assert not re.findall(r"[ \t]+$", FENCE.sub("", text), re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", LEVELS, ids=name)
+def test_each_levels_page_has_the_same_headings(page: Path) -> None:
+    """Others may stand between them."""
+    titles = re.findall(r"^## (.+)$", read(page), re.MULTILINE)
+    same = ["Goal", "What is new", "Run it", "What you have now", "When to move on", "What it costs"]
+    assert [title for title in titles if title in same] == same

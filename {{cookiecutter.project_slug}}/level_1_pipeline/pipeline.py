@@ -1,0 +1,156 @@
+"""The pipeline: preprocess → train → evaluate → gate → register.
+
+Each step is a plain function, made a component by `make_pipeline`, and calls the code of src/. The same definition runs
+on this machine (make level1), in containers and in the cloud; only the images, and the train and register steps, differ.
+
+A step's function must stand on its own: kfp copies its text, so imports are inside it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from kfp import dsl
+from kfp.dsl import Artifact, Dataset, Input, Metrics, Model, Output
+
+NAME = "train-and-register"
+
+
+def preprocess(
+    csv: str,
+    label: str,
+    ignore: list,  # type: ignore[type-arg]
+    categorical: list,  # type: ignore[type-arg]
+    test_share: float,
+    split_seed: int,
+    train_data: Output[Dataset],
+    test_data: Output[Dataset],
+) -> None:
+    """Check the CSV file and split it into rows to train on and rows to test on."""
+    from pathlib import Path
+
+    from project.storage import local_path
+    from trainer.data import prepare
+
+    summary = prepare(
+        local_path(csv),
+        label,
+        Path(train_data.path),
+        Path(test_data.path),
+        ignore=ignore,
+        categorical=categorical,
+        test_share=test_share,
+        split_seed=split_seed,
+    )
+    train_data.metadata["rows"], test_data.metadata["rows"] = summary["train_rows"], summary["test_rows"]
+
+
+def train(hyperparameters: dict, train_data: Input[Dataset], model: Output[Model]) -> None:  # type: ignore[type-arg]
+    """Train on this step's own machine and save the model."""
+    import json
+    from pathlib import Path
+
+    from trainer.hyperparameters import Hyperparameters
+    from trainer.train import train as train_model
+
+    whole = {name: int(value) if float(value).is_integer() else value for name, value in hyperparameters.items()}
+    options = Hyperparameters.from_json(json.dumps(whole))  # a parameter's numbers travel as doubles
+    metrics = train_model(Path(train_data.path), Path(model.path), options)
+    model.metadata["best_epoch"] = metrics["best_epoch"]
+
+
+def evaluate(registry: str, test_data: Input[Dataset], model: Input[Model], scores: Output[Artifact]) -> None:
+    """Score the challenger, and the champion if there is one, on the same test rows."""
+    from pathlib import Path
+
+    from project.manifest import write_json
+    from project.registry import LocalRegistry
+    from trainer.evaluate import answer, score, score_champion
+
+    challenger = score(*answer(Path(model.path), Path(test_data.path)))
+    champion = score_champion(LocalRegistry(Path(registry)), Path(test_data.path))
+    write_json(Path(scores.path), {"challenger": challenger, **champion})
+    scores.metadata["accuracy"] = challenger["accuracy"]
+
+
+def gate(metric: str, threshold: float, margin: float, scores: Input[Artifact], decision: Output[Metrics]) -> bool:
+    """Good enough to be served? The reason goes into `decision`."""
+    import json
+    from pathlib import Path
+
+    from project.manifest import write_json
+    from project.registry import decide
+
+    decided = decide(json.loads(Path(scores.path).read_text()), metric, threshold, margin)
+    write_json(Path(decision.path), decided.to_json())
+    decision.metadata.update(decided.to_json())
+    print(decided.reason)
+    return decided.passed
+
+
+def register(
+    registry: str, run: str, model: Input[Model], scores: Input[Artifact], decision: Input[Metrics], version: Output[Artifact]
+) -> int:
+    """Register the challenger, and make it the champion unless another run was faster."""
+    import json
+    from pathlib import Path
+
+    from project.manifest import write_json
+    from project.registry import LocalRegistry, Overtaken
+
+    measured = json.loads(Path(scores.path).read_text())
+    metrics = {name: value for name, value in measured["challenger"].items() if isinstance(value, (int, float))}
+    reason = json.loads(Path(decision.path).read_text())["reason"]
+    models = LocalRegistry(Path(registry))
+    registered = models.register(Path(model.path), metrics, run)
+    problem = None
+    try:
+        models.promote(registered.number, reason, measured["champion_version"])
+    except Overtaken as overtaken:
+        problem = str(overtaken)
+    outcome = {"version": registered.number, "champion": problem is None, "problem": problem}
+    write_json(Path(version.path), outcome)
+    version.metadata.update(outcome)
+    return registered.number
+
+
+def make_pipeline(
+    image: str = "python:3.11-slim", train_step: Callable[..., Any] | None = None, register_step: Callable[..., Any] | None = None
+) -> Any:
+    """The pipeline, ready to run or to compile.
+
+    Args:
+        image: the image that the steps run in; on this machine without containers it is not used.
+        train_step, register_step: components that take the place of the ones here; level 2 gives its own.
+    """
+    # The image holds kfp already: without this every step would begin by installing it.
+    component = dsl.component(base_image=image, install_kfp_package=False)
+    preprocess_step, evaluate_step, gate_step = component(preprocess), component(evaluate), component(gate)
+    train_step = train_step or component(train)
+    register_step = register_step or component(register)
+
+    @dsl.pipeline(name=NAME, description="preprocess, train, evaluate, gate, register")
+    def train_and_register(
+        csv: str,
+        label: str,
+        ignore: list,  # type: ignore[type-arg]
+        categorical: list,  # type: ignore[type-arg]
+        test_share: float,
+        split_seed: int,
+        hyperparameters: dict,  # type: ignore[type-arg]
+        metric: str,
+        threshold: float,
+        margin: float,
+        registry: str,
+        run: str,
+    ) -> None:
+        rows = preprocess_step(
+            csv=csv, label=label, ignore=ignore, categorical=categorical, test_share=test_share, split_seed=split_seed
+        )
+        model = train_step(hyperparameters=hyperparameters, train_data=rows.outputs["train_data"]).outputs["model"]
+        scores = evaluate_step(registry=registry, test_data=rows.outputs["test_data"], model=model).output
+        passed = gate_step(metric=metric, threshold=threshold, margin=margin, scores=scores)
+        # On this machine kfp runs a condition only on a step's sole, unnamed value: see docs/gotchas.md of the template.
+        with dsl.If(passed.outputs["Output"] == True, name="the gate is open"):  # noqa: E712 (kfp reads the comparison)
+            register_step(registry=registry, run=run, model=model, scores=scores, decision=passed.outputs["decision"])
+
+    return train_and_register

@@ -1,0 +1,227 @@
+"""make level1: compiles the pipeline, runs it, and tells its story step by step.
+
+python -m launcher.kfp_run
+"""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from launcher import kfp_compile
+from project import runs, settings
+from project.errors import UserError, run_command
+from project.manifest import write_json
+from project.registry import LocalRegistry
+from project.runs import Run
+from trainer.csv_file import check_header
+from trainer.data import find_csv
+
+COLOUR = re.compile(r"\x1b\[\d+m")
+STARTED = re.compile(r"INFO - Executing task '([^']+)'")
+FINISHED = re.compile(r"- Task '([^']+)' finished with status (\w+)")
+LAST_LINES = 12
+
+
+@dataclass
+class Step:
+    """One step of a run."""
+
+    name: str
+    state: str = "running"  # then "succeeded" or "failed"
+    seconds: float = 0.0
+
+
+@dataclass
+class Story:
+    """What is told of a run, now and by `make status`: from the event that started it to what is served."""
+
+    run: str
+    event: str
+    started: str
+    state: str = "running"
+    steps: list[Step] = field(default_factory=list)
+    gate: dict[str, Any] | None = None
+    registered: dict[str, Any] | None = None
+    problem: str | None = None
+
+    def write(self, run: Run) -> None:
+        """Keep it in the run's folder."""
+        write_json(run.folder / "story.json", asdict(self))
+
+
+def arguments(chosen: settings.Settings, run: Run, registry: Path) -> dict[str, Any]:
+    """The pipeline's parameters, from project.yaml.
+
+    Raises:
+        UserError: there is no such file, or no such column.
+    """
+    data, gate = chosen.data, chosen.gate
+    csv = find_csv(data.source, settings.project_root() / "data").resolve()
+    check_header(csv, data.label, data.ignore, data.categorical)
+    return {
+        "csv": str(csv),
+        "label": data.label,
+        "ignore": list(data.ignore),
+        "categorical": list(data.categorical),
+        "test_share": data.test_share,
+        "split_seed": data.split_seed,
+        "hyperparameters": asdict(chosen.train),
+        "metric": gate.metric,
+        "threshold": gate.threshold,
+        "margin": gate.margin,
+        "registry": str(registry),
+        "run": run.name,
+    }
+
+
+def run_locally(run: Run, compiled: Path, values: dict[str, Any], story: Story) -> None:
+    """Run the compiled pipeline in this environment, and follow its steps.
+
+    Raises:
+        UserError: a step failed; names it and shows its last lines.
+    """
+    write_json(run.folder / "arguments.json", values)
+    root = run.folder / "steps"
+    command = [sys.executable, "-m", "launcher.kfp_local", str(compiled), str(run.folder / "arguments.json"), str(root)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8") as process:
+        output = process.stdout
+        last = follow(iter(output) if output else iter(()), run.folder / "pipeline.log", story)
+    if process.returncode != 0:
+        failed = story.steps[-1] if story.steps else Step("start")
+        failed.state = "failed"
+        show(failed)
+        raise UserError(
+            f"step '{failed.name}' failed; the champion is what it was.\n{explain(last)}\n"
+            f"The whole log: {run.folder / 'pipeline.log'}"
+        )
+
+
+def follow(lines: Iterator[str], log: Path, story: Story) -> list[str]:
+    """Keep the log, note each step's state and time, show the steps; returns the last lines of the last step."""
+    last: list[str] = []
+    began = time.monotonic()
+    with log.open("w", encoding="utf-8") as kept:
+        for coloured in lines:
+            line = COLOUR.sub("", coloured.rstrip())
+            kept.write(line + "\n")
+            if started := STARTED.search(line):
+                story.steps.append(Step(started[1]))
+                began, last = time.monotonic(), []
+                show(story.steps[-1])
+            elif (finished := FINISHED.search(line)) and story.steps:
+                step = story.steps[-1]
+                step.seconds = round(time.monotonic() - began, 1)
+                step.state = "succeeded" if finished[2] == "SUCCESS" else "failed"
+                if step.state == "succeeded":
+                    show(step)
+            elif line.strip() and not (story.steps and story.steps[-1].state == "failed"):
+                last = [*last, line.strip()][-LAST_LINES:]
+    return last
+
+
+def explain(last: list[str]) -> str:
+    """A user's mistake as its one message; anything else as the step's last lines."""
+    for line in last:
+        if "UserError: " in line:
+            return line.split("UserError: ", 1)[1]
+    return "Its last lines:\n" + "\n".join(f"    {line}" for line in last)
+
+
+def show(step: Step) -> None:
+    """One line for each step: while it runs (in a terminal only), and when it has ended."""
+    if step.state == "running":
+        if sys.stdout.isatty():
+            print(f"  ▶ {step.name:<12} …", end="\r", flush=True)
+        return
+    sign = "✓" if step.state == "succeeded" else "✗"
+    print(f"  {sign} {step.name:<12} {step.seconds:6.1f} s", flush=True)
+
+
+def output(run: Run, step: str, name: str) -> Path | None:
+    """The file or folder that a step wrote for one of its outputs; None if it did not."""
+    return next((run.folder / "steps").glob(f"*/{step}/{name}"), None)
+
+
+def conclude(run: Run, story: Story) -> None:
+    """Judge the run by what its steps wrote, not by what kfp says of it; put the results where `make runs` looks.
+
+    Raises:
+        UserError: something that must be there is not.
+    """
+    for step, name, place in (
+        ("preprocess", "train_data", run.train_data),
+        ("preprocess", "test_data", run.test_data),
+        ("train", "model", run.model),
+    ):
+        written = output(run, step, name)
+        if written is None:
+            raise UserError(f"step '{step}' ended without its output '{name}'. The whole log: {run.folder / 'pipeline.log'}")
+        place.symlink_to(written.relative_to(run.folder))
+    scores, decision = output(run, "evaluate", "scores"), output(run, "gate", "decision")
+    if scores is None or decision is None:
+        raise UserError(f"the gate made no decision. The whole log: {run.folder / 'pipeline.log'}")
+    write_json(run.evaluation, runs.read_json(scores)["challenger"])
+    story.gate = runs.read_json(decision)
+    version = output(run, "register", "version")
+    story.registered = runs.read_json(version) if version else None
+    if story.gate["passed"] and not story.registered:
+        raise UserError(f"the gate passed, but nothing was registered. The whole log: {run.folder / 'pipeline.log'}")
+
+
+def describe(registered: dict[str, Any]) -> str:
+    """What became of the registered version."""
+    number = registered["version"]
+    return (
+        f"version {number}; it is the champion"
+        if registered["champion"]
+        else f"version {number}; it is not served: {registered['problem']}"
+    )
+
+
+def summary(run: Run, story: Story, registry: LocalRegistry) -> str:
+    """What came of the run, and what to type next."""
+    champion = registry.champion()
+    gate = story.gate or {"passed": False, "reason": "it was not reached"}
+    lines = [f"\nGate: {'open' if gate['passed'] else 'closed'}, because {gate['reason']}."]
+    if story.registered:
+        lines.append(f"Registered: {describe(story.registered)}.")
+    elif champion:
+        lines.append(f"Nothing was registered. The champion stays version {champion.number}.")
+    else:
+        lines.append("Nothing was registered, and there is no champion yet.")
+    following = "make serve · make predict ROW=1 · " if champion else ""
+    return "\n".join([*lines, f"Next: {following}make status RUN={run.name} · make runs"])
+
+
+def main() -> None:
+    """Compile, run, tell."""
+    chosen = settings.load()
+    registry = runs.registry_folder()
+    run = runs.new()
+    values = arguments(chosen, run, registry)
+    run.start(chosen)
+    story = Story(run.name, f"by hand, {os.environ.get('USER') or os.getuid()}", datetime.now(UTC).isoformat(timespec="seconds"))
+    try:
+        compiled = run.folder / "pipeline.yaml"
+        kfp_compile.compile_pipeline(kfp_compile.load_definition().make_pipeline(), compiled)
+        print(f"Run {run.name}: the pipeline, compiled and checked, on {chosen.data.source}, in this environment")
+        run_locally(run, compiled, values, story)
+        conclude(run, story)
+        story.state = "succeeded"
+    except BaseException as error:
+        story.state, story.problem = "failed", str(error) or type(error).__name__
+        raise
+    finally:
+        story.write(run)
+    print(summary(run, story, LocalRegistry(registry)))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,198 @@
+"""The model registry: versions, which of them is the champion, and the gate that a challenger must pass.
+
+One interface, `Registry`; here its form for a laptop, a folder. Standard library only, so that any step can import it.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from project import manifest
+from project.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system; there a second run at the same moment must be avoided by hand
+    fcntl = None  # type: ignore[assignment]
+
+
+class Overtaken(UserError):
+    """Another run has changed the champion since this one was compared with it."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """A registered model.
+
+    Attributes:
+        model: the saved model's folder.
+        metrics: on the test rows of the run that made it.
+    """
+
+    number: int
+    model: Path
+    metrics: dict[str, float]
+    data_sha256: str
+    code_version: str
+    run: str
+    created: str
+
+
+class Registry(Protocol):
+    """What every registry can do."""
+
+    def versions(self) -> list[Version]:
+        """All versions, oldest first."""
+
+    def champion(self) -> Version | None:
+        """The version that is served; None before the first."""
+
+    def register(self, model: Path, metrics: Mapping[str, float], run: str) -> Version:
+        """Keep a copy of a saved model as a new version; it is not champion yet."""
+
+    def promote(self, number: int, reason: str, replaces: int | None) -> Version:
+        """Make a version the champion, if the champion still is `replaces`."""
+
+
+class LocalRegistry:
+    """A registry in a folder: versions/N/{model/, version.json}, champion.json, history.jsonl.
+
+    A version is there when its version.json is: it is written last. Changes are made under a lock, one run at a time.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Nothing is written before something is registered."""
+        self.folder = folder
+
+    def versions(self) -> list[Version]:
+        """All versions, oldest first."""
+        files = sorted(self.folder.glob("versions/*/version.json"), key=lambda path: int(path.parent.name))
+        return [self._read(path) for path in files]
+
+    def version(self, number: int) -> Version:
+        """One version.
+
+        Raises:
+            UserError: there is no such version.
+        """
+        path = self.folder / "versions" / str(number) / "version.json"
+        if not path.is_file():
+            known = ", ".join(str(version.number) for version in self.versions()) or "none yet"
+            raise UserError(f"there is no version {number} in {self.folder}; there are: {known}.")
+        return self._read(path)
+
+    def champion(self) -> Version | None:
+        """The version that is served; None before the first."""
+        path = self.folder / "champion.json"
+        if not path.is_file():
+            return None
+        return self.version(int(json.loads(path.read_text(encoding="utf-8"))["version"]))
+
+    def history(self) -> list[dict[str, Any]]:
+        """Every change of the champion, oldest first: version, replaces, reason, time."""
+        path = self.folder / "history.jsonl"
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+    def register(self, model: Path, metrics: Mapping[str, float], run: str) -> Version:
+        """Keep a copy of a saved model as a new version; it is not champion yet.
+
+        Raises:
+            UserError: the model is damaged.
+        """
+        document = manifest.read(model)
+        with self._locked():
+            taken = [int(path.name) for path in (self.folder / "versions").glob("*")]
+            number = max(taken, default=0) + 1
+            folder = self.folder / "versions" / str(number)
+            shutil.copytree(model, folder / "model")
+            facts = {
+                "metrics": dict(metrics),
+                "data_sha256": document.get("data_sha256", "unknown"),
+                "code_version": document.get("code_version", "unknown"),
+                "run": run,
+                "created": _now(),
+            }
+            manifest.write_json(folder / "version.json", facts)
+        return self.version(number)
+
+    def promote(self, number: int, reason: str, replaces: int | None) -> Version:
+        """Make a version the champion, if the champion still is `replaces` (None: there was none).
+
+        Raises:
+            UserError: there is no such version, or its model is damaged.
+            Overtaken: another run has changed the champion in the meantime.
+        """
+        with self._locked():
+            version, before = self.version(number), self._champion_number()
+            if before != replaces:
+                raise Overtaken(
+                    f"it was compared with champion {replaces or 'none'}, and meanwhile another run made {before} the champion; "
+                    f"to choose it all the same: make rollback VERSION={number}"
+                )
+            manifest.read(version.model)
+            change = {"version": number, "replaces": before, "reason": reason, "time": _now()}
+            manifest.write_json(self.folder / "champion.json", change)
+            with (self.folder / "history.jsonl").open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(change, ensure_ascii=False) + "\n")
+        return version
+
+    def _champion_number(self) -> int | None:
+        champion = self.champion()
+        return champion.number if champion else None
+
+    @staticmethod
+    def _read(path: Path) -> Version:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        return Version(number=int(path.parent.name), model=path.parent / "model", **facts)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        (self.folder / "versions").mkdir(parents=True, exist_ok=True)
+        with (self.folder / ".lock").open("w") as stream:
+            if fcntl:
+                fcntl.flock(stream, fcntl.LOCK_EX)
+            yield
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The gate's answer and its reason, in words."""
+
+    passed: bool
+    reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As a plain dict."""
+        return asdict(self)
+
+
+def decide(scores: Mapping[str, Any], metric: str, threshold: float, margin: float) -> Decision:
+    """The gate: a challenger passes when it reaches the threshold and is not worse than the champion by more than the margin.
+
+    Args:
+        scores: {"challenger": metrics, "champion": metrics or None, "champion_version": number or None,
+            "champion_problem": text or None}, all measured on the same test rows.
+    """
+    value, number = scores["challenger"][metric], scores["champion_version"]
+    if value < threshold:
+        return Decision(False, f"{metric} {value:.4f} does not reach the threshold {threshold:.4f}")
+    reached = f"{metric} {value:.4f} reaches the threshold {threshold:.4f}"
+    if scores["champion_problem"]:
+        return Decision(True, f"{reached}; champion {number} cannot be compared: {scores['champion_problem']}")
+    if scores["champion"] is None:
+        return Decision(True, f"{reached}; there is no champion yet")
+    other = scores["champion"][metric]
+    compared = f"champion {number} has {other:.4f} on the same test rows, margin {margin:.4f}"
+    # Compared with a little room: 0.95 - 0.05 is not 0.9 in binary.
+    if value < other - margin - 1e-12:
+        return Decision(False, f"{reached}, but {compared}")
+    return Decision(True, f"{reached}; {compared}")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,98 @@
+"""make status and make rollback: a run's story from its event to what is served, and the champion.
+
+python -m project.status                   what is served, and the last runs
+python -m project.status --run ID          one run's story
+python -m project.status --rollback N      make version N the champion again
+"""
+
+import argparse
+from typing import Any
+
+from project import runs
+from project.errors import UserError, run_command
+from project.registry import LocalRegistry
+
+LAST_RUNS = 8
+
+
+def overview(registry: LocalRegistry) -> str:
+    """What is served and why; the versions; the last runs of the pipeline."""
+    champion = registry.champion()
+    lines = []
+    if champion is None:
+        lines.append("Served: nothing yet. `make level1` trains a model and registers it if it is good enough.")
+    else:
+        change = registry.history()[-1]
+        lines += [f"Served: version {champion.number}, since {change['time']}, because {change['reason']}."]
+    versions = registry.versions()
+    if versions:
+        lines.append("\nversion  accuracy  macro F1  run                    created")
+        for version in reversed(versions):
+            mark = "*" if champion and version.number == champion.number else " "
+            scores = "  ".join(f"{version.metrics.get(name, float('nan')):8.4f}" for name in ("accuracy", "macro_f1"))
+            lines.append(f"{version.number:>6}{mark}  {scores}  {version.run:<21}  {version.created}")
+    stories = [story for run in runs.all_runs() if (story := runs.read_json(run.folder / "story.json"))]
+    if stories:
+        lines.append("\nrun                    state      gate")
+        lines += [f"{story['run']:<21}  {story['state']:<9}  {_gate(story)}" for story in stories[-LAST_RUNS:][::-1]]
+        lines.append("\nOne run's story: make status RUN=ID · another champion: make rollback VERSION=N")
+    return "\n".join(lines)
+
+
+def story(run: runs.Run, registry: LocalRegistry) -> str:
+    """Event → run → steps → gate and reason → version → what is served."""
+    told = runs.read_json(run.folder / "story.json")
+    if not told:
+        raise UserError(f"run '{run.name}' is no run of the pipeline, or there is none. `make status` lists them.")
+    lines = [f"event    {told['event']}, {told['started']}", f"run      {told['run']}: {told['state']}"]
+    lines += [f"step     {step['name']:<12} {step['state']:<10} {step['seconds']:6.1f} s" for step in told["steps"]]
+    if told["problem"]:
+        lines.append(f"problem  {told['problem']}")
+    lines.append(f"gate     {_gate(told)}")
+    registered = told["registered"]
+    number = registered["version"] if registered else None
+    lines.append(f"version  {number or 'none was registered by this run'}")
+    if registered and registered["problem"]:
+        lines.append(f"         {registered['problem']}")
+    champion = registry.champion()
+    if champion is None:
+        lines.append("served   nothing yet")
+    else:
+        whose = "this run's" if champion.number == number else f"of run {champion.run}"
+        lines.append(f"served   version {champion.number}, {whose}")
+    return "\n".join(lines)
+
+
+def _gate(told: dict[str, Any]) -> str:
+    if told["gate"] is None:
+        return "not reached"
+    return f"{'open' if told['gate']['passed'] else 'closed'}: {told['gate']['reason']}"
+
+
+def rollback(registry: LocalRegistry, number: int) -> str:
+    """Make a version the champion again, whatever its scores."""
+    champion = registry.champion()
+    if champion and champion.number == number:
+        raise UserError(f"version {number} is the champion already.")
+    served = champion.number if champion else None
+    registry.promote(number, f"it was chosen by hand (rollback from version {served or 'none'})", served)
+    return f"Version {number} is the champion. A running server takes it within a second."
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m project.status", description=__doc__.splitlines()[0])
+    parser.add_argument("--run", help="a run's id")
+    parser.add_argument("--rollback", metavar="VERSION", help="the version to serve again")
+    asked = parser.parse_args()
+    registry = LocalRegistry(runs.registry_folder())
+    if asked.rollback is not None:
+        if not asked.rollback.isdecimal():
+            raise UserError(f"VERSION={asked.rollback!r} is not a version's number. `make status` lists them.")
+        print(rollback(registry, int(asked.rollback)))
+    else:
+        print(story(runs.Run(runs.runs_folder() / asked.run), registry) if asked.run else overview(registry))
+
+
+if __name__ == "__main__":
+    run_command(main)

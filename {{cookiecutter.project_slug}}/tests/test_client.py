@@ -1,0 +1,93 @@
+"""make predict asks a running server as it asks a saved model."""
+
+import csv
+import io
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from predictor import predict
+from predictor.client import Server
+from predictor.predict import Model
+from project import runs
+from project.errors import UserError
+from project.registry import LocalRegistry
+
+
+@pytest.fixture
+def port(project, trained):
+    """A server of version 1, which came from run r1; its port."""
+    registry = LocalRegistry(runs.registry_folder())
+    registry.register(trained / "model", {"accuracy": 0.9}, "r1")
+    registry.promote(1, "the first", None)
+    (project / "runs").mkdir()
+    (project / "runs" / "r1").symlink_to(trained, target_is_directory=True)
+    command = [sys.executable, "-m", "predictor.app", "--registry", "registry", "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        greeting = server.stderr.readline()
+        found = re.search(r"http://127\.0\.0\.1:(\d+)", greeting)
+        assert found, greeting
+        yield int(found[1])
+        server.terminate()
+
+
+@pytest.fixture
+def ask(port, monkeypatch, capsys):
+    """The command line, with that server's port."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["predict", "--port", str(port), *arguments])
+        predict.main()
+        return capsys.readouterr()
+
+    return call
+
+
+def test_the_server_answers_as_the_saved_model(ask, trained):
+    served = ask("--row", "3")
+    assert "Asking the server at http://127.0.0.1:" in served.err
+    assert "version 1" in served.err
+    direct = ask("--row", "3", "--run", "r1")
+    assert "Asking the model of run r1" in direct.err
+    assert served.out == direct.out
+    assert served.out.startswith("Test row 3")
+    files = [
+        list(csv.DictReader(io.StringIO(ask("--csv", str(trained / "animals.csv"), *more).out))) for more in ((), ("--run", "r1"))
+    ]
+    assert [row["prediction"] for row in files[0]] == [row["prediction"] for row in files[1]]
+    assert np.allclose([float(row["score"]) for row in files[0]], [float(row["score"]) for row in files[1]], atol=1e-5)
+
+
+def test_many_rows_go_in_several_requests(port, trained):
+    server = Server.find(port, LocalRegistry(runs.registry_folder()))
+    table = {"width": ["1.5", "", 3] * 400, "height": [50] * 1200, "colour": ["red", None, "new"] * 400}
+    assert np.allclose(server.probabilities(table), Model.load(trained / "model").probabilities(table), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"width": 1}, "not in the data: height"),
+        ({"width": 1, "height": "tall"}, "column 'height': 'tall'"),
+        ({"width": 1, "height": None}, "the server refuses.*instance 1, column 'height'"),
+    ],
+)
+def test_a_wrong_row_is_told(ask, row, message):
+    with pytest.raises(UserError, match=message):
+        ask("--row", json.dumps(row))
+
+
+def test_a_server_that_has_gone_is_told(port, monkeypatch):
+    server = Server.find(port, LocalRegistry(runs.registry_folder()))
+    gone = Server("http://127.0.0.1:9", server.version, server.schema)
+    with pytest.raises(UserError, match="does not answer"):
+        gone.probabilities({"width": [1], "height": [2], "colour": ["red"]})
+
+
+def test_without_a_server_or_with_somebody_elses_there_is_none(port, tmp_path):
+    assert Server.find(9, LocalRegistry(runs.registry_folder())) is None
+    assert Server.find(port, LocalRegistry(tmp_path / "other")) is None

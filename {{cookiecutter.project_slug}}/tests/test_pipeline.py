@@ -1,0 +1,226 @@
+"""Level 1: the pipeline, compiled, checked and run for real. What counts is what was registered, not what kfp says."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import yaml
+from kfp import dsl
+
+from launcher import kfp_compile, kfp_run
+from project import runs, status
+from project.errors import UserError
+from project.registry import LocalRegistry
+from tests.conftest import ROOT
+from trainer.data import read_rows
+
+
+@pytest.fixture
+def pipeline_project(project, trained, monkeypatch) -> Path:
+    """A project whose data are the mixed rows of the trained model."""
+    shutil.copytree(ROOT / "level_1_pipeline", project / "level_1_pipeline", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(trained / "animals.csv", project / "animals.csv")
+    document = yaml.safe_load((project / "project.yaml").read_text())
+    document["data"].update(source="animals.csv", label="animal", ignore=["id"])
+    document["train"].update(threads=1, epochs=12, batch_size=16, learning_rate=0.01)
+    document["gate"].update(threshold=0.8)
+    (project / "project.yaml").write_text(yaml.safe_dump(document))
+    return project
+
+
+@pytest.fixture
+def registry(pipeline_project) -> LocalRegistry:
+    """Its registry."""
+    return LocalRegistry(runs.registry_folder())
+
+
+def newest_story() -> dict:
+    run = [run for run in runs.all_runs() if (run.folder / "story.json").exists()][-1]
+    return runs.read_json(run.folder / "story.json")
+
+
+def test_a_run_registers_what_the_trainer_makes(registry, trained, capsys):
+    kfp_run.main()
+    champion = registry.champion()
+    assert champion.number == 1
+    assert champion.run == newest_story()["run"]
+    weights = "model.safetensors"
+    assert (champion.model / weights).read_bytes() == (trained / "model" / weights).read_bytes()  # a level adds, it never copies
+    told = newest_story()
+    assert told["state"] == "succeeded"
+    assert [step["name"] for step in told["steps"]] == ["preprocess", "train", "evaluate", "gate", "register"]
+    assert {step["state"] for step in told["steps"]} == {"succeeded"}
+    assert told["gate"]["passed"] is True
+    assert "no champion yet" in told["gate"]["reason"]
+    out = capsys.readouterr().out
+    assert "Gate: open" in out
+    assert "Registered: version 1; it is the champion" in out
+    run = runs.find(champion.run)  # `make runs` and `make predict` see the run as any other
+    assert json.loads(run.evaluation.read_text())["accuracy"] == champion.metrics["accuracy"]
+    text = status.story(run, registry)
+    assert [line.split()[0] for line in text.splitlines()] == ["event", "run", *["step"] * 5, "gate", "version", "served"]
+    assert "this run's" in text
+
+
+def test_a_worse_model_a_tie_and_a_damaged_champion(registry, capsys, monkeypatch):
+    kfp_run.main()
+    monkeypatch.setenv("SET", "train.epochs=1 train.learning_rate=0.0001 gate.threshold=0.1")
+    kfp_run.main()  # above the threshold, and worse than the champion
+    assert [version.number for version in registry.versions()] == [1]
+    assert registry.champion().number == 1
+    assert newest_story()["state"] == "succeeded"
+    assert newest_story()["registered"] is None
+    assert "but champion 1 has" in newest_story()["gate"]["reason"]
+    assert "The champion stays version 1" in capsys.readouterr().out
+    monkeypatch.setenv("SET", "")
+    kfp_run.main()  # the same model once more: not worse
+    assert registry.champion().number == 2
+    (registry.champion().model / "model.safetensors").write_bytes(b"x")
+    kfp_run.main()
+    assert registry.champion().number == 3
+    assert "champion 2 cannot be compared" in newest_story()["gate"]["reason"]
+
+
+def test_a_wrong_column_is_told_before_anything_runs(registry, monkeypatch):
+    monkeypatch.setenv("SET", "data.label=plant")
+    with pytest.raises(UserError, match="no label column 'plant'"):
+        kfp_run.main()
+    assert runs.all_runs() == []
+
+
+def test_a_users_mistake_in_a_step_is_told_in_one_message(pipeline_project, registry, monkeypatch):
+    with (pipeline_project / "animals.csv").open("a", newline="") as stream:
+        stream.write("n301,1.5,tall,red,cat\r\n")
+    with pytest.raises(UserError, match=r"step 'preprocess' failed.*\nrow 301, column 'height': 'tall' is not a finite number"):
+        kfp_run.main()
+    assert registry.versions() == []
+    told = newest_story()
+    assert (told["state"], told["steps"][-1]["name"], told["steps"][-1]["state"]) == ("failed", "preprocess", "failed")
+    assert "column 'height'" in told["problem"]
+
+
+def test_a_step_that_breaks_is_named_with_its_last_lines(pipeline_project, registry):
+    trainer = pipeline_project / "src" / "trainer" / "train.py"
+    trainer.write_text(trainer.read_text() + "\n\ndef train(*_):\n    raise RuntimeError('the fan stopped')\n")
+    environment = {**os.environ, "PYTHONPATH": str(pipeline_project / "src")}
+    done = subprocess.run(
+        [sys.executable, "-m", "launcher.kfp_run"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "error: step 'train' failed" in done.stderr
+    assert "RuntimeError: the fan stopped" in done.stderr
+    assert "pipeline.log" in done.stderr
+    assert "✓ preprocess" in done.stdout
+    assert "✗ train" in done.stdout
+    assert registry.versions() == []
+    assert newest_story()["state"] == "failed"
+
+
+def test_two_runs_at_once_leave_one_champion(registry):
+    command = [sys.executable, "-m", "launcher.kfp_run"]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    outs = [process.communicate(timeout=240)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outs
+    assert [version.number for version in registry.versions()] == [1, 2]
+    changes = registry.history()
+    assert [change["replaces"] for change in changes] == [None, *(change["version"] for change in changes[:-1])]
+    assert registry.champion().number == changes[-1]["version"]
+    assert len({version.run for version in registry.versions()}) == 2
+
+
+def test_success_without_outputs_is_no_success(pipeline_project, registry, monkeypatch):
+    def nothing(run, *_):
+        (run.folder / "steps").mkdir()
+
+    monkeypatch.setattr(kfp_run, "run_locally", nothing)
+    with pytest.raises(UserError, match="step 'preprocess' ended without its output 'train_data'"):
+        kfp_run.main()
+    assert newest_story()["state"] == "failed"
+
+
+@dsl.component(install_kfp_package=False, base_image="example:1")
+def yes(named: dsl.OutputPath(str)) -> bool:
+    """Has a named output and an unnamed one."""
+    return True
+
+
+@dsl.component(install_kfp_package=False, base_image="example:1")
+def act() -> None:
+    """Does nothing."""
+
+
+def test_the_compiled_pipeline_is_what_it_should_be(pipeline_project, tmp_path):
+    spec = kfp_compile.compile_pipeline(kfp_compile.load_definition().make_pipeline(image="example:1"), tmp_path / "p.yaml")
+    executors = spec.deployment_spec["executors"]
+    assert {executors[name]["container"]["image"] for name in executors} == {"example:1"}
+    assert "pip install" not in (tmp_path / "p.yaml").read_text()
+    assert set(spec.root.dag.tasks) == {"preprocess", "train", "evaluate", "gate", "condition-1"}
+    conditional = spec.components[spec.root.dag.tasks["condition-1"].component_ref.name]
+    assert set(conditional.dag.tasks) == {"register"}
+
+
+def test_train_and_register_can_be_exchanged_and_nothing_else_changes(pipeline_project, tmp_path):
+    @dsl.component(install_kfp_package=False, base_image="other:1")
+    def elsewhere(hyperparameters: dict, train_data: dsl.Input[dsl.Dataset], model: dsl.Output[dsl.Model]) -> None:
+        """Stands for a GPU job."""
+
+    definition = kfp_compile.load_definition()
+    plain = kfp_compile.compile_pipeline(definition.make_pipeline(), tmp_path / "plain.yaml")
+    other = kfp_compile.compile_pipeline(definition.make_pipeline(train_step=elsewhere), tmp_path / "other.yaml")
+    assert set(other.root.dag.tasks) == {*plain.root.dag.tasks, "elsewhere"} - {"train"}
+    for step in ("preprocess", "evaluate", "gate"):
+        before, after = (s.deployment_spec["executors"][f"exec-{step}"] for s in (plain, other))
+        assert before == after
+
+
+def test_a_condition_on_a_named_output_is_refused(tmp_path):
+    @dsl.pipeline(name="wrong")
+    def wrong() -> None:
+        with dsl.If(yes().outputs["named"] == "x"):
+            act()
+
+    with pytest.raises(UserError, match="rests on the output 'named' of step 'yes'"):
+        kfp_compile.compile_pipeline(wrong, tmp_path / "wrong.yaml")
+
+
+def test_a_condition_on_the_unnamed_output_is_accepted(tmp_path):
+    @dsl.pipeline(name="right")
+    def right() -> None:
+        with dsl.If(yes().outputs["Output"] == True):  # noqa: E712
+            act()
+
+    kfp_compile.compile_pipeline(right, tmp_path / "right.yaml")
+
+
+def test_a_misspelt_field_and_a_platform_spec_are_refused(pipeline_project, tmp_path):
+    path = tmp_path / "p.yaml"
+    kfp_compile.compile_pipeline(kfp_compile.load_definition().make_pipeline(), path)
+    good = path.read_text()
+    path.write_text(good.replace("pipelineInfo:", "pipelineInformation:"))
+    with pytest.raises(UserError, match="pipelineInformation"):
+        kfp_compile.check(path)
+    path.write_text(good + "\n---\nplatforms:\n  kubernetes: {}\n")
+    with pytest.raises(UserError, match="platform spec for kubernetes"):
+        kfp_compile.check(path)
+
+
+def test_the_exercise_of_the_readme_works(pipeline_project, registry):
+    text = (ROOT / "level_1_pipeline" / "README.md").read_text()
+    step, use = (textwrap.dedent(block) for block in re.findall(r"    ```python\n(.*?)    ```", text, re.DOTALL))
+    path = pipeline_project / "level_1_pipeline" / "pipeline.py"
+    source = path.read_text()
+    source = source.replace("\n\ndef train(", f"\n\n{step}\n\ndef train(")
+    source = source.replace("        model = train_step(", textwrap.indent(use, " " * 8) + "        model = train_step(")
+    path.write_text(source)
+    kfp_run.main()
+    assert "count-classes" in [step["name"] for step in newest_story()["steps"]]
+    run = runs.find(registry.champion().run)
+    counts = runs.read_json(kfp_run.output(run, "count-classes", "counts"))
+    assert set(counts) == {"cat", "dog", "emu"}
+    assert sum(counts.values()) == len(read_rows(run.train_data)["animal"])

@@ -1,0 +1,159 @@
+"""Versions, the champion, the gate; alone and when two runs register at once."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from project import runs, status
+from project.errors import UserError
+from project.registry import LocalRegistry, Overtaken, decide
+
+
+@pytest.fixture
+def registry(tmp_path) -> LocalRegistry:
+    """An empty registry."""
+    return LocalRegistry(tmp_path / "registry")
+
+
+def test_a_version_keeps_the_model_and_where_it_came_from(registry, trained):
+    assert registry.champion() is None
+    assert registry.versions() == []
+    version = registry.register(trained / "model", {"accuracy": 0.9}, "run-1")
+    document = json.loads((trained / "model" / "model.json").read_text())
+    assert (version.number, version.metrics, version.run) == (1, {"accuracy": 0.9}, "run-1")
+    assert version.data_sha256 == document["data_sha256"]
+    assert {path.name for path in version.model.iterdir()} == {path.name for path in (trained / "model").iterdir()}
+    assert registry.champion() is None  # registering is not promoting
+    registry.promote(1, "the first", None)
+    assert registry.champion() == version
+    assert registry.history()[-1]["reason"] == "the first"
+
+
+def test_a_damaged_model_is_neither_registered_nor_promoted(registry, trained, model_copy):
+    (model_copy / "model.onnx").write_bytes(b"x")
+    with pytest.raises(UserError, match="damaged"):
+        registry.register(model_copy, {}, "run-1")
+    assert registry.versions() == []
+    version = registry.register(trained / "model", {}, "run-1")
+    (version.model / "model.onnx").write_bytes(b"x")
+    with pytest.raises(UserError, match="damaged"):
+        registry.promote(1, "", None)
+    assert registry.champion() is None
+
+
+def test_a_copy_that_was_cut_off_is_no_version_and_its_number_is_not_used_again(registry, trained):
+    (registry.folder / "versions" / "1" / "model").mkdir(parents=True)
+    assert registry.versions() == []
+    assert registry.register(trained / "model", {}, "run-1").number == 2
+
+
+def test_a_run_that_was_overtaken_does_not_replace_the_new_champion(registry, trained):
+    for number in (1, 2):
+        assert registry.register(trained / "model", {}, f"run-{number}").number == number
+    registry.promote(1, "faster", None)
+    with pytest.raises(Overtaken, match=r"compared with champion none.*another run made 1 the champion.*rollback VERSION=2"):
+        registry.promote(2, "slower", None)
+    assert registry.champion().number == 1
+    assert len(registry.history()) == 1
+
+
+def test_many_processes_register_and_promote_at_once(registry, trained):
+    code = (
+        "import sys; from pathlib import Path; from project.registry import *\n"
+        "registry = LocalRegistry(Path(sys.argv[1]))\n"
+        "for _ in range(5):\n"
+        "    version = registry.register(Path(sys.argv[2]), {}, sys.argv[3])\n"
+        "    try: registry.promote(version.number, sys.argv[3], (c := registry.champion()) and c.number)\n"
+        "    except Overtaken: pass\n"
+    )
+    command = [sys.executable, "-c", code, str(registry.folder), str(trained / "model")]
+    processes = [subprocess.Popen([*command, f"run-{number}"]) for number in range(4)]
+    assert [process.wait(timeout=120) for process in processes] == [0] * 4
+    versions = registry.versions()
+    assert [version.number for version in versions] == list(range(1, 21))
+    assert sorted(version.run for version in versions) == sorted([f"run-{n}" for n in range(4)] * 5)
+    changes = registry.history()
+    assert [change["replaces"] for change in changes] == [None, *(change["version"] for change in changes[:-1])]
+    assert registry.champion().number == changes[-1]["version"]
+
+
+def scores(challenger, champion=None, problem=None):
+    def metrics(value):
+        return None if value is None else {"accuracy": value, "macro_f1": value - 0.1}
+
+    known = champion is not None or problem
+    return {
+        "challenger": metrics(challenger),
+        "champion": metrics(champion),
+        "champion_version": 7 if known else None,
+        "champion_problem": problem,
+    }
+
+
+@pytest.mark.parametrize(
+    ("measured", "threshold", "margin", "passed", "reason"),
+    [
+        (scores(0.96), 0.95, 0.0, True, "no champion yet"),
+        (scores(0.95), 0.95, 0.0, True, "reaches the threshold"),
+        (scores(0.94), 0.95, 0.0, False, "0.9400 does not reach the threshold 0.9500"),
+        (scores(0.97, 0.96), 0.95, 0.0, True, "champion 7 has 0.9600 on the same test rows"),
+        (scores(0.96, 0.96), 0.95, 0.0, True, "champion 7 has 0.9600"),  # a tie
+        (scores(0.96, 0.97), 0.95, 0.0, False, "but champion 7 has 0.9700"),
+        (scores(0.96, 0.97), 0.95, 0.01, True, "margin 0.0100"),
+        (scores(0.9, 0.95), 0.5, 0.05, True, "margin 0.0500"),  # exactly the margin
+        (scores(0.9, 0.97), 0.95, 1.0, False, "does not reach"),  # no margin saves from the threshold
+        (scores(0.96, problem="weights changed"), 0.95, 0.0, True, "champion 7 cannot be compared: weights changed"),
+    ],
+)
+def test_the_gate(measured, threshold, margin, passed, reason):
+    decision = decide(measured, "accuracy", threshold, margin)
+    assert decision.passed is passed
+    assert reason in decision.reason
+
+
+def test_the_gate_uses_the_metric_that_is_asked_for():
+    assert decide(scores(0.96), "accuracy", 0.9, 0).passed
+    assert not decide(scores(0.96), "macro_f1", 0.9, 0).passed
+
+
+@pytest.fixture
+def served(project, trained) -> LocalRegistry:
+    """A project with two versions, of which the second is the champion."""
+    registry = LocalRegistry(runs.registry_folder())
+    registry.register(trained / "model", {"accuracy": 0.9, "macro_f1": 0.8}, "run-1")
+    registry.register(trained / "model", {"accuracy": 0.95, "macro_f1": 0.9}, "run-2")
+    registry.promote(1, "there is no champion yet", None)
+    registry.promote(2, "better", 1)
+    return registry
+
+
+def test_status_says_what_is_served_and_why(served):
+    out = status.overview(served)
+    assert "Served: version 2" in out
+    assert "because better" in out
+    assert [line.split()[0] for line in out.splitlines() if "run-" in line] == ["2*", "1"]
+
+
+def test_without_a_champion_status_says_how_to_get_one(project):
+    assert "make level1" in status.overview(LocalRegistry(runs.registry_folder()))
+
+
+def test_rollback(served, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["status", "--rollback", "1"])
+    status.main()
+    assert served.champion().number == 1
+    assert "Version 1 is the champion" in capsys.readouterr().out
+    assert "rollback from version 2" in served.history()[-1]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [("2", "the champion already"), ("9", "no version 9.*there are: 1, 2"), ("two", "not a version's number")],
+)
+def test_a_wrong_rollback_is_told(served, monkeypatch, number, message):
+    monkeypatch.setattr(sys, "argv", ["status", "--rollback", number])
+    with pytest.raises(UserError, match=message):
+        status.main()
+    assert served.champion().number == 2
