@@ -1,8 +1,10 @@
 """Shared by the tests: small CSV files, a project folder of their own, and one trained model."""
 
 import csv
+import os
 import random
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,25 @@ def project(tmp_path, monkeypatch) -> Path:
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     monkeypatch.chdir(folder)
     return folder
+
+
+@pytest.fixture
+def git(monkeypatch):
+    """Runs git in the current folder, without anybody's own settings; returns what it said and its exit code."""
+    for name in [name for name in os.environ if name.startswith("GIT_")] + ["SKIP"]:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.setenv("GIT_CONFIG_SYSTEM", os.devnull)
+    for role in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{role}_NAME", "Test")
+        monkeypatch.setenv(f"GIT_{role}_EMAIL", "test@example.com")
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["git", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", check=False
+        )
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -88,6 +88,10 @@ def test_a_server_that_has_gone_is_told(port, monkeypatch):
         gone.probabilities({"width": [1], "height": [2], "colour": ["red"]})
 
 
-def test_without_a_server_or_with_somebody_elses_there_is_none(port, tmp_path):
+def test_without_a_server_or_with_somebody_elses_there_is_none(port, tmp_path, model_copy):
     assert Server.find(9, LocalRegistry(runs.registry_folder())) is None
-    assert Server.find(port, LocalRegistry(tmp_path / "other")) is None
+    other = LocalRegistry(tmp_path / "other")
+    assert Server.find(port, other) is None
+    (model_copy / "model.json").write_text((model_copy / "model.json").read_text().replace("unknown", "another"))
+    other.register(model_copy, {}, "r1")  # a version 1 too, of another project
+    assert Server.find(port, other) is None

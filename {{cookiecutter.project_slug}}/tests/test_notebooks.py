@@ -1,6 +1,8 @@
 """Notebooks and modules are one; and they run without a browser."""
 
 import json
+import os
+import random
 import re
 
 import jupytext
@@ -100,10 +102,142 @@ def test_sync_is_repeatable_and_a_missing_half_is_made(project):
         assert path.read_bytes() == content
 
 
-def test_a_file_that_is_no_notebook_is_told(project):
-    notebooks.notebook_path("data").write_text("{}")
-    with pytest.raises(UserError, match=r"data\.ipynb"):
+def test_a_file_that_is_no_notebook_is_told_and_made_anew(project):
+    path = notebooks.notebook_path("data")
+    before = path.read_bytes()
+    path.write_text("<<<<<<< HEAD\n{}\n")
+    with pytest.raises(UserError, match=r"data\.ipynb cannot be read[\s\S]*make sync FROM=module PAIR=data"):
         notebooks.out_of_step()
+    with pytest.raises(UserError, match="cannot be read"):
+        notebooks.sync("notebook")
+    assert notebooks.sync("module") == ["data"]
+    assert path.read_bytes() == before
+
+
+# What was edited since the last commit is right: compared by content, in the working tree.
+OLD, NEW, OTHER = "min(50,", "min(40,", "min(30,"
+
+
+@pytest.fixture
+def committed(project, git):
+    """A project in git, with one commit."""
+    git("init", "--quiet")
+    git("add", "--all")
+    assert git("commit", "--quiet", "--message=first").returncode == 0
+    return project
+
+
+@pytest.mark.parametrize("half", notebooks.HALVES)
+def test_the_half_edited_since_the_last_commit_counts(committed, half, capsys, monkeypatch):
+    (edit_notebook if half == "notebook" else edit_module)("model", OLD, NEW)
+    path, other = (notebooks.shown("model", side) for side in (half, notebooks.other(half)))
+    (difference,) = notebooks.differences()
+    assert difference.edited == half
+    assert f"only {path} was edited since the last commit. Type: make sync" in str(difference)
+    monkeypatch.setattr("sys.argv", ["notebooks", "sync"])
+    notebooks.main()
+    assert f"{other} was written from {path}. Next: git add {path} {other}" in capsys.readouterr().out
+    assert NEW in (committed / other).read_text()
+    assert notebooks.out_of_step() == []
+    notebooks.main()
+    assert capsys.readouterr().out == "already in step\n"
+
+
+def both_edited():
+    edit_notebook("model", OLD, NEW)
+    edit_module("model", OLD, OTHER)
+
+
+def test_when_both_were_edited_a_person_decides_and_nothing_is_lost(committed):
+    both_edited()
+    edit_module("train", "cosine decay", "cosine decay, slowly")  # this one is clear
+    with pytest.raises(UserError, match=r"both were edited[\s\S]*FROM=notebook PAIR=model[\s\S]*FROM=module PAIR=model"):
+        notebooks.sync_edited()
+    assert notebooks.out_of_step() == ["model"]
+    assert "decay, slowly" in notebooks.notebook_path("train").read_text()
+    assert NEW in notebooks.notebook_path("model").read_text()
+    assert OTHER in notebooks.module_path("model").read_text()
+    assert notebooks.sync("notebook", ["model"]) == ["model"]
+    assert NEW in notebooks.module_path("model").read_text()
+
+
+def test_a_named_pair_leaves_the_others_alone(committed):
+    both_edited()
+    edit_module("train", "cosine decay", "cosine decay, slowly")
+    assert notebooks.sync("notebook", ["model"]) == ["model"]
+    assert notebooks.out_of_step() == ["train"]
+    assert "decay, slowly" in notebooks.module_path("train").read_text()
+
+
+def test_both_edited_alike_is_in_step(committed):
+    edit_notebook("model", OLD, NEW)
+    edit_module("model", OLD, NEW)
+    assert notebooks.differences() == []
+
+
+def test_outputs_alone_are_no_edit(committed):
+    path = notebooks.notebook_path("model")
+    notebook = nbformat.read(path, as_version=4)
+    next(cell for cell in notebook.cells if cell.cell_type == "code").outputs = [nbformat.v4.new_output("stream", text="hi")]
+    nbformat.write(notebook, path)
+    edit_module("model", OLD, NEW)
+    assert notebooks.edited_half("model") == "module"
+
+
+def test_a_fresh_clone_with_any_dates_is_in_step(committed, git, tmp_path, monkeypatch):
+    git("clone", "--quiet", str(committed), str(tmp_path / "clone"))
+    monkeypatch.chdir(tmp_path / "clone")
+    chance = random.Random(0)
+    for path in (path(name) for name in notebooks.ORDER for path in (notebooks.notebook_path, notebooks.module_path)):
+        os.utime(path, (chance.randrange(2**31), chance.randrange(2**31)))
+    assert notebooks.differences() == []
+    edit_module("model", OLD, NEW)
+    os.utime(notebooks.module_path("model"), (0, 0))  # the edit is the older file
+    assert notebooks.edited_half("model") == "module"
+
+
+def no_git(git):
+    """Nothing to compare with."""
+
+
+def no_commit(git):
+    git("init", "--quiet")
+
+
+def only_modules_committed(git):
+    git("init", "--quiet")
+    git("add", "src")
+    assert git("commit", "--quiet", "--message=first").returncode == 0
+
+
+def committed_out_of_step(git):
+    edit_notebook("model", OLD, OTHER)
+    git("init", "--quiet")
+    git("add", ".")
+    assert git("commit", "--quiet", "--message=first").returncode == 0
+
+
+@pytest.mark.parametrize("prepare", [no_git, no_commit, only_modules_committed, committed_out_of_step])
+def test_without_a_commit_to_compare_with_nothing_is_written(project, git, prepare):
+    prepare(git)
+    edit_module("model", OLD, NEW)
+    with pytest.raises(UserError, match=r"git does not tell[\s\S]*make sync FROM=notebook PAIR=model"):
+        notebooks.sync_edited()
+    assert notebooks.out_of_step() == ["model"]
+
+
+def test_a_missing_half_is_told_and_never_takes_the_other_with_it(committed):
+    notebooks.module_path("model").unlink()
+    with pytest.raises(UserError, match=r"src/trainer/model\.py is missing. Type: make sync FROM=notebook PAIR=model"):
+        notebooks.sync_edited()
+    assert notebooks.sync("notebook", ["model"]) == ["model"]
+    assert notebooks.differences() == []
+
+
+def test_an_unknown_pair_is_told(project, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["notebooks", "sync", "--from", "module", "modle"])
+    with pytest.raises(UserError, match="no pair 'modle'; there are data, model"):
+        notebooks.main()
 
 
 @pytest.fixture

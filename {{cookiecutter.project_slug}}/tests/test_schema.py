@@ -27,6 +27,11 @@ def test_rows_become_one_matrix_in_the_columns_order():
     assert np.array_equal(SCHEMA.encode(table), np.array(expected), equal_nan=True)
 
 
+def test_a_category_that_looks_like_a_number_may_arrive_as_one():
+    schema = Schema("y", (Column("c", "categorical", False, ("7", "8.5", "x")),), ("no", "yes"))
+    assert schema.encode({"c": [7, 7.0, "7", 8.5, "x", 9]}).ravel().tolist() == [1, 1, 1, 2, 3, 0]
+
+
 def test_an_optional_column_may_be_left_out():
     assert np.array_equal(SCHEMA.encode({"size": [1, 2]}), np.array([[1, math.nan, 0], [2, math.nan, 0]]), equal_nan=True)
 

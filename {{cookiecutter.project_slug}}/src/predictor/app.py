@@ -45,6 +45,7 @@ class Served:
     """A model that has answered once, and its version in the registry, if it has one."""
 
     model: Model
+    manifest_sha256: str
     version: int | None = None
 
     @classmethod
@@ -60,7 +61,7 @@ class Served:
             contract.answer(model, version, instance)
         except Exception as error:
             raise UserError(f"the model in {folder} loads but does not answer: {error}") from None
-        return cls(model, version)
+        return cls(model, manifest.sha256(folder / manifest.NAME), version)
 
 
 class Fixed:
@@ -183,7 +184,8 @@ def create_app(source: Fixed | Champion, options: Options | None = None) -> Fast
         return _json(contract.answer(served.model, served.version, body))
 
     async def health(_: Request) -> Response:
-        return _json({"status": "ok", "version": source.served.version})
+        served = source.served
+        return _json({"status": "ok", "version": served.version, "manifest_sha256": served.manifest_sha256})
 
     async def openapi(_: Request) -> Response:
         served = source.served
@@ -282,7 +284,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         listener = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        reason = error.strerror or error
+        reason = (error.strerror or str(error)).split(" (while")[0]  # the address is named already
         raise UserError(f"cannot listen on {host}, port {port}: {reason}. Another port: make serve PORT={port + 1}") from None
     # Connections inherit it. Without, head and body of an answer, written apart, may travel 40 ms apart.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

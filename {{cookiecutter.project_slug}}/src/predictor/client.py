@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from project import manifest
 from project.errors import UserError
 from project.registry import LocalRegistry
 from project.schema import Schema, parse_number
@@ -29,12 +30,15 @@ class Server:
 
     @classmethod
     def find(cls, port: int, registry: LocalRegistry) -> "Server | None":
-        """The server on this machine's port, if one answers and serves a version of the registry."""
+        """The server on this machine's port, if one answers and serves a version of this very registry."""
         address = f"http://127.0.0.1:{port}"
         try:
             with urllib.request.urlopen(f"{address}/health", timeout=HEALTH_SECONDS) as response:
-                number = json.load(response)["version"]
-            document = json.loads((registry.version(number).model / "model.json").read_text(encoding="utf-8"))
+                health = json.load(response)
+            number, saved = health["version"], registry.version(health["version"]).model / manifest.NAME
+            if manifest.sha256(saved) != health["manifest_sha256"]:
+                return None  # another project's
+            document = json.loads(saved.read_text(encoding="utf-8"))
         except (OSError, ValueError, KeyError, TypeError, UserError):
             return None
         return cls(address, number, Schema.from_json(document["schema"]))

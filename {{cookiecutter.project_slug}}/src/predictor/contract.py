@@ -237,8 +237,12 @@ def _components(schema: Schema) -> dict[str, Any]:
         },
         "Health": {
             "type": "object",
-            "properties": {"status": {"const": "ok"}, "version": version},
-            "required": ["status", "version"],
+            "properties": {
+                "status": {"const": "ok"},
+                "version": version,
+                "manifest_sha256": {"type": "string", "description": "The SHA-256 of the saved model's model.json"},
+            },
+            "required": ["status", "version", "manifest_sha256"],
         },
         "Error": {"type": "object", "properties": {"error": {"type": "string"}}, "required": ["error"]},
     }

@@ -1,7 +1,7 @@
 """What `make lint` and the commit hooks check: one table for both. Each message says what, where and what to type next.
 
 python -m project.checks                          every check on every file of the project (SKIP=types,shell leaves some out)
-python -m project.checks NAME [--fix] [FILE …]    one check, as a hook calls it; --fix mends what is safe to mend
+python -m project.checks [--fix] NAME [FILE …]    one check, as a hook calls it; --fix mends what is safe to mend
 """
 
 import argparse
@@ -35,6 +35,8 @@ SECRETS = (
     ("the key of a Google service account", re.compile(rb'"private_key(_id)?"\s*:\s*"[^"]')),
     ("a private key", re.compile(rb"-----BEGIN ([A-Z0-9]+ )*PRIVATE KEY( BLOCK)?-----|PuTTY-User-Key-File-\d")),
 )
+# Excluded files stay so, and no source is shown beside a finding: a line too long may be a key.
+RUFF = ("--quiet", "--force-exclude", "--output-format=concise", "--")
 KEY_STORES = (".p12", ".pfx", ".jks")
 MARKER = re.compile(rb"^(<{7}|>{7}|\|{7}) ", re.MULTILINE)
 SHELL = re.compile(rb"#!\s*/\S*\b(ba|da|k)?sh\b|#!\s*/usr/bin/env (-S )?(ba|da|k)?sh\b")
@@ -104,14 +106,14 @@ def _strip(notebook: Any) -> bool:
 
 # ── code ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def style(files: list[str]) -> list[str]:
-    """Ruff's rules; one line for each finding, for the source beside it could be a secret."""
+    """Ruff's rules."""
     advice = "What a rule means: .venv/bin/ruff rule CODE. Type: make format (it mends some), and mend the rest"
-    return _tool(["ruff", "check", "--quiet", "--force-exclude", "--output-format=concise", "--"], _python(files), advice)
+    return _tool(["ruff", "check", *RUFF], _python(files), advice)
 
 
 def layout(files: list[str]) -> list[str]:
     """Ruff's form of the code."""
-    return _tool(["ruff", "format", "--check", "--quiet", "--force-exclude", "--"], _python(files), "Type: make format")
+    return _tool(["ruff", "format", "--check", *RUFF], _python(files), "Type: make format")
 
 
 def types(_files: list[str]) -> list[str]:
@@ -236,7 +238,7 @@ def _secrets(file: str) -> list[tuple[str, str]]:
 def merge(files: list[str]) -> list[str]:
     """No conflict of a merge is left."""
     return [
-        f"{file}:{line}: a merge conflict is not resolved. Keep one side, remove the marker lines, then type: git add {quote(file)}"
+        f"{file}:{line}: an unresolved merge conflict. Keep one side, remove the marker lines, then type: git add {quote(file)}"
         for file in files
         for line in _lines(MARKER, Path(file).read_bytes())[:1]
     ]

@@ -73,6 +73,11 @@ def _tags(cell: nbformat.NotebookNode) -> nbformat.NotebookNode:
     return nbformat.from_dict({"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {})
 
 
+def other(half: Half) -> Half:
+    """The other half."""
+    return "module" if half == "notebook" else "notebook"
+
+
 def half_path(name: str, half: Half) -> Path:
     """Where a half of a pair lies."""
     return notebook_path(name) if half == "notebook" else module_path(name)
@@ -98,9 +103,9 @@ def current_code(name: str, half: Half) -> str | None:
     except FileNotFoundError:
         return None
     except Exception as error:  # nbformat and jupytext raise many kinds
-        path = shown(name, half)
         raise UserError(
-            f"{path} cannot be read as a {half}: {error}. Mend it, or take the last commit's: git checkout HEAD -- {path}"
+            f"{shown(name, half)} cannot be read as a {half}: {error}. "
+            f"Mend it, or make it anew from its {other(half)}: make sync FROM={other(half)} PAIR={name}"
         ) from None
 
 
@@ -153,12 +158,16 @@ class Difference(NamedTuple):
         """What is wrong and what to type, for this pair alone: another pair's right half may be the other one."""
         notebook, module = shown(self.name, "notebook"), shown(self.name, "module")
         if self.edited:
-            edited = shown(self.name, self.edited)
-            return f"{notebook} and {module} differ, and only {edited} was edited since the last commit. Type: make sync"
+            only = shown(self.name, self.edited)
+            return f"{notebook} and {module} differ: only {only} was edited since the last commit. Type: make sync"
+        for half in HALVES:
+            if not half_path(self.name, half).is_file():
+                return f"{shown(self.name, half)} is missing. Type: make sync FROM={other(half)} PAIR={self.name}"
         return (
-            f"{notebook} and {module} differ, or one is missing, and git does not tell which one is right: both were edited "
-            "since the last commit, or none has them in step. If the notebook is right, type: "
-            f"make sync FROM=notebook PAIR={self.name}; if the module is: make sync FROM=module PAIR={self.name}"
+            f"{notebook} and {module} differ, and git does not tell which one is right: both were edited since the last "
+            "commit, or none has them in step.\n"
+            f"If the notebook is right, type: make sync FROM=notebook PAIR={self.name}\n"
+            f"If the module is right, type:   make sync FROM=module PAIR={self.name}"
         )
 
 
@@ -183,25 +192,32 @@ def sync_edited(names: list[str] | None = None) -> list[str]:
 
 def sync(source: Half, names: list[str] | None = None) -> list[str]:
     """Write the other half of each pair that is out of step, or of those named; returns the names of those written."""
-    differing = [name for name in out_of_step() if name in (names or ORDER)]
+    right = {name: current_code(name, source) for name in names or ORDER}
+    for name, wanted in right.items():
+        if wanted is None:
+            raise UserError(f"{shown(name, source)} is not there. `make sync FROM={other(source)}` makes it.")
+    differing = [name for name, wanted in right.items() if wanted != _readable_code(name, other(source))]
     for name in differing:
         _write(name, source)
     return differing
 
 
+def _readable_code(name: str, half: Half) -> str | None:
+    try:
+        return current_code(name, half)
+    except UserError:  # damaged, as by a merge: it is written anew
+        return None
+
+
 def _write(name: str, source: Half) -> str:
     """Write a pair's other half; returns what was done and what to type next."""
-    path, target = half_path(name, source), half_path(name, "module" if source == "notebook" else "notebook")
-    if not path.is_file():
-        other = "module" if source == "notebook" else "notebook"
-        raise UserError(f"{shown(name, source)} is not there. `make sync FROM={other}` makes it.")
-    text = path.read_text(encoding="utf-8")
+    text, target = half_path(name, source).read_text(encoding="utf-8"), half_path(name, other(source))
     if source == "notebook":
         target.write_text(as_module(jupytext.reads(text, fmt="ipynb")), encoding="utf-8")
     else:
         target.write_text(nbformat.writes(as_notebook(text)) + "\n", encoding="utf-8")
-    written = target.relative_to(project_root()).as_posix()
-    return f"{written} was written from {shown(name, source)}. Next: git add {shown(name, source)} {written}"
+    written, right = shown(name, other(source)), shown(name, source)
+    return f"{written} was written from {right}. Next: git add {right} {written}"
 
 
 def main() -> None:
@@ -222,8 +238,7 @@ def main() -> None:
         print("\n".join(sync_edited(names)) or "already in step")
     else:
         written = sync(arguments.source, names)
-        other = "modules" if arguments.source == "notebook" else "notebooks"
-        print(f"{other} written: {', '.join(written)}" if written else "already in step")
+        print(f"{other(arguments.source)}s written: {', '.join(written)}" if written else "already in step")
 
 
 def _known(names: list[str]) -> list[str]:

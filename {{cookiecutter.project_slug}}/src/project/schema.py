@@ -98,7 +98,8 @@ class Column:
             return -1
         if not isinstance(value, (str, int, float)):
             self._refuse(row, value, "is neither text nor a number")
-        text = str(value).strip(BLANKS)
+        # JSON has no integers of its own: what was 7 in the CSV file may arrive as 7.0.
+        text = str(int(value) if isinstance(value, float) and value.is_integer() else value).strip(BLANKS)
         return self._codes.get(text, UNKNOWN) if text else -1
 
     def _refuse(self, row: int, value: object, rule: str) -> Any:
