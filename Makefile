@@ -29,6 +29,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 endif
 TORCH_FROM = $(if $(UV_FIND_LINKS)$(UV_INDEX)$(UV_DEFAULT_INDEX),,--torch-backend cpu)
 UV := $(or $(shell command -v uv),.uv/bin/uv)
+UV_BELOW = $(if $(filter /%,$(UV)),$(UV),../$(UV))# as the project's folder sees it
 
 .PHONY: setup
 setup: .venv/.ready ## Make the template's environment in .venv: the generated project's packages, and cookiecutter
@@ -51,8 +52,10 @@ setup: .venv/.ready ## Make the template's environment in .venv: the generated p
 demo: setup ## Generate a project with the default answers, climb as far as this machine allows, end with a prediction
 	@.venv/bin/python -c 'import socket; socket.create_server(("127.0.0.1", $(PORT)))' 2>/dev/null || { \
 		echo "error: port $(PORT) is in use, and the demo wants to serve a model there. Another: make demo PORT=8081" >&2; exit 2; }
+	@[ ! -e "$(DEMO)" ] || { echo "error: $(DEMO) is there already, and may hold work of yours." \
+		"Remove it (rm -r $(DEMO)), or take another: make demo DEMO=build/demo-2" >&2; exit 2; }
 	@echo "1/6  Generating a project from the default answers into $(DEMO)/"
-	@rm -rf "$(DEMO)" && mkdir -p "$(DEMO)"
+	@mkdir -p "$(DEMO)"
 	@$(BIN)/cookiecutter --no-input --output-dir "$(DEMO)" . >/dev/null
 	@$(MAKE) demo-in-project PROJECT="$$(echo "$(DEMO)"/*)"
 
@@ -71,7 +74,8 @@ demo-in-project:
 	@echo "6/6  Serving the champion, and asking it for a test image: make serve, make predict ROW=1"
 	@(cd "$(PROJECT)" && exec .venv/bin/python -m predictor.app --registry registry --port $(PORT)) & server=$$!; \
 		trap 'kill $$server && wait $$server || true' EXIT; \
-		for _ in {1..60}; do $(BIN)/python -c "$(IS_UP)" 2>/dev/null && break; kill -0 $$server; sleep 0.5; done; \
+		for _ in {1..60}; do $(BIN)/python -c "$(IS_UP)" 2>/dev/null && break; sleep 0.5; done; \
+		$(BIN)/python -c "$(IS_UP)" || exit 2; \
 		$(IN) predict ROW=1
 	@echo
 	@echo "The server is stopped. The project is in $(PROJECT), its reports in $$(ls -d "$(PROJECT)"/runs/*/data.html | xargs dirname)."
@@ -90,17 +94,17 @@ lint: setup ## Check style and types, of the template and of the project where i
 	@$(BIN)/ruff check hooks tests
 	@$(BIN)/ruff format --check hooks tests
 	@# project.yaml has its values only in a generated project: its check is left out here.
-	@PYTHONPATH=src $(MAKE) -C '$(PROJECT)' lint SKIP=settings VENV='$(CURDIR)/.venv' UV='$(abspath $(UV))'
+	@PYTHONPATH=src $(MAKE) -C '$(PROJECT)' lint SKIP=settings VENV=../.venv UV='$(UV_BELOW)'
 
 .PHONY: format
 format: setup ## Put the code into the usual form, the notebooks with it
 	@$(BIN)/ruff check --fix hooks tests
 	@$(BIN)/ruff format hooks tests
-	@PYTHONPATH=src $(MAKE) -C '$(PROJECT)' format VENV='$(CURDIR)/.venv' UV='$(abspath $(UV))'
+	@PYTHONPATH=src $(MAKE) -C '$(PROJECT)' format VENV=../.venv UV='$(UV_BELOW)'
 
 .PHONY: lock
 lock: | $(UV) ## Write all locks anew
-	@$(MAKE) -C '$(PROJECT)' lock UV='$(abspath $(UV))'
+	@$(MAKE) -C '$(PROJECT)' lock UV='$(UV_BELOW)'
 	@$(UV) pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header --upgrade \
 		--constraint '$(PROJECT)/requirements/dev.txt' requirements/dev.in --output-file requirements/dev.txt
 

@@ -43,6 +43,14 @@ def test_the_demo_climbs_to_level_1_and_ends_with_a_prediction(root: Path, tmp_p
     shutil.rmtree(tmp_path / "demo")
 
 
+def test_a_folder_that_is_there_is_left_alone(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    done = run_demo(root, tmp_path, free_port())
+    assert done.returncode == 2
+    assert "make demo DEMO=" in done.stderr
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
 def test_a_port_in_use_is_told_before_anything_is_made(root: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         done = run_demo(root, tmp_path / "demo", taken.getsockname()[1])

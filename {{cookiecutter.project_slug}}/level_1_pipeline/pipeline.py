@@ -63,11 +63,11 @@ def evaluate(registry: str, test_data: Input[Dataset], model: Input[Model], scor
     from pathlib import Path
 
     from project.manifest import write_json
-    from project.registry import LocalRegistry
+    from project.registry import open_registry
     from trainer.evaluate import answer, score, score_champion
 
     challenger = score(*answer(Path(model.path), Path(test_data.path)))
-    champion = score_champion(LocalRegistry(Path(registry)), Path(test_data.path))
+    champion = score_champion(open_registry(registry), Path(test_data.path))
     write_json(Path(scores.path), {"challenger": challenger, **champion})
     scores.metadata["accuracy"] = challenger["accuracy"]
 
@@ -95,12 +95,12 @@ def register(
     from pathlib import Path
 
     from project.manifest import write_json
-    from project.registry import LocalRegistry, Overtaken
+    from project.registry import Overtaken, open_registry
 
     measured = json.loads(Path(scores.path).read_text())
     metrics = {name: value for name, value in measured["challenger"].items() if isinstance(value, (int, float))}
     reason = json.loads(Path(decision.path).read_text())["reason"]
-    models = LocalRegistry(Path(registry))
+    models = open_registry(registry)
     registered = models.register(Path(model.path), metrics, run)
     problem = None
     try:

@@ -2,7 +2,6 @@
 
 import csv
 import hashlib
-import json
 import math
 import subprocess
 import sys
@@ -99,7 +98,7 @@ def test_kinds_follow_from_all_values(make_csv, prepare):
 def test_schema_knows_categories_missing_values_and_classes(tmp_path):
     rows = "('a', 1.5, '10'), ('a', 2, '9'), ('b', NULL, '8'), ('b', 4, '10'), (NULL, 5, '9'), ('once', 6, '8')"
     path = tmp_path / "train.parquet"
-    origin = """KV_METADATA {origin: '{"label": "y", "sha256": "0"}'}"""
+    origin = """KV_METADATA {origin: '{"label": "y", "sha256": "0", "split": "0"}'}"""
     duckdb.execute(f"COPY (SELECT c, n::DOUBLE AS n, y FROM (VALUES {rows}) t(c, n, y)) TO '{path}' (FORMAT parquet, {origin})")
     assert data.read_rows(path)["c"].tolist() == ["a", "a", "b", "b", None, "once"]
     assert np.array_equal(data.read_rows(path)["n"], [1.5, 2, math.nan, 4, 5, 6], equal_nan=True)
@@ -271,9 +270,11 @@ def test_paths_are_taken_from_the_project_folder(tmp_path):
 
 def test_origin_is_kept_with_the_rows(mixed_csv, tmp_path):
     data.prepare(mixed_csv, "animal", tmp_path / "a.parquet", tmp_path / "b.parquet")
-    expected = {"label": "animal", "sha256": hashlib.sha256(mixed_csv.read_bytes()).hexdigest()}
-    assert data.read_origin(tmp_path / "a.parquet") == expected == data.read_origin(tmp_path / "b.parquet")
-    assert json.dumps(expected)
+    origin = data.read_origin(tmp_path / "a.parquet")
+    assert origin == data.read_origin(tmp_path / "b.parquet")
+    assert (origin["label"], origin["sha256"]) == ("animal", hashlib.sha256(mixed_csv.read_bytes()).hexdigest())
+    data.prepare(mixed_csv, "animal", tmp_path / "c.parquet", tmp_path / "d.parquet", split_seed=1)
+    assert data.read_origin(tmp_path / "c.parquet")["split"] != origin["split"]
     duckdb.execute(f"COPY (SELECT 1 AS x) TO '{tmp_path / 'other.parquet'}' (FORMAT parquet)")
     with pytest.raises(UserError, match=r"not written by trainer\.data"):
         data.read_rows(tmp_path / "other.parquet")

@@ -50,6 +50,19 @@ def test_scaling_never_gives_nan(numbers):
     assert scaled.abs().max() <= Scaling.LIMIT
 
 
+def test_no_64_bit_number_is_sent_to_the_device(monkeypatch):
+    """MPS refuses them."""
+    schema, features, labels = blobs(60)
+    sent = []
+    to = torch.nn.Module.to
+    monkeypatch.setattr(
+        torch.nn.Module, "to", lambda module, *given: sent.extend(module.state_dict().values()) or to(module, *given)
+    )
+    trained(schema, features, labels, epochs=1)
+    assert sent
+    assert all(tensor.dtype != torch.float64 for tensor in sent)
+
+
 def test_an_untrained_network_has_no_opinion_on_an_unknown_category():
     network = Network(Schema("y", (Column("c", "categorical", True, ("a", "b")),), (0, 1)))
     assert network.embeddings[0].weight[0].tolist() == [0, 0]

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import sys
 
 import jupytext
 import nbformat
@@ -11,6 +12,7 @@ import pytest
 
 from project import level0, notebooks, runs
 from project.errors import UserError
+from trainer import model as trainer_model
 
 
 def edit_notebook(name, old, new):
@@ -70,6 +72,15 @@ def test_the_chosen_side_wins_when_both_were_edited(project):
     notebooks.sync("module")
     assert "min(30," in notebooks.notebook_path("model").read_text()
     assert "min(40," not in notebooks.notebook_path("model").read_text()
+
+
+def test_a_kernel_that_loaded_older_code_is_told_to_restart(project, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trainer.model", trainer_model)  # as in a kernel that has run train.ipynb
+    notebooks.require_in_step()
+    edit_module("model", "min(50,", "min(40,")
+    notebooks.sync("module")
+    with pytest.raises(UserError, match=r"src/trainer/model\.py was changed since this kernel loaded it.*Restart"):
+        notebooks.require_in_step()
 
 
 def test_modification_times_do_not_count(project):

@@ -94,6 +94,23 @@ def test_a_wrong_column_is_told_before_anything_runs(registry, monkeypatch):
     assert runs.all_runs() == []
 
 
+@pytest.mark.parametrize("edit", [("hidden // 2", "hidden // 4"), ("nn.ReLU()", "nn.Sigmoid()")], ids=["shape", "meaning"])
+def test_the_champion_is_scored_as_it_is_served_whatever_became_of_the_model(pipeline_project, registry, edit):
+    kfp_run.main()
+    served = registry.champion().metrics["accuracy"]
+    model = pipeline_project / "src" / "trainer" / "model.py"
+    assert edit[0] in model.read_text()
+    model.write_text(model.read_text().replace(*edit))
+    environment = {**os.environ, "PYTHONPATH": str(pipeline_project / "src")}
+    done = subprocess.run(
+        [sys.executable, "-m", "launcher.kfp_run"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "champion_problem" not in newest_story()
+    scores = kfp_run.output(runs.Run(runs.runs_folder() / newest_story()["run"]), "evaluate", "scores")
+    assert runs.read_json(scores)["champion"]["accuracy"] == served
+
+
 def test_a_users_mistake_in_a_step_is_told_in_one_message(pipeline_project, registry, monkeypatch):
     with (pipeline_project / "animals.csv").open("a", newline="") as stream:
         stream.write("n301,1.5,tall,red,cat\r\n")
@@ -167,13 +184,28 @@ def test_the_compiled_pipeline_is_what_it_should_be(pipeline_project, tmp_path):
 
 def test_train_and_register_can_be_exchanged_and_nothing_else_changes(pipeline_project, tmp_path):
     @dsl.component(install_kfp_package=False, base_image="other:1")
+    def announce(
+        registry: str,
+        run: str,
+        model: dsl.Input[dsl.Model],
+        scores: dsl.Input[dsl.Artifact],
+        decision: dsl.Input[dsl.Metrics],
+        version: dsl.Output[dsl.Artifact],
+    ) -> int:
+        """Stands for the cloud's registry."""
+
+    @dsl.component(install_kfp_package=False, base_image="other:1")
     def elsewhere(hyperparameters: dict, train_data: dsl.Input[dsl.Dataset], model: dsl.Output[dsl.Model]) -> None:
         """Stands for a GPU job."""
 
     definition = kfp_compile.load_definition()
     plain = kfp_compile.compile_pipeline(definition.make_pipeline(), tmp_path / "plain.yaml")
-    other = kfp_compile.compile_pipeline(definition.make_pipeline(train_step=elsewhere), tmp_path / "other.yaml")
+    other = kfp_compile.compile_pipeline(
+        definition.make_pipeline(train_step=elsewhere, register_step=announce), tmp_path / "other.yaml"
+    )
     assert set(other.root.dag.tasks) == {*plain.root.dag.tasks, "elsewhere"} - {"train"}
+    conditional = other.components[other.root.dag.tasks["condition-1"].component_ref.name]
+    assert set(conditional.dag.tasks) == {"announce"}
     for step in ("preprocess", "evaluate", "gate"):
         before, after = (s.deployment_spec["executors"][f"exec-{step}"] for s in (plain, other))
         assert before == after

@@ -1,6 +1,7 @@
 """Versions, the champion, the gate; alone and when two runs register at once."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -8,7 +9,8 @@ import pytest
 
 from project import runs, status
 from project.errors import UserError
-from project.registry import LocalRegistry, Overtaken, decide
+from project.registry import LocalRegistry, Overtaken, decide, open_registry
+from trainer.evaluate import score_champion
 
 
 @pytest.fixture
@@ -57,6 +59,35 @@ def test_a_run_that_was_overtaken_does_not_replace_the_new_champion(registry, tr
         registry.promote(2, "slower", None)
     assert registry.champion().number == 1
     assert len(registry.history()) == 1
+
+
+def test_files_of_a_desktop_are_nothing_to_the_registry(registry, trained):
+    registry.register(trained / "model", {}, "run-1")
+    registry.promote(1, "the first", None)
+    for folder in (registry.folder / "versions", registry.folder / "versions" / "1" / "model"):
+        (folder / ".DS_Store").write_bytes(b"x")
+    assert registry.register(registry.champion().model, {}, "run-2").number == 2
+    assert registry.promote(2, "better", 1).number == 2
+
+
+def test_a_lost_champion_can_be_replaced(project, trained):
+    registry = open_registry(str(runs.registry_folder()))
+    for number in (1, 2):
+        registry.register(trained / "model", {"accuracy": 0.9}, f"run-{number}")
+        registry.promote(number, "better", number - 1 or None)
+    shutil.rmtree(registry.folder / "versions" / "2")
+    found = score_champion(registry, trained / "test.parquet")
+    assert found["champion"] is None
+    assert found["champion_version"] == 2
+    assert "no version 2" in found["champion_problem"]
+    assert "the champion is lost" in status.overview(registry)
+    assert status.rollback(registry, 1)
+    assert registry.champion().number == 1
+    for broken in ("", "[]", "{}", '{"version": "x"}'):
+        (registry.folder / "champion.json").write_text(broken)
+        assert "make level1" in status.overview(registry)
+        assert status.rollback(registry, 1)
+        assert registry.champion().number == 1
 
 
 def test_many_processes_register_and_promote_at_once(registry, trained):

@@ -39,6 +39,8 @@ CHANGES = {
     "unknown key below": ("cloud.serve.machin", "x", ["cloud.serve.machin", "did you mean 'machine'"]),
     "wrong type": ("train.epochs", "many", ["train.epochs", "valid integer", "'many'"]),
     "a truth value for a number": ("train.epochs", True, ["train.epochs", "True"]),
+    "a truth value for a share": ("gate.margin", True, ["gate.margin", "should be a number", "True"]),
+    "a truth value for a rate": ("train.learning_rate", True, ["train.learning_rate", "should be a number"]),
     "out of range": ("gate.threshold", 1.5, ["gate.threshold", "less than or equal to 1", "1.5"]),
     "negative": ("train.learning_rate", -1, ["train.learning_rate", "greater than 0"]),
     "no such choice": ("gate.metric", "rmse", ["gate.metric", "'accuracy' or 'macro_f1'"]),
@@ -85,7 +87,7 @@ def test_a_file_that_is_no_settings(project, text, message):
         load("")
 
 
-@pytest.mark.parametrize("overrides", ["epochs", "train.epochs", "nope.x=1", "train.epochs.x=1", "=3"])
+@pytest.mark.parametrize("overrides", ["epochs", "train.epochs", "nope.x=1", "train.epochs.x=1", "=3", "train.epochs='5"])
 def test_a_malformed_override_is_told(project, overrides):
     with pytest.raises(UserError, match="SET"):
         load(overrides)

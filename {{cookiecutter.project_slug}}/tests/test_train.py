@@ -15,8 +15,9 @@ import torch
 
 from project.errors import UserError
 from project.storage import local_path
-from trainer import runtime
+from trainer import data, runtime
 from trainer import train as module
+from trainer.evaluate import evaluate
 from trainer.hyperparameters import Hyperparameters
 from trainer.train import hold_back, train
 
@@ -78,6 +79,13 @@ def test_a_checkpoint_of_another_run_or_a_broken_one_is_not_used(trained, tmp_pa
     (tmp_path / "checkpoints" / "checkpoint.safetensors").write_bytes(b"broken")
     train(trained / "train.parquet", tmp_path / "b", options, tmp_path / "checkpoints")
     assert weights_hash(tmp_path / "a") == weights_hash(tmp_path / "b") == weights_hash(trained / "model")
+
+
+def test_a_model_is_not_scored_on_rows_that_it_may_have_seen(trained, tmp_path):
+    data.prepare(trained / "animals.csv", "animal", tmp_path / "train", tmp_path / "test", ignore=["id"], split_seed=5)
+    with pytest.raises(UserError, match="divided anew"):
+        evaluate(trained / "model", tmp_path / "test", tmp_path / "metrics.json")
+    assert not (tmp_path / "metrics.json").exists()
 
 
 def test_nothing_is_pickled_or_unpickled(trained, tmp_path, options, monkeypatch):

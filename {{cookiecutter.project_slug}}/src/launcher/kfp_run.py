@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import kfp_compile
-from project import runs, settings
+from project import git, runs, settings
 from project.errors import UserError, run_command
 from project.manifest import write_json
 from project.registry import LocalRegistry
@@ -90,7 +90,10 @@ def run_locally(run: Run, compiled: Path, values: dict[str, Any], story: Story) 
     write_json(run.folder / "arguments.json", values)
     root = run.folder / "steps"
     command = [sys.executable, "-m", "launcher.kfp_local", str(compiled), str(run.folder / "arguments.json"), str(root)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8") as process:
+    environment = {"CODE_VERSION": git.version(), **os.environ}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", env=environment
+    ) as process:
         output = process.stdout
         last = follow(iter(output) if output else iter(()), run.folder / "pipeline.log", story)
     if process.returncode != 0:
@@ -187,13 +190,13 @@ def describe(registered: dict[str, Any]) -> str:
 
 def summary(run: Run, story: Story, registry: LocalRegistry) -> str:
     """What came of the run, and what to type next."""
-    champion = registry.champion()
+    champion = registry.champion_number()
     gate = story.gate or {"passed": False, "reason": "it was not reached"}
     lines = [f"\nGate: {'open' if gate['passed'] else 'closed'}, because {gate['reason']}."]
     if story.registered:
         lines.append(f"Registered: {describe(story.registered)}.")
     elif champion:
-        lines.append(f"Nothing was registered. The champion stays version {champion.number}.")
+        lines.append(f"Nothing was registered. The champion stays version {champion}.")
     else:
         lines.append("Nothing was registered, and there is no champion yet.")
     following = "make serve · make predict ROW=1 · " if champion else ""

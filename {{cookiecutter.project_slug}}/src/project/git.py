@@ -33,6 +33,12 @@ def files() -> list[str]:
     return sorted(set(done.stdout.split("\0")) - {""}) if done.returncode == 0 else []
 
 
+def version() -> str:
+    """The commit that the code is at, with "-dirty" behind it when files were edited since; "unknown" without one."""
+    done = run("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
 def at_last_commit(path: Path) -> str | None:
     """The file's text in HEAD; None when there is no git, no commit, or no such file in it."""
     done = run("git", "-C", str(path.parent), "show", f"HEAD:./{path.name}")

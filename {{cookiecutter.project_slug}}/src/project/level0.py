@@ -11,7 +11,7 @@ from nbclient.exceptions import CellExecutionError
 from nbconvert import HTMLExporter
 from tqdm import tqdm
 
-from project import notebooks, runs, settings
+from project import git, notebooks, runs, settings
 from project.errors import UserError, run_command
 from project.manifest import write_bytes
 from trainer.csv_file import check_header
@@ -38,7 +38,7 @@ def execute(name: str, run: runs.Run, place: str) -> float:
             on_cell_executed=lambda **_: bar.update(),
         )
         try:
-            client.execute(env={**os.environ, "RUN": run.name, "TQDM_MININTERVAL": "1"})
+            client.execute(env={"CODE_VERSION": git.version(), **os.environ, "RUN": run.name, "TQDM_MININTERVAL": "1"})
         except CellExecutionError as error:
             raise UserError(_explain(error, name, str(report))) from None
         finally:

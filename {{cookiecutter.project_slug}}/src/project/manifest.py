@@ -44,7 +44,7 @@ def write(folder: Path, document: dict[str, Any]) -> None:
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(folder.iterdir())
-        if path.name != NAME
+        if path.name != NAME and not path.name.startswith(".")
     }
     write_json(folder / NAME, {"format": FORMAT, **document, "files": files})
 
@@ -70,7 +70,8 @@ def read(folder: Path) -> dict[str, Any]:
     if document["format"] != FORMAT:
         raise UserError(f"{path} has format {document['format']}; this code reads format {FORMAT}.")
     problems = [problem for name, entry in files.items() if (problem := _compare(folder / name, entry))]
-    problems += [f"{p.name} is not in the manifest" for p in folder.iterdir() if p.name not in {NAME, *files}]
+    present = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}  # a desktop leaves its own there
+    problems += [f"{name} is not in the manifest" for name in sorted(present - {NAME, *files})]
     if problems:
         raise UserError(f"the saved model in {folder} is damaged: {'; '.join(problems)}. Train again, or take another copy.")
     return document

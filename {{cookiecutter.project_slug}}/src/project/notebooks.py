@@ -11,6 +11,7 @@ is not staged, so the working tree is then what will be committed.
 
 import argparse
 import hashlib
+import sys
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -119,8 +120,21 @@ def _in_step(name: str) -> bool:
     return notebook is not None and notebook == current_code(name, "module")
 
 
+_seen: dict[Path, bytes] = {}  # the modules as they were when this kernel first looked
+
+
 def require_in_step() -> None:
-    """Raises UserError when a notebook and its module differ: training would use code that nobody sees here."""
+    """Raises UserError when training would use code that nobody sees here.
+
+    That is so when a notebook and its module differ, and when a module was changed since this kernel has loaded it.
+    """
+    for path in sorted(module_path("data").parent.glob("*.py")):
+        first = _seen.setdefault(path, path.read_bytes())
+        if first != path.read_bytes() and f"trainer.{path.stem}" in sys.modules:
+            raise UserError(
+                f"src/trainer/{path.name} was changed since this kernel loaded it. "
+                "Choose Kernel ▸ Restart Kernel and Run All Cells."
+            )
     differing = out_of_step()
     if differing:
         raise UserError(

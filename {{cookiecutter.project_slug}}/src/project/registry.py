@@ -52,6 +52,9 @@ class Registry(Protocol):
     def champion(self) -> Version | None:
         """The version that is served; None before the first."""
 
+    def champion_number(self) -> int | None:
+        """Its number, also when the version itself is lost."""
+
     def register(self, model: Path, metrics: Mapping[str, float], run: str) -> Version:
         """Keep a copy of a saved model as a new version; it is not champion yet."""
 
@@ -71,8 +74,8 @@ class LocalRegistry:
 
     def versions(self) -> list[Version]:
         """All versions, oldest first."""
-        files = sorted(self.folder.glob("versions/*/version.json"), key=lambda path: int(path.parent.name))
-        return [self._read(path) for path in files]
+        numbers = [number for number in self._numbers() if self._path(number).is_file()]
+        return [self._read(self._path(number)) for number in numbers]
 
     def version(self, number: int) -> Version:
         """One version.
@@ -80,18 +83,33 @@ class LocalRegistry:
         Raises:
             UserError: there is no such version.
         """
-        path = self.folder / "versions" / str(number) / "version.json"
+        path = self._path(number)
         if not path.is_file():
             known = ", ".join(str(version.number) for version in self.versions()) or "none yet"
             raise UserError(f"there is no version {number} in {self.folder}; there are: {known}.")
         return self._read(path)
 
     def champion(self) -> Version | None:
-        """The version that is served; None before the first."""
-        path = self.folder / "champion.json"
-        if not path.is_file():
+        """The version that is served; None before the first.
+
+        Raises:
+            UserError: it is lost.
+        """
+        number = self.champion_number()
+        return None if number is None else self.version(number)
+
+    def champion_number(self) -> int | None:
+        """Its number, also when the version itself is lost; None before the first, and when nobody can tell."""
+        change = self.last_change()
+        return change["version"] if change else None
+
+    def last_change(self) -> dict[str, Any] | None:
+        """When and why the champion became it; None when there is none, or champion.json cannot be read."""
+        try:
+            change = json.loads((self.folder / "champion.json").read_text(encoding="utf-8"))
+            return {**change, "version": int(change["version"])}
+        except (OSError, ValueError, KeyError, TypeError):
             return None
-        return self.version(int(json.loads(path.read_text(encoding="utf-8"))["version"]))
 
     def history(self) -> list[dict[str, Any]]:
         """Every change of the champion, oldest first: version, replaces, reason, time."""
@@ -106,10 +124,9 @@ class LocalRegistry:
         """
         document = manifest.read(model)
         with self._locked():
-            taken = [int(path.name) for path in (self.folder / "versions").glob("*")]
-            number = max(taken, default=0) + 1
+            number = max(self._numbers(), default=0) + 1
             folder = self.folder / "versions" / str(number)
-            shutil.copytree(model, folder / "model")
+            shutil.copytree(model, folder / "model", ignore=shutil.ignore_patterns(".*"))
             facts = {
                 "metrics": dict(metrics),
                 "data_sha256": document.get("data_sha256", "unknown"),
@@ -128,7 +145,7 @@ class LocalRegistry:
             Overtaken: another run has changed the champion in the meantime.
         """
         with self._locked():
-            version, before = self.version(number), self._champion_number()
+            version, before = self.version(number), self.champion_number()
             if before != replaces:
                 raise Overtaken(
                     f"it was compared with champion {replaces or 'none'}, and meanwhile another run made {before} the champion; "
@@ -141,9 +158,11 @@ class LocalRegistry:
                 stream.write(json.dumps(change, ensure_ascii=False) + "\n")
         return version
 
-    def _champion_number(self) -> int | None:
-        champion = self.champion()
-        return champion.number if champion else None
+    def _numbers(self) -> list[int]:
+        return sorted(int(path.name) for path in self.folder.glob("versions/*") if path.name.isdecimal())
+
+    def _path(self, number: int) -> Path:
+        return self.folder / "versions" / str(number) / "version.json"
 
     @staticmethod
     def _read(path: Path) -> Version:
@@ -157,6 +176,11 @@ class LocalRegistry:
             if fcntl:
                 fcntl.flock(stream, fcntl.LOCK_EX)
             yield
+
+
+def open_registry(address: str) -> LocalRegistry:
+    """The registry at an address: a folder. Steps of the pipeline use this, so that another kind needs no other steps."""
+    return LocalRegistry(Path(address))
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from project.errors import UserError
-from trainer.hyperparameters import Hyperparameters
+from trainer.hyperparameters import Hyperparameters, Number
 
 FILE = "project.yaml"
 
-Share = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[Number, Field(ge=0, le=1)]
 UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")  # pydantic's names for it
 SAMPLES = ("digits", "wine", "breast_cancer")
 
@@ -39,7 +39,7 @@ class Data(Block):
     label: Annotated[str, Field(strict=True, min_length=1)]
     ignore: tuple[Annotated[str, Field(strict=True)], ...] = ()
     categorical: tuple[Annotated[str, Field(strict=True)], ...] = ()
-    test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    test_share: Annotated[Number, Field(gt=0, lt=1)] = 0.2
     split_seed: Annotated[int, Field(strict=True, ge=0)] = 0
 
     @model_validator(mode="after")
@@ -75,8 +75,8 @@ class Serve(Block):
     """The endpoint's machine, its fewest and most replicas, and a new version's first share of the traffic."""
 
     machine: str
-    replicas: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
-    canary_percent: Annotated[int, Field(ge=1, le=100)]
+    replicas: tuple[Annotated[int, Field(strict=True, ge=1)], Annotated[int, Field(strict=True, ge=1)]]
+    canary_percent: Annotated[int, Field(strict=True, ge=1, le=100)]
 
     @model_validator(mode="after")
     def _ordered(self) -> "Serve":
@@ -162,7 +162,11 @@ class _Loader(yaml.SafeLoader):
 
 
 def _override(document: dict[str, Any], overrides: str) -> None:
-    for assignment in shlex.split(overrides):
+    try:
+        assignments = shlex.split(overrides)
+    except ValueError as error:
+        raise UserError(f"SET: {overrides!r} cannot be read: {error}.") from None
+    for assignment in assignments:
         path, equals, value = assignment.partition("=")
         *parents, key = path.split(".")
         block: Any = document

@@ -10,20 +10,21 @@ from typing import Any
 
 from project import runs
 from project.errors import UserError, run_command
-from project.registry import LocalRegistry
+from project.registry import LocalRegistry, Version
 
 LAST_RUNS = 8
 
 
 def overview(registry: LocalRegistry) -> str:
     """What is served and why; the versions; the last runs of the pipeline."""
-    champion = registry.champion()
-    lines = []
-    if champion is None:
+    champion, lost = _champion(registry)
+    change, lines = registry.last_change(), []
+    if lost:
+        lines.append(f"Served: the champion is lost: {lost} Choose another: make rollback VERSION=N")
+    elif champion is None or change is None:
         lines.append("Served: nothing yet. `make level1` trains a model and registers it if it is good enough.")
     else:
-        change = registry.history()[-1]
-        lines += [f"Served: version {champion.number}, since {change['time']}, because {change['reason']}."]
+        lines.append(f"Served: version {champion.number}, since {change['time']}, because {change['reason']}.")
     versions = registry.versions()
     if versions:
         lines.append("\nversion  accuracy  macro F1  run                    created")
@@ -54,13 +55,21 @@ def story(run: runs.Run, registry: LocalRegistry) -> str:
     lines.append(f"version  {number or 'none was registered by this run'}")
     if registered and registered["problem"]:
         lines.append(f"         {registered['problem']}")
-    champion = registry.champion()
+    champion, lost = _champion(registry)
     if champion is None:
-        lines.append("served   nothing yet")
+        lines.append(f"served   {lost or 'nothing yet'}")
     else:
         whose = "this run's" if champion.number == number else f"of run {champion.run}"
         lines.append(f"served   version {champion.number}, {whose}")
     return "\n".join(lines)
+
+
+def _champion(registry: LocalRegistry) -> tuple[Version | None, str]:
+    """The champion, or why it is not to be had."""
+    try:
+        return registry.champion(), ""
+    except UserError as error:
+        return None, str(error)
 
 
 def _gate(told: dict[str, Any]) -> str:
@@ -71,10 +80,9 @@ def _gate(told: dict[str, Any]) -> str:
 
 def rollback(registry: LocalRegistry, number: int) -> str:
     """Make a version the champion again, whatever its scores."""
-    champion = registry.champion()
-    if champion and champion.number == number:
+    served = registry.champion_number()
+    if served == number:
         raise UserError(f"version {number} is the champion already.")
-    served = champion.number if champion else None
     registry.promote(number, f"it was chosen by hand (rollback from version {served or 'none'})", served)
     return f"Version {number} is the champion. A running server takes it within a second."
 

@@ -29,7 +29,9 @@ notebooks.require_in_step()
 # %%
 import argparse
 import csv
+import hashlib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -73,7 +75,7 @@ def _write_sample(name: str, path: Path) -> None:
     sample = getattr(datasets, f"load_{name}")()
     label = {"digits": "digit", "wine": "cultivar", "breast_cancer": "diagnosis"}[name]
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
+    partial = path.with_name(f"{name}.{os.getpid()}.partial")  # two runs may make it at once
     with partial.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow([*sample.feature_names, label])
@@ -176,7 +178,9 @@ def prepare(
             kinds = csv_file.infer_kinds(database, features, categorical)
             test = is_test([*features, label], test_share, split_seed)
             check_split(database, label, test)
-            origin = json.dumps({"label": label, "sha256": sha256(csv_path)})
+            # The condition says all that decides on which side a row is: columns, share, seed.
+            split = hashlib.sha256(test.encode()).hexdigest()
+            origin = json.dumps({"label": label, "sha256": sha256(csv_path), "split": split})
             write_sides(database, label, kinds, origin, {train_path: f"NOT {test}", test_path: test})
     except duckdb.InvalidInputException as error:
         raise UserError(f"{csv_path}: {csv_file.explain(str(error))}") from None
@@ -194,7 +198,7 @@ CSV file that they came from.
 
 # %%
 def read_origin(path: Path) -> dict[str, str]:
-    """The label's name and the SHA-256 of the CSV file that a Parquet file came from."""
+    """The label's name, the SHA-256 of the CSV file that a Parquet file came from, and that of the rule that divided its rows."""
     if not path.is_file():
         raise UserError(f"there is no file {path}. Make it with `python -m trainer.data`, or run data.ipynb.")
     entry = duckdb.execute("SELECT value FROM parquet_kv_metadata(?) WHERE key = 'origin'", [str(path)]).fetchone()

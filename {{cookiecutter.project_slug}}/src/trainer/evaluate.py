@@ -32,14 +32,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from predictor.predict import Model
+from project import manifest
 from project.errors import UserError, run_command
 from project.manifest import write_json
 from project.registry import Registry
 from project.storage import local_path
-from trainer import artifact
-from trainer.data import read_rows
+from trainer.data import read_origin, read_rows
 
 # %% [markdown]
 """
@@ -81,7 +81,8 @@ def score(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
 # %% [markdown]
 """
 ## Ask the saved model
-What is judged is the folder that will be served, loaded as a server would load it: every file is checked against the manifest first.
+What is judged is what will be served: the saved model's ONNX file, after every file was checked against the manifest. So an older model can be
+scored too, whatever has become of `model.py` since it was trained.
 """
 
 
@@ -92,17 +93,23 @@ def answer(model_dir: Path, test_path: Path) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         UserError: the model is damaged, or the rows do not fit it.
     """
-    network, schema = artifact.load(model_dir)
-    rows = read_rows(test_path)
-    if schema.label not in rows:
-        raise UserError(f"{test_path} has no column '{schema.label}', which the model was trained to predict.")
-    features, labels = schema.encode(rows), schema.encode_labels(rows[schema.label])
-    with torch.inference_mode():
-        return network(torch.from_numpy(features)).softmax(dim=1).numpy(), labels
+    model, rows = Model.load(model_dir), read_rows(test_path)
+    if model.schema.label not in rows:
+        raise UserError(f"{test_path} has no column '{model.schema.label}', which the model was trained to predict.")
+    return model.probabilities(rows), model.schema.encode_labels(rows[model.schema.label])
 
 
 def evaluate(model_dir: Path, test_path: Path, metrics_path: Path) -> dict[str, Any]:
-    """Score a saved model on test rows, and write the metrics as JSON."""
+    """Score a saved model on test rows, and write the metrics as JSON.
+
+    Raises:
+        UserError: also when the model was trained on another division of the same file, so that it may have seen these rows.
+    """
+    origin, trained_on = read_origin(test_path), manifest.read(model_dir)
+    if origin["sha256"] == trained_on.get("data_sha256") and origin["split"] != trained_on.get("data_split"):
+        raise UserError(
+            "the rows were divided anew since this model was trained, so it has seen some of these. Run train.ipynb again."
+        )
     probabilities, labels = answer(model_dir, test_path)
     metrics = score(probabilities, labels)
     metrics_path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,14 +127,14 @@ A new model is compared with the one in use on the same test rows, now: the numb
 # %%
 def score_champion(registry: Registry, test_path: Path) -> dict[str, Any]:
     """What the gate needs to know of the champion: its metrics on these rows, its version, or why it cannot be scored."""
-    champion = registry.champion()
-    if champion is None:
-        return {"champion": None, "champion_version": None, "champion_problem": None}
+    metrics, problem = None, None
     try:
-        metrics, problem = score(*answer(champion.model, test_path)), None
+        champion = registry.champion()
+        if champion:
+            metrics = score(*answer(champion.model, test_path))
     except UserError as error:
-        metrics, problem = None, str(error)
-    return {"champion": metrics, "champion_version": champion.number, "champion_problem": problem}
+        problem = str(error)
+    return {"champion": metrics, "champion_version": registry.champion_number(), "champion_problem": problem}
 
 
 # %% [markdown]
@@ -155,7 +162,7 @@ Which classes are taken for which? A row is a true class, a column an answer; al
 
 # %% tags=["active-ipynb"]
 """
-_, schema = artifact.load(run.model)
+schema = Model.load(run.model).schema
 plots.confusion(metrics["confusion"], schema)
 """
 

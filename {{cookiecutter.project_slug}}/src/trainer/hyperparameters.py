@@ -9,10 +9,20 @@ import json
 from dataclasses import asdict
 from typing import Annotated
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
 
 from project.errors import UserError
+
+
+def _no_truth_value(value: object) -> object:
+    if isinstance(value, bool):
+        raise PydanticCustomError("not_a_number", "should be a number")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_no_truth_value)]  # pydantic would take "yes" for 1.0
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -23,10 +33,10 @@ class Hyperparameters:
     threads: Annotated[int, Field(strict=True, ge=1, le=1024)]  # of the CPU; part of what makes a run repeatable
     epochs: Annotated[int, Field(strict=True, ge=1)]  # at most: training stops early
     batch_size: Annotated[int, Field(strict=True, ge=1)]  # rows per step, over all ranks together
-    learning_rate: Annotated[float, Field(gt=0, le=10)]
-    weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.01
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    validation_share: Annotated[float, Field(gt=0, lt=0.9)] = 0.15  # of the training rows, to choose the best epoch
+    learning_rate: Annotated[Number, Field(gt=0, le=10)]
+    weight_decay: Annotated[Number, Field(ge=0, le=10)] = 0.01
+    dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.1
+    validation_share: Annotated[Number, Field(gt=0, lt=0.9)] = 0.15  # of the training rows, to choose the best epoch
     patience: Annotated[int, Field(strict=True, ge=1)] = 10  # epochs without a better validation loss before stopping
 
     def to_json(self) -> str:

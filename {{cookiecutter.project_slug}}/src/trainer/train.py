@@ -31,6 +31,7 @@ notebooks.require_in_step()
 # %%
 import argparse
 import copy
+import inspect
 import math
 import os
 import sys
@@ -45,6 +46,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from project.errors import UserError, run_command
+from project.manifest import sha256
 from project.storage import local_path
 from trainer import artifact, runtime
 from trainer.data import read_origin, read_rows, read_schema
@@ -161,7 +163,8 @@ def fit(
     with torch.inference_mode():
         scaled = network.scaling(torch.from_numpy(features))
     inputs, targets = scaled.clone().to(machine.device), torch.from_numpy(labels).to(machine.device)
-    network.to(machine.device)
+    for part in (network.embeddings, network.layers):  # the scaling stays: its 64-bit numbers are unknown to MPS
+        part.to(machine.device)
 
     optimizer = torch.optim.AdamW(network.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
     progress = load_checkpoint(checkpoints, network, optimizer, facts) if checkpoints else Progress()
@@ -257,12 +260,14 @@ def train(train_path: Path, model_dir: Path, options: Hyperparameters, checkpoin
         features, labels = schema.encode(rows), schema.encode_labels(rows[schema.label])
         torch.manual_seed(options.seed)
         network = Network(schema, options.dropout)
-        facts = f"{origin['sha256']} {options.to_json()}"
+        code = sha256(Path(inspect.getfile(Network)))  # a checkpoint of another network is of no use
+        facts = f"{origin['sha256']} {origin['split']} {options.to_json()} {code}"
         progress = fit(network, features, labels, options, machine, checkpoints, facts)
         metrics = {"rows": len(labels), "best_epoch": progress.best_epoch, "history": progress.history}
         if machine.is_main:
             made_from = {
                 "data_sha256": origin["sha256"],
+                "data_split": origin["split"],
                 "hyperparameters": asdict(options),
                 "code_version": os.environ.get("CODE_VERSION", "unknown"),
                 "torch": torch.__version__,
