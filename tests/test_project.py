@@ -159,7 +159,7 @@ def test_a_mistake_is_one_message(project: Path, arguments: tuple[str, ...], mes
 def test_doctor_finds_level_0_complete(project: Path) -> None:
     out = make(project, "doctor").stdout
     assert "✓ environment  torch" in out
-    assert "Level 0 can start." in out
+    assert "Levels 0 and 1 can start on this machine." in out
 
 
 @pytest.mark.parametrize(

@@ -213,6 +213,14 @@ def test_a_class_without_training_rows_is_told(make_csv, tmp_path):
         try_every_seed()
 
 
+def test_a_column_that_looks_like_an_id_is_noted(mixed_csv, prepare):
+    train, _, _ = prepare(mixed_csv, "animal")
+    (note,) = data.notes(train)
+    assert note.startswith("note: column 'id' has ")
+    assert "data.ignore" in note
+    assert data.notes(prepare(mixed_csv, "animal", ignore=["id"])[0]) == []
+
+
 def test_unknown_columns_in_the_settings_are_told(mixed_csv, tmp_path):
     with pytest.raises(UserError, match=r"data\.ignore names columns that are not there: idd.*width"):
         data.prepare(mixed_csv, "animal", tmp_path / "a", tmp_path / "b", ignore=["idd"])

@@ -14,7 +14,7 @@ import yaml
 from kfp import dsl
 
 from launcher import kfp_compile, kfp_run
-from project import runs, status
+from project import notebooks, runs, status
 from project.errors import UserError
 from project.registry import LocalRegistry
 from tests.conftest import ROOT
@@ -78,6 +78,7 @@ def test_a_worse_model_a_tie_and_a_damaged_champion(registry, capsys, monkeypatc
     assert newest_story()["registered"] is None
     assert "but champion 1 has" in newest_story()["gate"]["reason"]
     assert "The champion stays version 1" in capsys.readouterr().out
+    assert runs.find().name == registry.champion().run  # `make predict` does not ask a model that was turned down
     monkeypatch.setenv("SET", "")
     kfp_run.main()  # the same model once more: not worse
     assert registry.champion().number == 2
@@ -101,6 +102,7 @@ def test_the_champion_is_scored_as_it_is_served_whatever_became_of_the_model(pip
     model = pipeline_project / "src" / "trainer" / "model.py"
     assert edit[0] in model.read_text()
     model.write_text(model.read_text().replace(*edit))
+    notebooks.sync("module")
     environment = {**os.environ, "PYTHONPATH": str(pipeline_project / "src")}
     done = subprocess.run(
         [sys.executable, "-m", "launcher.kfp_run"], env=environment, capture_output=True, text=True, check=False
@@ -125,6 +127,7 @@ def test_a_users_mistake_in_a_step_is_told_in_one_message(pipeline_project, regi
 def test_a_step_that_breaks_is_named_with_its_last_lines(pipeline_project, registry):
     trainer = pipeline_project / "src" / "trainer" / "train.py"
     trainer.write_text(trainer.read_text() + "\n\ndef train(*_):\n    raise RuntimeError('the fan stopped')\n")
+    notebooks.sync("module")
     environment = {**os.environ, "PYTHONPATH": str(pipeline_project / "src")}
     done = subprocess.run(
         [sys.executable, "-m", "launcher.kfp_run"], env=environment, capture_output=True, text=True, check=False

@@ -107,6 +107,13 @@ def test_a_mistake_exits_with_2_and_no_traceback(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_reading_only_the_first_lines_is_no_failure(trained):
+    command = [sys.executable, "-m", "predictor.predict", "--model-dir", trained / "model", "--csv", trained / "animals.csv"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
 def test_the_predictor_needs_no_torch(trained):
     code = (
         f"import sys, pathlib; from predictor.predict import Model; Model.load(pathlib.Path({str(trained / 'model')!r})); "

@@ -10,6 +10,7 @@ import pytest
 from project import runs, status
 from project.errors import UserError
 from project.registry import LocalRegistry, Overtaken, decide, open_registry
+from trainer.data import prepare
 from trainer.evaluate import score_champion
 
 
@@ -142,6 +143,18 @@ def test_the_gate(measured, threshold, margin, passed, reason):
     decision = decide(measured, "accuracy", threshold, margin)
     assert decision.passed is passed
     assert reason in decision.reason
+
+
+def test_a_champion_that_predicts_something_else_is_not_replaced(registry, trained, make_csv, tmp_path):
+    rows = [["width", "height", "colour", "plant"]] + [[n, n, "red", "ab"[n % 2]] for n in range(40)]
+    prepare(make_csv(rows), "plant", tmp_path / "train", tmp_path / "test")
+    registry.register(trained / "model", {}, "run-1")
+    registry.promote(1, "the first", None)
+    found = score_champion(registry, tmp_path / "test")
+    assert found["champion_predicts"] == "animal"
+    decision = decide({"challenger": {"accuracy": 1.0}, **found}, "accuracy", 0.5, 0.0)
+    assert not decision.passed
+    assert "champion 1 predicts 'animal'" in decision.reason
 
 
 def test_the_gate_uses_the_metric_that_is_asked_for():

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import kfp_compile
-from project import git, runs, settings
+from project import git, notebooks, runs, settings
 from project.errors import UserError, run_command
 from project.manifest import write_json
 from project.registry import LocalRegistry
@@ -199,18 +199,21 @@ def summary(run: Run, story: Story, registry: LocalRegistry) -> str:
         lines.append(f"Nothing was registered. The champion stays version {champion}.")
     else:
         lines.append("Nothing was registered, and there is no champion yet.")
+    if not gate["passed"]:
+        lines.append("(The gate's numbers are in project.yaml: gate.threshold, gate.margin.)")
     following = "make serve · make predict ROW=1 · " if champion else ""
     return "\n".join([*lines, f"Next: {following}make status RUN={run.name} · make runs"])
 
 
 def main() -> None:
     """Compile, run, tell."""
+    notebooks.require_in_step()
     chosen = settings.load()
     registry = runs.registry_folder()
     run = runs.new()
     values = arguments(chosen, run, registry)
     run.start(chosen)
-    story = Story(run.name, f"by hand, {os.environ.get('USER') or os.getuid()}", datetime.now(UTC).isoformat(timespec="seconds"))
+    story = Story(run.name, f"by hand, {os.environ.get('USER') or 'somebody'}", datetime.now(UTC).isoformat(timespec="seconds"))
     try:
         compiled = run.folder / "pipeline.yaml"
         kfp_compile.compile_pipeline(kfp_compile.load_definition().make_pipeline(), compiled)
@@ -218,6 +221,9 @@ def main() -> None:
         run_locally(run, compiled, values, story)
         conclude(run, story)
         story.state = "succeeded"
+    except KeyboardInterrupt:
+        story.state, story.problem = "interrupted", "it was stopped by hand"
+        raise
     except BaseException as error:
         story.state, story.problem = "failed", str(error) or type(error).__name__
         raise

@@ -191,7 +191,8 @@ def choose(arguments: argparse.Namespace) -> "tuple[Model | Server, Path]":
         print(f"Asking the server at {server.address}, version {server.version}.", file=sys.stderr)
         return server, runs.Run(runs.runs_folder() / registry.version(server.version).run).test_data
     run = runs.find(arguments.run)
-    print(f"Asking the model of run {run.name} (no server on port {arguments.port}).", file=sys.stderr)
+    why = "no server was asked" if arguments.run else f"no server of this registry answers on port {arguments.port}"
+    print(f"Asking the model of run {run.name} ({why}).", file=sys.stderr)
     return Model.load(run.model), run.test_data
 
 

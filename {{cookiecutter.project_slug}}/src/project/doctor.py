@@ -143,7 +143,11 @@ CHECKS = (
         needed=False,
     ),
 )
-LEVELS = ("Level 0, notebooks on this machine", "Level 1, containers and a pipeline", "Level 2, git push to production")
+LEVELS = (
+    "Level 0, notebooks on this machine; and level 1, the pipeline on this machine",
+    "Level 1 in containers and in the cloud (comes later)",
+    "Level 2, git push to production (comes later)",
+)
 
 
 def system() -> str:
@@ -168,7 +172,7 @@ def report(checks: "tuple[Check, ...]" = CHECKS) -> bool:
         else:
             sign = "✗" if check.needed else "·"
             print(f"  {sign} {check.name:<12} missing: {check.purpose}\n      get it: {check.get[system()]}")
-    print("\nLevel 0 can start." if complete else "\nSomething that level 0 needs is missing (✗).")
+    print("\nLevels 0 and 1 can start on this machine." if complete else "\nSomething that level 0 needs is missing (✗).")
     return complete
 
 

@@ -1,5 +1,6 @@
 """Mistakes that a person can mend are told in one message, never as a traceback."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -19,6 +20,8 @@ def run_command(command: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # whoever read the output has read enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 import time
 
@@ -43,7 +44,15 @@ def execute(name: str, run: runs.Run, place: str) -> float:
             raise UserError(_explain(error, name, str(report))) from None
         finally:
             write_bytes(report, to_html(notebook, f"{name} · {run.name}").encode())
+    for note in notes(notebook):
+        print(f"  {note}")
     return time.monotonic() - started
+
+
+def notes(notebook: nbformat.NotebookNode) -> list[str]:
+    """What the cells printed for the person who runs this: lines that begin with "note:"."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", []) if output.output_type == "stream"]
+    return [line for output in outputs for line in output.text.splitlines() if line.startswith("note:")]
 
 
 def to_html(notebook: nbformat.NotebookNode, title: str) -> str:
@@ -64,8 +73,15 @@ def _explain(error: CellExecutionError, name: str, report: str) -> str:
     return f"{name}.ipynb failed: {error.ename}: {error.evalue}\nThe report shows the cell and the whole message: {report}"
 
 
+def stop(*_: object) -> None:
+    """End at once on Ctrl-C; the kernels see that this process is gone, and end too."""
+    print("\ninterrupted", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
 def main() -> None:
     """Run all four."""
+    signal.signal(signal.SIGINT, stop)  # nbclient's own way depends on the moment, and mostly is a traceback
     notebooks.require_in_step()
     chosen = settings.load()  # a mistake in project.yaml is told before anything runs …
     csv_path = find_csv(chosen.data.source, settings.project_root() / "data")

@@ -200,12 +200,16 @@ def decide(scores: Mapping[str, Any], metric: str, threshold: float, margin: flo
 
     Args:
         scores: {"challenger": metrics, "champion": metrics or None, "champion_version": number or None,
-            "champion_problem": text or None}, all measured on the same test rows.
+            "champion_problem": text or None, "champion_predicts": the champion's label if it is another one}, all
+            measured on the same test rows.
     """
     value, number = scores["challenger"][metric], scores["champion_version"]
     if value < threshold:
         return Decision(False, f"{metric} {value:.4f} does not reach the threshold {threshold:.4f}")
     reached = f"{metric} {value:.4f} reaches the threshold {threshold:.4f}"
+    if scores.get("champion_predicts"):
+        other_question = f"champion {number} predicts '{scores['champion_predicts']}', another column, for those who ask it"
+        return Decision(False, f"{reached}, but {other_question}; to begin anew, move the folder registry/ away")
     if scores["champion_problem"]:
         return Decision(True, f"{reached}; champion {number} cannot be compared: {scores['champion_problem']}")
     if scores["champion"] is None:

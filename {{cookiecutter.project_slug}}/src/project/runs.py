@@ -89,7 +89,7 @@ def new() -> Run:
 
 
 def find(name: str | None = None) -> Run:
-    """The run of that name, or the newest one with a saved model.
+    """The run of that name, or the newest one with a saved model that no gate has turned down.
 
     Raises:
         UserError: there is none.
@@ -99,10 +99,15 @@ def find(name: str | None = None) -> Run:
         if not run.model.is_dir():
             raise UserError(f"there is no run '{name}' with a model in {runs_folder()}. `make runs` lists them.")
         return run
-    finished = [run for run in all_runs() if (run.model / "model.json").is_file()]
+    finished = [run for run in all_runs() if (run.model / "model.json").is_file() and not _turned_down(run)]
     if not finished:
         raise UserError("no model is trained yet. Type `make level0` first.")
     return max(finished, key=lambda run: (run.model / "model.json").stat().st_mtime)
+
+
+def _turned_down(run: Run) -> bool:
+    story = read_json(run.folder / "story.json")
+    return bool(story) and not story.get("registered")
 
 
 def all_runs() -> list[Run]:

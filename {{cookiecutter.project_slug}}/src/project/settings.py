@@ -177,7 +177,8 @@ def _override(document: dict[str, Any], overrides: str) -> None:
         try:
             block[key] = yaml.safe_load(value)
         except yaml.YAMLError:
-            raise UserError(f"SET: the value of '{assignment}' is not valid YAML.") from None
+            hint = "Blanks separate settings: write [a,b] and not [a, b]."
+            raise UserError(f"SET: the value of '{assignment}' is not valid YAML. {hint}") from None
 
 
 def _explain(detail: Any) -> str:

@@ -242,6 +242,17 @@ def read_schema(train_path: Path) -> Schema:
     return Schema(label, tuple(columns), classes)
 
 
+def notes(rows: dict[str, np.ndarray]) -> list[str]:
+    """Columns of text in which nearly every row has a value of its own: they look like names or ids."""
+    found = []
+    for name, values in rows.items():
+        different = len(set(values.tolist())) if values.dtype != np.float64 else 0
+        if different > 0.5 * len(values) and different > MOST_CATEGORIES // 50:
+            told = f"note: column '{name}' has {different:,} different values in {len(values):,} rows"
+            found.append(f"{told}. Is it an id? Then put it into data.ignore in project.yaml.")
+    return found
+
+
 def _count(path: Path) -> int:
     (rows,) = duckdb.execute("SELECT count(*) FROM read_parquet(?)", [str(path)]).fetchone() or (0,)
     return int(rows)
@@ -272,6 +283,8 @@ summary = prepare(
 )
 schema = read_schema(run.train_data)
 print(f"{csv_path.name}: {summary['train_rows']:,} rows to train on, {summary['test_rows']:,} to test on,")
+for note in notes(read_rows(run.train_data)):
+    print(note)
 print(f"{len(schema.columns)} columns, {len(schema.classes)} classes: {', '.join(map(str, schema.classes[:10]))}")
 """
 

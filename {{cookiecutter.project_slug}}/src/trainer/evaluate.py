@@ -95,7 +95,7 @@ def answer(model_dir: Path, test_path: Path) -> tuple[np.ndarray, np.ndarray]:
     """
     model, rows = Model.load(model_dir), read_rows(test_path)
     if model.schema.label not in rows:
-        raise UserError(f"{test_path} has no column '{model.schema.label}', which the model was trained to predict.")
+        raise UserError(f"the rows have no column '{model.schema.label}', which the model was trained to predict.")
     return model.probabilities(rows), model.schema.encode_labels(rows[model.schema.label])
 
 
@@ -127,14 +127,17 @@ A new model is compared with the one in use on the same test rows, now: the numb
 # %%
 def score_champion(registry: Registry, test_path: Path) -> dict[str, Any]:
     """What the gate needs to know of the champion: its metrics on these rows, its version, or why it cannot be scored."""
-    metrics, problem = None, None
+    metrics, problem, predicts = None, None, None
     try:
         champion = registry.champion()
         if champion:
+            predicts = manifest.read(champion.model)["schema"]["label"]
             metrics = score(*answer(champion.model, test_path))
     except UserError as error:
-        problem = str(error)
-    return {"champion": metrics, "champion_version": registry.champion_number(), "champion_problem": problem}
+        problem = str(error).rstrip(".")
+    other = predicts if predicts != read_origin(test_path)["label"] else None
+    number = registry.champion_number()
+    return {"champion": metrics, "champion_version": number, "champion_problem": problem, "champion_predicts": other}
 
 
 # %% [markdown]
