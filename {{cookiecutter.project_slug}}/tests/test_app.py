@@ -566,7 +566,7 @@ def test_a_damaged_champion_is_not_served(registry, capsys):
         time.sleep(3 * app.POLL_SECONDS)
         assert ask(client, ROWS)["version"] == 1
         (registry.folder / "champion.json").write_text("not JSON")
-        eventually(lambda: says("cannot be served: Expecting value"))
+        eventually(lambda: says("cannot be served: the registry names no champion any more"))
         time.sleep(3 * app.POLL_SECONDS)
         assert ask(client, ROWS)["version"] == 1
         manifest.write_json(registry.folder / "champion.json", {"version": 3})

@@ -104,10 +104,12 @@ class Champion:
         """Load the champion if it is another one.
 
         Raises:
-            UserError: it is damaged. It is not tried again until it, or the champion, changes.
+            UserError: there is none any more, or it is damaged. A damaged one is not tried again until something changes.
         """
         version = self.registry.champion()
-        if version is None or (mark := _mark(version)) in (self._mark, self._refused):
+        if version is None:
+            raise UserError("the registry names no champion any more")
+        if (mark := _mark(version)) in (self._mark, self._refused):
             return
         try:
             served = Served.load(version.model, version.number)
