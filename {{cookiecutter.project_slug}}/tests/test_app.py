@@ -592,7 +592,8 @@ def test_a_registry_begun_anew_is_noticed(registry, trained):
     champion.update()
     assert champion.served is before
     shutil.rmtree(registry.folder)
-    champion.update()
+    with pytest.raises(UserError, match="no champion any more"):
+        champion.update()
     assert champion.served is before  # no champion is no reason to stop
     registry.register(trained / "model", {}, run="new")
     registry.promote(1, "new", None)

@@ -17,6 +17,7 @@ def run_command(command: Callable[[], None]) -> None:
     """Run a command line's main function; exit with code 2 and one message on a user's mistake."""
     try:
         command()
+        sys.stdout.flush()  # here, where a reader that has gone is no failure
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
