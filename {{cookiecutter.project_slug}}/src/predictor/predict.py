@@ -167,9 +167,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if (arguments.row is None) == (arguments.csv is None):
         raise UserError("give ROW=NUMBER, ROW='{\"column\": value, …}' or CSV=FILE; for example: make predict ROW=1")
+    table = read_csv(arguments.csv) if arguments.csv else {}
     model, test_data = choose(arguments)
     if arguments.csv:
-        write_answers(model, read_csv(arguments.csv))
+        write_answers(model, table)
     elif arguments.row.strip().isdecimal():
         number = int(arguments.row)
         print(show_row(model, test_row(test_data, number), f"Test row {number}"))
