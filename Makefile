@@ -79,7 +79,7 @@ demo-in-project:
 		$(IN) predict ROW=1
 	@echo
 	@echo "The server is stopped. The project is in $(PROJECT), its reports in $$(ls -d "$(PROJECT)"/runs/*/data.html | xargs dirname)."
-	@echo "Next: cd $(PROJECT) && make notebook     or your own project: $(BIN)/cookiecutter ."
+	@echo "Next: cd $(PROJECT) && make notebook     or your own project: $(BIN)/cookiecutter --output-dir .. ."
 
 .PHONY: test
 test: setup lint ## Lint, then test the template and the projects it makes
