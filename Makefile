@@ -89,6 +89,10 @@ test: setup lint ## Lint, then test the template and the projects it makes
 test-quick: setup ## The tests that take seconds
 	@$(BIN)/python -m pytest --numprocesses 2 -m "not heavy"
 
+.PHONY: bench
+bench: setup ## Measure, and write docs/benchmarks.md; ONLY=server measures one part
+	@$(BIN)/python -m tests.bench $(ONLY)
+
 .PHONY: lint
 lint: setup ## Check style and types, of the template and of the project where it lies; changes nothing
 	@$(BIN)/ruff check hooks tests
