@@ -171,6 +171,7 @@ BAD_FILES = {
     "duplicate names": (lines("x,x,y", "1,2,a"), "y", ["more than once", "x"]),
     "names that SQL takes for one": (lines("x,X,y", "1,2,a"), "y", ["more than once", "X", "x"]),
     "unnamed column": (lines("x,,y", "1,2,a"), "y", ["column 2 has no name"]),
+    "line break in a name": (lines('x,"wi\nth",y', *GOOD), "y", ["column 2", "line break", "one line"]),
     "text among numbers": (lines("x,y", *GOOD, "abc,a"), "y", ["row 41", "column 'x'", "'abc'", "data.categorical"]),
     "too large a number": (lines("x,y", *GOOD, "1e999,a"), "y", ["row 41", "column 'x'", "'1e999'"]),
     "infinity": (lines("x,y", *GOOD, "inf,a"), "y", ["row 41", "'inf'"]),

@@ -1,8 +1,12 @@
 """Mistakes that a person can mend are told in one message, never as a traceback."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable
+
+# What a disk answers that is full, or that is not to be written or read, wherever in a program it is met.
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
 
 
 class UserError(Exception):
@@ -23,6 +27,12 @@ def run_command(command: Callable[[], None]) -> None:
         sys.exit(2)
     except BrokenPipeError:  # whoever read the output has read enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        told = f"{error.filename or 'writing'}: {error.strerror}"
+        print(f"error: {told}. `df -h` shows free space, `ls -l` whose a file is; then type the same again.", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -3,6 +3,7 @@
 A bucket mounted as a folder cannot rename folders; that is why wholeness rests on this file and not on a rename.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -27,16 +28,29 @@ def write_json(path: Path, document: Any) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file as a whole or not at all: under another name, flushed to disk, then renamed."""
+    """Write a file as a whole or not at all: under another name, flushed to disk, then renamed.
+
+    Raises:
+        UserError: the disk is full, or the folder is not to be written.
+    """
     partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
+        partial.write_bytes(content)
+        flush(partial)
         partial.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error.strerror or error}. Free some space, or choose another folder."
+        ) from None
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the first reason is the one to tell
+            partial.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file's content is on the disk; a rename may get there sooner."""
+    with path.open("rb+") as stream:
+        os.fsync(stream.fileno())
 
 
 def write(folder: Path, document: dict[str, Any]) -> None:
@@ -44,7 +58,7 @@ def write(folder: Path, document: dict[str, Any]) -> None:
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(folder.iterdir())
-        if path.name != NAME and not path.name.startswith(".")
+        if path.name not in {NAME, NAME + ".partial"} and not path.name.startswith(".")  # a killed run may leave a partial one
     }
     write_json(folder / NAME, {"format": FORMAT, **document, "files": files})
 

@@ -42,11 +42,11 @@ import duckdb
 import numpy as np
 
 from project.errors import UserError, run_command
-from project.manifest import sha256
+from project.manifest import flush, sha256
 from project.schema import Column, Schema
 from project.storage import local_path
 from trainer import csv_file
-from trainer.csv_file import IS_MISSING, name_in_sql, text_in_sql
+from trainer.csv_file import TEST, file_in_sql, name_in_sql, text_in_sql
 
 # %% [markdown]
 """
@@ -76,12 +76,15 @@ def _write_sample(name: str, path: Path) -> None:
     label = {"digits": "digit", "wine": "cultivar", "breast_cancer": "diagnosis"}[name]
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{name}.{os.getpid()}.partial")  # two runs may make it at once
-    with partial.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow([*sample.feature_names, label])
-        for features, target in zip(sample.data, sample.target, strict=True):
-            writer.writerow([*(f"{value:.17g}" for value in features), sample.target_names[target]])
-    partial.replace(path)
+    try:
+        with partial.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.writer(stream)
+            writer.writerow([*sample.feature_names, label])
+            for features, target in zip(sample.data, sample.target, strict=True):
+                writer.writerow([*(f"{value:.17g}" for value in features), sample.target_names[target]])
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 # %% [markdown]
@@ -100,10 +103,14 @@ def is_test(names: Iterable[str], test_share: float, split_seed: int) -> str:
     return f"(left(md5(concat_ws(chr(31), {text_in_sql(str(split_seed))}, {cells})), 8) < '{bound}')"
 
 
-def check_split(database: duckdb.DuckDBPyConnection, label: str, test: str) -> None:
-    """Raises UserError when a class has no row to train on, or there is no row to test on."""
+def check_split(database: duckdb.DuckDBPyConnection, label: str) -> tuple[int, int]:
+    """How many rows are to train on, and how many to test on.
+
+    Raises:
+        UserError: a class has no row to train on, or there is no row to test on.
+    """
     sides = database.execute(f"""
-        SELECT {name_in_sql(label)}, count(*) FILTER (NOT {test}), count(*) FILTER ({test}) FROM cells GROUP BY 1 ORDER BY 1
+        SELECT {name_in_sql(label)}, count(*) FILTER (NOT {TEST}), count(*) FILTER ({TEST}) FROM rows GROUP BY 1 ORDER BY 1
     """).fetchall()
     for name, in_train, in_test in sides:
         if not in_train:
@@ -111,8 +118,10 @@ def check_split(database: duckdb.DuckDBPyConnection, label: str, test: str) -> N
                 f"class {name!r} has {in_test} rows, and the split puts all of them into the test part. "
                 "Add rows of that class, or try another data.split_seed in project.yaml."
             )
-    if not any(in_test for _, _, in_test in sides):
+    train_rows, test_rows = sum(side[1] for side in sides), sum(side[2] for side in sides)
+    if not test_rows:
         raise UserError("the split leaves no row to test on. Add rows, or raise data.test_share in project.yaml.")
+    return train_rows, test_rows
 
 
 # %% [markdown]
@@ -124,25 +133,16 @@ not by the first few (the checks themselves are in `src/trainer/csv_file.py`). A
 
 
 # %%
-def write_sides(
-    database: duckdb.DuckDBPyConnection, label: str, kinds: dict[str, str], origin: str, sides: dict[Path, str]
-) -> None:
-    """Write the rows that meet each path's condition; all files or none."""
-    number = "CAST(CASE WHEN NOT {missing} THEN {cell} END AS DOUBLE) AS {cell}"
-    typed = [
-        number.format(cell=name_in_sql(name), missing=IS_MISSING.format(name_in_sql(name)))
-        if kind == "numeric"
-        else name_in_sql(name)
-        for name, kind in kinds.items()
-    ]
+def write_sides(database: duckdb.DuckDBPyConnection, origin: str, train_path: Path, test_path: Path) -> None:
+    """Write the rows of both sides. Whenever both files are there, they belong together, also after an interruption."""
+    sides = {train_path: f"NOT {TEST}", test_path: TEST}
     partial = {path: path.with_name(path.name + ".partial") for path in sides}
     try:
         for path, condition in sides.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            database.execute(f"""
-                COPY (SELECT {", ".join([*typed, name_in_sql(label)])} FROM cells WHERE {condition})
-                TO {text_in_sql(str(partial[path]))} (FORMAT parquet, KV_METADATA {{origin: {text_in_sql(origin)}}})
-            """)
+            csv_file.write_parquet(database, f"SELECT * EXCLUDE ({TEST}) FROM rows WHERE {condition}", partial[path], origin)
+            flush(partial[path])
+        test_path.unlink(missing_ok=True)  # or a new train.parquet would for a moment lie beside an old test.parquet
         for path in sides:
             partial[path].replace(path)
     finally:
@@ -172,20 +172,20 @@ def prepare(
     """
     names = csv_file.read_header(csv_path)
     features = csv_file.choose_features(names, label, ignore, categorical)
-    try:
-        with csv_file.open_csv(csv_path, names) as database:
-            csv_file.check_label(database, label)
-            kinds = csv_file.infer_kinds(database, features, categorical)
-            test = is_test([*features, label], test_share, split_seed)
-            check_split(database, label, test)
-            # The condition says all that decides on which side a row is: columns, share, seed.
-            split = hashlib.sha256(test.encode()).hexdigest()
-            origin = json.dumps({"label": label, "sha256": sha256(csv_path), "split": split})
-            write_sides(database, label, kinds, origin, {train_path: f"NOT {test}", test_path: test})
-    except duckdb.InvalidInputException as error:
-        raise UserError(f"{csv_path}: {csv_file.explain(str(error))}") from None
-    sizes = {path: _count(path) for path in (train_path, test_path)}
-    return {"train_rows": sizes[train_path], "test_rows": sizes[test_path], "label": label, "kinds": kinds}
+    test = is_test([*features, label], test_share, split_seed)
+    # The condition says all that decides on which side a row is: columns, share, seed.
+    split = hashlib.sha256(test.encode()).hexdigest()
+    with (
+        csv_file.explained(csv_path, train_path),
+        csv_file.scratch_folder(train_path) as scratch,
+        csv_file.open_csv(csv_path, names, scratch) as database,
+    ):
+        numbers = csv_file.read_once(database, features, label, categorical, test, scratch / "rows.parquet")
+        csv_file.check_label(database, label)
+        kinds = csv_file.infer_kinds(database, features, numbers, categorical)
+        sides = check_split(database, label)
+        write_sides(database, json.dumps({"label": label, "sha256": sha256(csv_path), "split": split}), train_path, test_path)
+    return {"train_rows": sides[0], "test_rows": sides[1], "label": label, "kinds": kinds}
 
 
 # %% [markdown]
@@ -201,7 +201,12 @@ def read_origin(path: Path) -> dict[str, str]:
     """The label's name, the SHA-256 of the CSV file that a Parquet file came from, and that of the rule that divided its rows."""
     if not path.is_file():
         raise UserError(f"there is no file {path}. Make it with `python -m trainer.data`, or run data.ipynb.")
-    entry = duckdb.execute("SELECT value FROM parquet_kv_metadata(?) WHERE key = 'origin'", [str(path)]).fetchone()
+    query = f"SELECT value FROM parquet_kv_metadata({file_in_sql(path)}) WHERE key = 'origin'"
+    try:
+        entry = duckdb.execute(query).fetchone()
+    except duckdb.Error as error:
+        told = str(error).splitlines()[0]
+        raise UserError(f"{path} is damaged ({told}). Make it again with `python -m trainer.data`, or run data.ipynb.") from None
     if entry is None:
         raise UserError(f"{path} was not written by trainer.data: it does not say what its label is.")
     origin: dict[str, str] = json.loads(entry[0])
@@ -211,7 +216,7 @@ def read_origin(path: Path) -> dict[str, str]:
 def read_rows(path: Path) -> dict[str, np.ndarray]:
     """Column name → values: float64 with NaN for missing numbers, or text with None for blanks."""
     read_origin(path)
-    table = duckdb.execute("SELECT * FROM read_parquet(?)", [str(path)]).fetchnumpy()
+    table = duckdb.execute(f"SELECT * FROM read_parquet({file_in_sql(path)})").fetchnumpy()
     for values in filter(np.ma.isMaskedArray, table.values()):
         values.data[values.mask] = np.nan if values.dtype == np.float64 else None
     return {name: np.ma.getdata(values) for name, values in table.items()}
@@ -251,11 +256,6 @@ def notes(rows: dict[str, np.ndarray]) -> list[str]:
             told = f"note: column '{name}' has {different:,} different values in {len(values):,} rows"
             found.append(f"{told}. Is it an id? Then put it into data.ignore in project.yaml.")
     return found
-
-
-def _count(path: Path) -> int:
-    (rows,) = duckdb.execute("SELECT count(*) FROM read_parquet(?)", [str(path)]).fetchone() or (0,)
-    return int(rows)
 
 
 # %% [markdown]
