@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from jsonschema import Draft202012Validator
 
-from predictor import app, contract
+from predictor import app, connection, contract
 from predictor.app import Champion, Fixed, Options, create_server, listen
 from predictor.predict import Model
 from project import manifest
@@ -263,6 +263,76 @@ def test_an_error_of_ours_is_json_too(trained, monkeypatch):
         monkeypatch.setattr(contract, "answer", lambda *_: 1 / 0)
         response = client.post("/predict", json={"instances": ROWS})
         assert (response.status_code, response.json()) == (500, {"error": "the server failed; its log says why."})
+
+
+# ── connections ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def head(body):
+    """The head of a request with such a body."""
+    return f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+
+
+def open_connection(client):
+    """A connection of its own to the client's server."""
+    return socket.create_connection((client.base_url.host, client.base_url.port), timeout=30)
+
+
+@pytest.mark.parametrize("rows", [1, 3000])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_client_that_has_closed_its_own_side_is_answered(client, rows, times):
+    body = json.dumps({"instances": ROWS[:1] * rows}).encode()
+    with open_connection(client) as half:
+        half.sendall((head(body) + body) * times)
+        half.shutdown(socket.SHUT_WR)
+        with half.makefile("rb") as stream:
+            assert stream.read().count(b"HTTP/1.1 200 OK") == times
+
+
+@pytest.mark.parametrize("part", [b"POST /pre", head(b"12345") + b"123"])
+def test_a_request_that_does_not_come_to_its_end_is_given_up(trained, monkeypatch, part):
+    monkeypatch.setattr(connection, "RECEIVE_SECONDS", 0.2)
+    with serving(Fixed(trained / "model")) as client, open_connection(client) as slow:
+        slow.sendall(part)
+        ask(client, ROWS)
+        with slow.makefile("rb") as stream:
+            answer = stream.read()
+    assert answer.startswith(b"HTTP/1.1 408 Request Timeout")
+    assert answer.endswith(b'{"error": "the request was not complete after 0.2 seconds."}')
+
+
+def test_a_connection_on_which_nothing_comes_is_closed(trained, monkeypatch):
+    monkeypatch.setattr(app, "KEEP_ALIVE_SECONDS", 0.2)
+    with serving(Fixed(trained / "model")) as client, open_connection(client) as silent:
+        assert silent.recv(1) == b""
+
+
+def test_what_is_not_http_is_told_in_json(client):
+    with open_connection(client) as wrong, wrong.makefile("rb") as stream:
+        wrong.sendall(b"HELLO\r\n\r\n")
+        answer = stream.read()
+    assert answer.startswith(b"HTTP/1.1 400 Bad Request")
+    assert list(json.loads(answer.partition(b"\r\n\r\n")[2])) == ["error"]
+
+
+def test_too_many_connections_are_refused(trained, monkeypatch):
+    monkeypatch.setattr(connection, "most_connections", lambda: 2)
+    with serving(Fixed(trained / "model")) as client:
+        ask(client, ROWS)
+        with open_connection(client), open_connection(client) as third, third.makefile("rb") as stream:
+            assert b"503 Service Unavailable" in stream.read()
+            ask(client, ROWS)  # those that are open are answered
+
+
+@pytest.mark.parametrize(("hard", "wanted", "allowed"), [(1024, 512, 512), (1024, 2048, 1024), (256, 512, 256)])
+def test_many_files_may_be_open(hard, wanted, allowed):
+    code = (
+        f"import resource; from predictor import connection; connection.FILES = {wanted}; connection.allow_files(); "
+        "print(*resource.getrlimit(resource.RLIMIT_NOFILE), connection.most_connections())"
+    )
+    limited = ["sh", "-c", f'ulimit -Sn 256; ulimit -Hn {hard}; exec "$@"', "sh", sys.executable, "-c", code]
+    done = subprocess.run(limited, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(allowed), str(hard), str(allowed // 2)]
 
 
 # ── OpenAPI, and bodies that nobody thought of ──────────────────────────────────────────────────────────────────────

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from predictor import predict
-from predictor.client import Server
+from predictor.client import Endpoint, Server
 from predictor.predict import Model
 from project import runs
 from project.errors import UserError
@@ -83,9 +83,24 @@ def test_a_wrong_row_is_told(ask, row, message):
 
 def test_a_server_that_has_gone_is_told(port, monkeypatch):
     server = Server.find(port, LocalRegistry(runs.registry_folder()))
-    gone = Server("http://127.0.0.1:9", server.version, server.schema)
+    gone = Server(Endpoint("http://127.0.0.1:9"), server.version, server.schema)
     with pytest.raises(UserError, match="does not answer"):
         gone.probabilities({"width": [1], "height": [2], "colour": ["red"]})
+
+
+def test_a_server_is_known_by_its_own_description(port, trained):
+    server = Server.open(f"http://127.0.0.1:{port}/predict", 1)
+    assert (server.address, server.version) == (f"http://127.0.0.1:{port}", 1)
+    assert server.schema == Model.load(trained / "model").schema  # few categories: all are among the examples
+    assert server.ask({"width": ["3.0"], "height": [50], "colour": ["red"]})[0]["label"] == "dog"
+
+
+def test_zero_is_no_missing_category(port, monkeypatch):
+    server = Server.open(f"http://127.0.0.1:{port}", 1)
+    sent = []
+    monkeypatch.setattr(Endpoint, "ask", lambda _, instances, **__: sent.extend(instances) or [])
+    server.ask({"width": ["na", " 2 ", None], "height": [1, 2.5, "3"], "colour": [0, "", None]})
+    assert sent == [[None, 1, 0], [2, 2.5, None], [None, 3, None]]
 
 
 def test_without_a_server_or_with_somebody_elses_there_is_none(port, tmp_path, model_copy):

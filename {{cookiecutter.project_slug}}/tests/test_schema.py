@@ -32,6 +32,17 @@ def test_a_category_that_looks_like_a_number_may_arrive_as_one():
     assert schema.encode({"c": [7, 7.0, "7", 8.5, "x", 9]}).ravel().tolist() == [1, 1, 1, 2, 3, 0]
 
 
+def test_plain_numbers_are_read_like_their_text():
+    """All numeric columns at once, or cell by cell: the same matrix."""
+    chance = np.random.default_rng(0)
+    numbers = [*chance.normal(scale=10.0 ** chance.integers(-300, 300, 200)).tolist(), 0, -0.0, 2**70, -(2**60) - 1, 5e-324]
+    gaps = [None if number % 3 == 0 else value for number, value in enumerate(numbers)]
+    plain = SCHEMA.encode({"size": numbers, "age": gaps, "colour": ["red"] * len(numbers)})
+    text = SCHEMA.encode({"size": list(map(repr, numbers)), "age": list(map(str, gaps)), "colour": ["red"] * len(numbers)})
+    assert np.array_equal(plain, text, equal_nan=True)
+    assert np.isnan(plain[:, 1]).sum() == sum(value is None for value in gaps)
+
+
 def test_an_optional_column_may_be_left_out():
     assert np.array_equal(SCHEMA.encode({"size": [1, 2]}), np.array([[1, math.nan, 0], [2, math.nan, 0]]), equal_nan=True)
 
@@ -43,6 +54,8 @@ def test_an_optional_column_may_be_left_out():
         ({"size": [1, "abc"]}, ["row 2", "column 'size'", "'abc'"]),
         ({"size": [1, ""]}, ["row 2", "column 'size'", "missing"]),
         ({"size": [1, math.nan]}, ["row 2", "column 'size'", "missing"]),
+        ({"size": [1, None], "age": [1, math.inf]}, ["row 2", "column 'size'", "missing"]),
+        ({"size": [1, 2], "age": [None, -math.inf]}, ["row 2", "column 'age'", "-inf is not a finite number"]),
         ({"size": [math.inf]}, ["row 1", "column 'size'", "finite"]),
         ({"size": np.array([1.0, math.inf])}, ["row 2", "column 'size'", "finite"]),
         ({"size": [True]}, ["row 1", "True"]),

@@ -15,6 +15,7 @@ import shlex
 import signal
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from predictor import contract
+from predictor.connection import Connection, allow_files, most_connections
 from predictor.contract import BadRequest
 from predictor.predict import Model
 from project import manifest
@@ -37,7 +39,9 @@ POLL_SECONDS = 0.25  # how often the registry is asked for its champion
 THREAD_BYTES = 64 * 1024  # a larger body, some hundred rows, is answered in a thread, so that others need not wait for it
 MAX_BYTES = 10_000_000  # the cloud's own limit: 1.5 MB on shared public endpoints, 10 MB on dedicated ones
 KEEP_ALIVE_SECONDS = 75  # longer than load balancers keep a connection: they, not we, are to close it
+READ_SECONDS = 60  # in which a client must take some of its answer
 GRACE_SECONDS = 25  # after SIGTERM, for requests under way
+LINGER_SECONDS = 1  # after SIGTERM, for requests that a client is just about to send on a connection it has
 
 
 @dataclass(frozen=True)
@@ -233,10 +237,45 @@ def _json(document: Any, status: int = 200, headers: Mapping[str, str] | None = 
     return Response(content, status, headers, media_type="application/json")
 
 
-def create_server(source: Fixed | Champion, options: Options) -> uvicorn.Server:
+class Server(uvicorn.Server):
+    """uvicorn, which ends without dropping a request that was sent.
+
+    By itself it closes a connection between two requests although the second may be on its way, and forgets connections
+    that the system took and it did not yet.
+    """
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take no new connections, and end each that is open with its next answer, or after LINGER_SECONDS."""
+        self.server_state.default_headers.append((b"connection", b"close"))
+        for listener in sockets or []:
+            await self._take_waiting(listener)
+        for server in self.servers:
+            server.close()
+        limit = time.monotonic() + LINGER_SECONDS
+        while self.server_state.connections and time.monotonic() < limit and not self.force_exit:
+            await asyncio.sleep(0.02)
+        await super().shutdown(sockets)
+
+    async def _take_waiting(self, listener: socket.socket) -> None:
+        """Take the connections that wait in a listening socket: it is about to be closed."""
+        parts: dict[str, Any] = {
+            "config": self.config,
+            "server_state": self.server_state,
+            "app_state": self.lifespan.state,
+        }
+        protocol: Any = self.config.http_protocol_class
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                connection, _ = listener.accept()
+                await asyncio.get_running_loop().connect_accepted_socket(lambda: protocol(**parts), connection)
+
+
+def create_server(source: Fixed | Champion, options: Options) -> Server:
     """The application in uvicorn, which on SIGTERM finishes the requests under way and takes no more."""
     config = uvicorn.Config(
         create_app(source, options),
+        http=Connection,
+        backlog=min(2048, most_connections() // 8),  # so many are accepted in one go, before any is counted
         log_level="warning",
         access_log=False,
         ws="none",
@@ -244,7 +283,7 @@ def create_server(source: Fixed | Champion, options: Options) -> uvicorn.Server:
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
-    return uvicorn.Server(config)
+    return Server(config)
 
 
 def open_source(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Fixed | Champion:
@@ -290,6 +329,8 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"cannot listen on {host}, port {port}: {reason}. Another port: make serve PORT={port + 1}") from None
     # Connections inherit it. Without, head and body of an answer, written apart, may travel 40 ms apart.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux ends a connection whose client takes nothing of its answer
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * READ_SECONDS)
     return listener
 
 
@@ -329,6 +370,7 @@ def main() -> None:
     arguments = parser().parse_args()
     options = Options.read(arguments, os.environ)
     source = open_source(arguments, os.environ)
+    allow_files()
     with listen(options.host, options.port) as listener:
         log(greeting(source.served, listener.getsockname(), options))
         create_server(source, options).run(sockets=[listener])

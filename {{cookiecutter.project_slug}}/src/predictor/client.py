@@ -1,47 +1,193 @@
-"""Asks a running server; answers as a `Model` in this process does."""
+"""Asks a server: one on this machine or, later, one in the cloud. Answers as a `Model` in this process does."""
 
+import argparse
 import json
 import math
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import urllib3
 
 from project import manifest
 from project.errors import UserError
 from project.registry import LocalRegistry
-from project.schema import Schema, parse_number
+from project.schema import Column, Schema, parse_number
 
 CELLS = 50_000  # in one request: about 2 MB, where the server takes 10
 HEALTH_SECONDS = 1.0
+CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 60.0
+FIRST_SECONDS = 3.0  # for a server that has never answered: the address is probably wrong
+MOST_SECONDS = 600.0  # each attempt of urllib3 is a call within a call, and those are limited
+PASSING = (429, 502, 503, 504)  # too busy, or restarting: the same request may be answered later
+REFUSING = (400, 413, 422)  # the request itself is at fault
+
+
+class Refused(UserError):
+    """The server says what is wrong with the rows."""
+
+
+class Patience(urllib3.Retry):
+    """Tries again until a moment, however often that is; Retry-After is honoured, but no pause goes beyond that moment."""
+
+    until = -math.inf
+
+    @classmethod
+    def of(cls, seconds: float) -> "Patience":
+        """Tries for so many seconds from now; an attempt under way may still end."""
+        patience = cls(
+            total=None,
+            allowed_methods=None,  # POST too: asking a model twice changes nothing
+            status_forcelist=PASSING,
+            backoff_factor=0.1,
+            backoff_max=2,
+            backoff_jitter=0.1,
+            raise_on_status=False,
+        )
+        patience.until = time.monotonic() + seconds
+        return patience
+
+    def new(self, **changes: Any) -> "Patience":
+        """What urllib3 goes on with after an attempt."""
+        following = super().new(**changes)
+        following.until = self.until
+        return following
+
+    def is_exhausted(self) -> bool:
+        """Whether the moment has come."""
+        return time.monotonic() >= self.until
+
+    def sleep(self, response: urllib3.BaseHTTPResponse | None = None) -> None:
+        """Pause as long as the server asks, otherwise longer each time."""
+        asked = None if response is None else self.get_retry_after(response)
+        time.sleep(max(0.0, min(asked or self.get_backoff_time(), self.until - time.monotonic())))
+
+
+def _pool() -> urllib3.PoolManager:
+    """Connections, kept open from one request to the next; a thread needs one."""
+    return urllib3.PoolManager(maxsize=64, timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=ANSWER_SECONDS))
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a model is asked.
+
+    Attributes:
+        address: such as http://127.0.0.1:8080.
+        route: the path that predictions are asked at.
+        wait: for how many seconds a server is asked again that is down or too busy.
+    """
+
+    address: str
+    route: str = "/predict"
+    wait: float = 0.0
+    pool: urllib3.PoolManager = field(default_factory=_pool, repr=False, compare=False)
+
+    def get(self, path: str, **options: Any) -> Any:
+        """The JSON document at a path; `options` are urllib3's.
+
+        Raises:
+            UserError: no server answers there, or not with JSON.
+        """
+        return self._request("GET", path, None, **options)
+
+    def ask(self, instances: Sequence[Any], **parameters: Any) -> list[dict[str, Any]]:
+        """One prediction for each instance, in their order.
+
+        Raises:
+            Refused: the server says what is wrong with the instances.
+            UserError: it does not answer, or not as a predictor does.
+        """
+        return self.ask_texts([json.dumps(instance) for instance in instances], **parameters)
+
+    def ask_texts(self, instances: Iterable[str], **parameters: Any) -> list[dict[str, Any]]:
+        """`ask`, for instances that are written as JSON already."""
+        texts = list(instances)
+        body = f'{{"instances": [{", ".join(texts)}], "parameters": {json.dumps(parameters)}}}'
+        document = self._request("POST", self.route, body.encode(), headers={"Content-Type": "application/json"})
+        predictions = document.get("predictions") if isinstance(document, dict) else None
+        if not isinstance(predictions, list) or len(predictions) != len(texts):
+            raise UserError(f"{self.address}{self.route} answers, but not with one prediction for each of {len(texts)} row(s).")
+        return predictions
+
+    def _request(self, method: str, path: str, body: bytes | None, **options: Any) -> Any:
+        options.setdefault("retries", Patience.of(self.wait))
+        try:
+            response = self.pool.request(method, self.address + path, body=body, redirect=False, **options)
+        except urllib3.exceptions.HTTPError as error:
+            reason = str(getattr(error, "reason", None) or error).rsplit(": ", 1)[-1]
+            raise UserError(f"{self.address} does not answer: {reason}.") from None
+        try:
+            document = json.loads(response.data)
+        except (ValueError, RecursionError):
+            document = None
+        if response.status == 200 and document is not None:
+            return document
+        told = document.get("error") if isinstance(document, dict) else None
+        if response.status in REFUSING and told:
+            raise Refused(str(told))
+        raise UserError(f"{self.address} answers {method} {path} with status {response.status}: {told or 'not as a predictor'}")
 
 
 @dataclass(frozen=True)
 class Server:
-    """A server of a version in this machine's registry."""
+    """A server, and what it says of its model.
 
-    address: str
-    version: int
+    Attributes:
+        version: its number in the registry, if it has one.
+    """
+
+    endpoint: Endpoint
+    version: int | None
     schema: Schema
+
+    @property
+    def address(self) -> str:
+        """Where it is."""
+        return self.endpoint.address
 
     @classmethod
     def find(cls, port: int, registry: LocalRegistry) -> "Server | None":
         """The server on this machine's port, if one answers and serves a version of this very registry."""
-        address = f"http://127.0.0.1:{port}"
+        endpoint = Endpoint(f"http://127.0.0.1:{port}")
         try:
-            with urllib.request.urlopen(f"{address}/health", timeout=HEALTH_SECONDS) as response:
-                health = json.load(response)
+            health = endpoint.get("/health", timeout=HEALTH_SECONDS)
             number, saved = health["version"], registry.version(health["version"]).model / manifest.NAME
             if manifest.sha256(saved) != health["manifest_sha256"]:
                 return None  # another project's
             document = json.loads(saved.read_text(encoding="utf-8"))
         except (OSError, ValueError, KeyError, TypeError, UserError):
             return None
-        return cls(address, number, Schema.from_json(document["schema"]))
+        return cls(endpoint, number, Schema.from_json(document["schema"]))
+
+    @classmethod
+    def open(cls, address: str, wait: float) -> "Server":
+        """The server at an address, as it describes itself; the address may end with the path of its predictions.
+
+        Raises:
+            UserError: it is no address, nobody answers there, or no predictor does.
+        """
+        try:
+            url = urllib3.util.parse_url(address)
+        except urllib3.exceptions.LocationParseError:
+            url = urllib3.util.Url()
+        if url.scheme not in ("http", "https") or not url.host:
+            raise UserError(f"--endpoint is {address!r}; it must be an address such as http://127.0.0.1:8080.")
+        base = Endpoint(f"{url.scheme}://{url.netloc}")
+        try:
+            document = base.get("/openapi.json", retries=Patience.of(min(wait, FIRST_SECONDS)))
+            (route,) = (path for path, methods in document["paths"].items() if "post" in methods)
+            version, schema = document["info"]["version"], read_schema(document, route)
+        except UserError as error:
+            raise UserError(f"{error} Is a server there? `make serve` starts one; --endpoint says where it is.") from None
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise UserError(f"{base.address} answers, but its /openapi.json is not a predictor's.") from None
+        if (url.path or "/") not in ("/", route):
+            raise UserError(f"--endpoint is {address!r}; the server there predicts at {base.address}{route}.")
+        return cls(Endpoint(base.address, route, wait, base.pool), int(version) if version.isdecimal() else None, schema)
 
     def probabilities(self, table: Mapping[str, Sequence[Any] | np.ndarray]) -> np.ndarray:
         """Probabilities, float64 (rows, classes), for columns of values.
@@ -49,43 +195,104 @@ class Server:
         Raises:
             UserError: what the server says of a wrong row, or that it does not answer.
         """
-        absent = [column.name for column in self.schema.columns if column.name not in table and not column.optional]
-        if absent:
-            raise UserError(f"{len(absent)} column(s) of the model are not in the data: {', '.join(absent[:10])}.")
-        rows = len(next(iter(table.values())))
+        answers = self.ask(table, top=len(self.schema.classes))
+        return np.array([[answer["scores"][str(name)] for name in self.schema.classes] for answer in answers])
+
+    def ask(self, table: Mapping[str, Sequence[Any] | np.ndarray], **parameters: Any) -> list[dict[str, Any]]:
+        """The server's predictions for columns of values.
+
+        Raises:
+            UserError: what the server says of a wrong row, or that it does not answer.
+        """
+        require(self.schema.columns, table)
+        rows = len(next(iter(table.values()))) if table else 1  # an empty object is a row too, if all columns are optional
         size = max(1, CELLS // len(self.schema.columns))
-        answers = [
-            prediction for start in range(0, rows, size) for prediction in self._ask(table, start, min(start + size, rows))
-        ]
-        scores = [[answer["scores"][str(name)] for name in self.schema.classes] for answer in answers]
-        return np.array(scores)
+        predictions = []
+        for start in range(0, rows, size):
+            end = min(start + size, rows)
+            instances = [self._instance(table, row) for row in range(start, end)]
+            try:
+                predictions += self.endpoint.ask(instances, **parameters)
+            except Refused as error:
+                raise UserError(f"the server refuses rows {start + 1} to {end}: {error}") from None
+        return predictions
 
-    def _ask(self, table: Mapping[str, Sequence[Any] | np.ndarray], start: int, end: int) -> list[dict[str, Any]]:
-        instances = [dict(self._fields(table, row)) for row in range(start, end)]
-        body = {"instances": instances, "parameters": {"top": len(self.schema.classes)}}
-        request = urllib.request.Request(
-            f"{self.address}/predict", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
+    def _instance(self, table: Mapping[str, Sequence[Any] | np.ndarray], row: int) -> list[Any]:
         try:
-            with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as response:
-                answers: list[dict[str, Any]] = json.load(response)["predictions"]
-                return answers
-        except urllib.error.HTTPError as error:
-            raise UserError(f"the server refuses rows {start + 1} to {end}: {json.load(error).get('error', error)}") from None
-        except OSError as error:
-            raise UserError(f"{self.address} does not answer: {error}.") from None
+            return json_values(self.schema.columns, {name: values[row] for name, values in table.items()})
+        except ValueError as error:
+            raise UserError(f"row {row + 1}, {error}") from None
 
-    def _fields(self, table: Mapping[str, Sequence[Any] | np.ndarray], row: int) -> Iterator[tuple[str, Any]]:
-        """The row's values as JSON has them: a number for a cell's text, null for a missing one."""
-        for column in self.schema.columns:
-            if column.name not in table:
-                continue
-            value: Any = table[column.name][row]
-            if column.kind == "numeric":
-                try:
-                    number = parse_number(value)
-                except ValueError:
-                    raise UserError(f"row {row + 1}, column '{column.name}': {value!r} is not a finite number.") from None
-                yield column.name, None if math.isnan(number) else number
-            else:
-                yield column.name, value or None
+
+def read_schema(document: Mapping[str, Any], route: str) -> Schema:
+    """The model's columns and classes from its server's OpenAPI document: the reverse of `contract.openapi`.
+
+    Of a categorical column's categories it shows examples only.
+    """
+    schemas = document["components"]["schemas"]
+    instance = schemas["Instance"]
+    columns = []
+    for name, column in instance["properties"].items():
+        optional, examples = name not in instance["required"], tuple(column.get("examples", ()))
+        columns.append(Column(name, "categorical" if "string" in column["type"] else "numeric", optional, examples))
+    label = document["paths"][route]["post"]["summary"].removeprefix("Predict ")
+    return Schema(label, tuple(columns), tuple(schemas["Prediction"]["properties"]["label"]["enum"]))
+
+
+def require(columns: Sequence[Column], names: Iterable[str]) -> None:
+    """Check that the data have every column that the model needs.
+
+    Raises:
+        UserError: names those that are not there.
+    """
+    there = set(names)
+    absent = [column.name for column in columns if column.name not in there and not column.optional]
+    if absent:
+        raise UserError(f"{len(absent)} column(s) of the model are not in the data: {', '.join(absent[:10])}.")
+
+
+def json_values(columns: Sequence[Column], row: Mapping[str, Any]) -> list[Any]:
+    """A row as the server takes it, in the columns' order: a number for a cell's text, null for a missing one.
+
+    Raises:
+        ValueError: names the column and the value that is not allowed.
+    """
+    values = []
+    for column in columns:
+        value = row.get(column.name)
+        if column.kind == "numeric":
+            try:
+                number = parse_number(value)
+            except ValueError:
+                raise ValueError(f"column '{column.name}': {value!r} is not a finite number.") from None
+            values.append(None if math.isnan(number) else number)
+        else:
+            values.append(None if value == "" else value)
+    return values
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line's options that say whom to ask."""
+    parser.add_argument("--endpoint", default="http://127.0.0.1:8080", help="the server's address (%(default)s)")
+    parser.add_argument(
+        "--wait",
+        type=number_between(0, MOST_SECONDS),
+        default=60.0,
+        metavar="SECONDS",
+        help="for how long a server that is down or too busy is asked again (%(default)s)",
+    )
+
+
+def number_between(least: float, most: float, kind: type[int] | type[float] = float) -> Any:
+    """An argument's type: a number, within bounds."""
+
+    def parse(text: str) -> float:
+        try:
+            number = kind(text)
+        except ValueError:
+            number = kind(least - 1)
+        if not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number from {least:g} to {most:g}")
+        return number
+
+    return parse

@@ -188,7 +188,7 @@ def choose(arguments: argparse.Namespace) -> "tuple[Model | Server, Path]":
         return Model.load(arguments.model_dir), arguments.model_dir.parent / "test.parquet"
     registry = LocalRegistry(runs.registry_folder())
     server = None if arguments.run else Server.find(arguments.port, registry)
-    if server:
+    if server and server.version:  # one that is found has a version
         print(f"Asking the server at {server.address}, version {server.version}.", file=sys.stderr)
         return server, runs.Run(runs.runs_folder() / registry.version(server.version).run).test_data
     run = runs.find(arguments.run)
