@@ -65,9 +65,11 @@ class Scaling(nn.Module):
     def fit(self, features: np.ndarray) -> None:
         """Take median, mean and spread (standard deviation; 1 for a constant) from training rows."""
         numbers = features[:, self.numeric]
-        median = np.nanmedian(numbers, axis=0) if numbers.size else np.zeros(len(self.numeric))
+        numbers = np.where(np.isnan(numbers).all(axis=0), 0.0, numbers)  # all values of a rare column may lie in other rows
+        # Halved first: the median of an even number of values adds the middle two.
+        median = np.nanmedian(numbers / 2, axis=0) * 2 if numbers.size else np.zeros(len(self.numeric))
         filled = np.where(np.isnan(numbers), median, numbers)
-        size = np.maximum(np.abs(filled).max(axis=0, initial=0), np.finfo(float).tiny)
+        size = np.maximum(np.abs(filled).max(axis=0, initial=0), 1e-288)  # torch and ONNX round the smallest numbers differently
         mean = (filled / size).mean(axis=0) * size  # divided first: the sum of large numbers would overflow
         spread = (filled / size).std(axis=0) * size
         tiny = spread <= 1e-12 * size  # rounding, not spread
@@ -123,6 +125,8 @@ class Network(nn.Module):
 
     def from_scaled(self, inputs: torch.Tensor) -> torch.Tensor:
         """The part that learns: training scales its rows once and then calls this at every step."""
+        if not self.embeddings:
+            return self.layers(inputs)  # type: ignore[no-any-return]
         parts = [inputs[:, : self.numbers]]
         for position, embedding in enumerate(self.embeddings):
             parts.append(embedding(inputs[:, self.numbers + position].long()))

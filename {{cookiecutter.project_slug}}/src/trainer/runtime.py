@@ -2,7 +2,7 @@
 
 import json
 import os
-import subprocess
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +16,8 @@ import torch.distributed
 from safetensors import safe_open
 
 from project.manifest import write_bytes
+
+CHECKPOINT = "checkpoint.safetensors"
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,28 @@ def start(threads: int) -> Iterator[Runtime]:
         torch.distributed.destroy_process_group()
 
 
+@contextmanager
+def stoppable(checkpoints: Path | None) -> Iterator[None]:
+    """On SIGTERM end with exit code 143 and one line that says how to go on.
+
+    The cloud sends it before it takes a machine away, and `docker stop` sends it. The first process of a container would
+    ignore it without this, and be killed some seconds later.
+    """
+    previous = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    except SystemExit:
+        if os.environ.get("RANK", "0") == "0":
+            if checkpoints and (checkpoints / CHECKPOINT).is_file():
+                advice = f"a checkpoint is in {checkpoints}: the same command goes on from there"
+            else:
+                advice = "there is no checkpoint: the same command starts anew (--checkpoint-dir FOLDER keeps them)"
+            print(f"\nstopped by SIGTERM; {advice}.", file=sys.stderr)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 def find_device(local_rank: int = 0) -> torch.device:
     """A CUDA GPU (one for each local rank), else Apple's MPS, else the CPU."""
     if torch.cuda.is_available():
@@ -65,7 +89,7 @@ def find_device(local_rank: int = 0) -> torch.device:
 
 
 def restart_on_all_gpus(module: str) -> None:
-    """On a machine with several GPUs, or several machines, run this command line again under torchrun, and exit.
+    """On a machine with several GPUs, or several machines, run this command line under torchrun, in this process's place.
 
     Several machines are announced by CLUSTER_SPEC, the cloud's JSON: workerpool0[0] is the master "host:port" and
     rank 0, index i of workerpool1 is rank i + 1.
@@ -82,19 +106,20 @@ def restart_on_all_gpus(module: str) -> None:
     node_rank = task["index"] + (0 if task["type"] == "workerpool0" else len(pools["workerpool0"]))
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={max(gpus, 1)}"]
     meeting = [f"--node-rank={node_rank}", "--rdzv-backend=static", f"--rdzv-endpoint={pools['workerpool0'][0]}"]
-    sys.exit(subprocess.run([*torchrun, *meeting, "-m", module, *sys.argv[1:]], check=False).returncode)
+    # In this process's place, so that signals reach torchrun, which hands them to its processes.
+    os.execv(sys.executable, [*torchrun, *meeting, "-m", module, *sys.argv[1:]])  # noqa: S606 (no shell)
 
 
 def save_checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
     """Keep where training stands, as one file that is whole or not there; no pickle."""
     folder.mkdir(parents=True, exist_ok=True)
     on_cpu = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_bytes(folder / "checkpoint.safetensors", safetensors.torch.save(on_cpu, {"state": json.dumps(dict(state))}))
+    write_bytes(folder / CHECKPOINT, safetensors.torch.save(on_cpu, {"state": json.dumps(dict(state))}))
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
     """What `save_checkpoint` kept, on the CPU; None when there is none that can be read."""
-    path = folder / "checkpoint.safetensors"
+    path = folder / CHECKPOINT
     if not path.is_file():
         return None
     try:

@@ -142,12 +142,15 @@ def load_checkpoint(folder: Path, network: Network, optimizer: torch.optim.Optim
 # %% [markdown]
 """
 ## The loop
-The rows fit in memory, scaled once; a batch is a handful of row numbers. With several ranks each takes its share of every batch, and
-their gradients are averaged, so one GPU and eight follow the same path.
+The rows fit in memory, scaled once. What a step of a small network costs is less its arithmetic than its many small operations, so there
+are few of them: rows are gathered for many steps at once, and the optimiser sees all weights as one vector. With several ranks each takes its
+share of every batch, and their gradients are added up, so one GPU and eight follow the same path.
 """
 
-
 # %%
+STEPS_AT_ONCE = 64  # whose rows are gathered together: enough to cost little, few enough to need little memory
+
+
 def fit(
     network: Network,
     features: np.ndarray,
@@ -160,13 +163,14 @@ def fit(
     """Train `network` on raw features (rows, columns) and labels (rows), and leave the best epoch's weights in it."""
     learn, validate = hold_back(labels, options.validation_share, options.seed)
     network.scaling.fit(features[learn])
-    with torch.inference_mode():
-        scaled = network.scaling(torch.from_numpy(features))
-    inputs, targets = scaled.clone().to(machine.device), torch.from_numpy(labels).to(machine.device)
+    with torch.no_grad():
+        inputs = network.scaling(torch.from_numpy(features)).to(machine.device)
+    targets = torch.from_numpy(labels).to(machine.device)
     for part in (network.embeddings, network.layers):  # the scaling stays: its 64-bit numbers are unknown to MPS
         part.to(machine.device)
 
-    optimizer = torch.optim.AdamW(network.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
+    weights, gradient = as_one_vector(network)
+    optimizer = torch.optim.AdamW([weights], lr=options.learning_rate, weight_decay=options.weight_decay, fused=True)
     progress = load_checkpoint(checkpoints, network, optimizer, facts) if checkpoints else Progress()
     if progress.history and machine.is_main:
         print(f"Resuming after epoch {len(progress.history)} from {checkpoints}")
@@ -180,7 +184,7 @@ def fit(
             break
         for group in optimizer.param_groups:  # cosine decay: large steps first, small ones to settle
             group["lr"] = options.learning_rate * 0.5 * (1 + math.cos(math.pi * (epoch - 1) / options.epochs))
-        train_loss = run_epoch(network, optimizer, inputs, targets, learn, options, epoch, machine)
+        train_loss = run_epoch(network, gradient, optimizer, inputs, targets, learn, options, epoch, machine)
         progress.note({"train_loss": train_loss, **measure(network, inputs, targets, validate)}, network)
         latest = progress.history[-1]
         bar.set_postfix(loss=f"{latest['validation_loss']:.4f}", accuracy=f"{latest['validation_accuracy']:.4f}")
@@ -194,8 +198,21 @@ def fit(
     return progress
 
 
+def as_one_vector(network: nn.Module) -> tuple[nn.Parameter, torch.Tensor]:
+    """All weights that learn as one vector, and its gradient; the network's own become views of these two."""
+    weights = [weight for weight in network.parameters() if weight.requires_grad]
+    vector = nn.Parameter(torch.cat([weight.detach().flatten() for weight in weights]))
+    vector.grad = torch.zeros_like(vector)
+    sizes = [weight.numel() for weight in weights]
+    parts = zip(weights, torch.split(vector.detach(), sizes), torch.split(vector.grad, sizes), strict=True)
+    for weight, values, gradient in parts:
+        weight.data, weight.grad = values.view_as(weight), gradient.view_as(weight)
+    return vector, vector.grad
+
+
 def run_epoch(
     network: Network,
+    gradient: torch.Tensor,
     optimizer: torch.optim.Optimizer,
     inputs: torch.Tensor,
     targets: torch.Tensor,
@@ -210,29 +227,20 @@ def run_epoch(
     order = torch.from_numpy(learn)[torch.randperm(len(learn), generator=chance)].to(machine.device)
     network.train()
     total = torch.zeros((), device=machine.device)
-    for batch in torch.split(order, options.batch_size):
-        rows = machine.share(batch)
-        # Summed over the share and divided by the whole batch: the ranks' gradients then simply add up.
-        loss = cross_entropy(network.from_scaled(inputs[rows]), targets[rows], reduction="sum") / len(batch)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        add_gradients(network, machine)
-        optimizer.step()
-        total += loss.detach() * len(batch)
+    for rows in torch.split(order, options.batch_size * STEPS_AT_ONCE):
+        batches = (torch.split(part, options.batch_size) for part in (inputs[rows], targets[rows]))
+        for batch, answers in zip(*batches, strict=True):
+            loss = cross_entropy(network.from_scaled(machine.share(batch)), machine.share(answers), reduction="sum")
+            gradient.zero_()
+            # Summed over the share and divided by the whole batch: the ranks' gradients then simply add up.
+            (loss / len(batch)).backward()  # type: ignore[no-untyped-call]
+            if machine.world_size > 1:
+                torch.distributed.all_reduce(gradient)
+            optimizer.step()
+            total += loss.detach()
     if machine.world_size > 1:
         torch.distributed.all_reduce(total)
     return float(total) / len(learn)
-
-
-def add_gradients(network: nn.Module, machine: runtime.Runtime) -> None:
-    """Give every rank the sum of all ranks' gradients, in one message."""
-    if machine.world_size == 1:
-        return
-    gradients = [weights.grad for weights in network.parameters() if weights.grad is not None]
-    together = torch.cat([gradient.flatten() for gradient in gradients])
-    torch.distributed.all_reduce(together)
-    for gradient, summed in zip(gradients, torch.split(together, [g.numel() for g in gradients]), strict=True):
-        gradient.copy_(summed.view_as(gradient))
 
 
 @torch.inference_mode()
@@ -327,7 +335,8 @@ def main() -> None:
         options = settings.load().train
     checkpoints = local_path(arguments.checkpoint_dir) if arguments.checkpoint_dir else None
     model_dir = local_path(arguments.model_dir)
-    metrics = train(local_path(arguments.train), model_dir, options, checkpoints)
+    with runtime.stoppable(checkpoints):
+        metrics = train(local_path(arguments.train), model_dir, options, checkpoints)
     if int(os.environ.get("RANK", "0")) == 0:
         best = metrics["history"][metrics["best_epoch"] - 1]
         print(f"best epoch {metrics['best_epoch']}, validation accuracy {best['validation_accuracy']:.4f} → {model_dir}")
