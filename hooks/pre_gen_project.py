@@ -12,7 +12,6 @@ import re
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
-from typing import Any
 
 # As in cookiecutter.json, which a hook cannot read. cookiecutter compares with that, but not what it replays.
 CHOICES = {
@@ -109,7 +108,7 @@ RULES: dict[str, tuple[Callable[[str], Iterator[str]], str]] = {
 }
 
 
-def broken_rules(variable: str, value: Any) -> list[str]:
+def broken_rules(variable: str, value: object) -> list[str]:
     """What is wrong with this answer, in words; nothing if it is good."""
     if not isinstance(value, str):
         return ["must be text; in a YAML file put it in quotes"]
@@ -118,13 +117,13 @@ def broken_rules(variable: str, value: Any) -> list[str]:
     return list(RULES[variable][0](value))
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """The value as it was given; escaped where it cannot be seen, and cut where it is too long to read."""
     text = repr(value)
     return text if len(text) <= 120 else f"{text[:100]}…"
 
 
-def report(answers: dict[str, Any]) -> str:
+def report(answers: dict[str, object]) -> str:
     """All problems in one message; empty if there are none."""
     problems = []
     for variable in [*RULES, *CHOICES]:
@@ -141,13 +140,13 @@ def report(answers: dict[str, Any]) -> str:
     return "\n\n".join([head, *problems, foot])
 
 
-def given_answers() -> dict[str, Any]:
+def given_answers() -> dict[str, object]:
     """The answers as they were given.
 
     What comes from the command line or a file has been run as a Jinja template before it arrives here.
     cookiecutter keeps the original (cruft does not), and it is the original that has to be refused.
     """
-    answers: dict[str, Any] = json.loads(r"""{{ cookiecutter | jsonify }}""")
+    answers: dict[str, object] = json.loads(r"""{{ cookiecutter | jsonify }}""")
     originals = json.loads(r"""{{ _cookiecutter | default({}) | jsonify }}""")
     for variable in ("project_name", "description", "author_name", "author_email"):
         original = originals.get(variable)

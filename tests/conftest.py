@@ -1,12 +1,20 @@
 """What the template's tests share: where the template lies, and how a project is made from it."""
 
 import json
+import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cookiecutter.main import cookiecutter
+from hypothesis import settings
+
+# CI draws the same examples each time; --hypothesis-profile=explore draws others, and remembers what failed.
+settings.register_profile("same", deadline=None, derandomize=True, database=None)
+settings.register_profile("explore", deadline=None)
+settings.load_profile("same")
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = "{{cookiecutter.project_slug}}"
@@ -62,3 +70,20 @@ def generate(config: Path) -> Callable[..., Path]:
 def default_project(generate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project from the default answers; to be read, not changed."""
     return generate(tmp_path_factory.mktemp("default"))
+
+
+@pytest.fixture(scope="session")
+def docker() -> str:
+    """The version of Docker's engine. Without one a test is skipped; where REQUIRE_DOCKER is set it fails."""
+    command = ["docker", "version", "--format", "{{.Server.Version}}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        problem = "docker is not installed"
+    else:
+        if done.returncode == 0:
+            return done.stdout.strip()
+        problem = done.stderr.strip()
+    if os.environ.get("REQUIRE_DOCKER"):
+        pytest.fail(f"this test needs Docker: {problem}")
+    pytest.skip(f"this test needs Docker: {problem}")

@@ -1,13 +1,10 @@
 """A project holds exactly the files of its choices; all but four are the template's, byte for byte."""
 
-import json
 import os
 import re
 import shutil
-import stat
 import subprocess
 import sys
-import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,34 +13,22 @@ import pytest
 import yaml
 from cookiecutter.generate import is_copy_only_path
 
+from tests.projects import (
+    CACHES,
+    JOBS,
+    ONLY_FOR,
+    RENDERED,
+    assert_all_parse,
+    assert_copied,
+    assert_given_back,
+    copy_template,
+    executable,
+    expected_files,
+    files,
+    git,
+)
+
 Generate = Callable[..., Path]
-
-RENDERED = {
-    "project.yaml",
-    "pyproject.toml",
-    "README.md",
-    "LICENSE-Apache-2.0",
-    "LICENSE-MIT",
-    "LICENSE-Proprietary",
-}
-
-# Files and folders that only this value needs: post_gen's table once more, so that a slip there shows.
-ONLY_FOR = {
-    ("license", "Apache-2.0"): {"LICENSE-Apache-2.0"},
-    ("license", "MIT"): {"LICENSE-MIT"},
-    ("license", "Proprietary"): {"LICENSE-Proprietary"},
-}
-
-JOBS = {
-    "none": ["cpu"],
-    "t4": ["t4"],
-    "l4": ["l4-spot", "l4"],
-    "a100-40gb": ["a100"],
-    "a100-80gb": ["a100-80gb"],
-    "h100": ["h100-spot", "h100-flex"],
-    "h200": ["h200x8"],
-    "b200": ["b200x8"],
-}
 
 DEFAULTS = {
     "project_name": "Digit Reader",
@@ -80,61 +65,12 @@ CHANGES: list[dict[str, str]] = [
     {"gpu": "none", "license": "MIT"},
 ]
 
-CACHES = {"__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".ipynb_checkpoints"}
-
-
-def files(folder: Path) -> set[str]:
-    """Every file below, as a path with slashes."""
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
-
-
-def template_files(template: Path) -> set[str]:
-    """The template's own files, without what tools leave there while it is worked on."""
-    return {path for path in files(template) if not CACHES & set(path.split("/"))}
-
-
-def expected_files(template: Path, answers: dict[str, str]) -> set[str]:
-    """The template's files, without what only the other values need; the licence has lost its suffix."""
-    unwanted = {
-        path for (answer, value), paths in ONLY_FOR.items() if answers[answer] != value for path in paths
-    }
-    kept = {
-        path
-        for path in template_files(template)
-        if not any(f"{path}/".startswith(f"{drop}/") for drop in unwanted)
-    }
-    return kept - {f"LICENSE-{answers['license']}"} | {"LICENSE"}
-
-
-def executable(path: Path) -> bool:
-    """Whether its owner may run it."""
-    return bool(path.stat().st_mode & stat.S_IXUSR)
-
-
-def git(*arguments: str, cwd: Path) -> str:
-    """Run git without anybody's own settings."""
-    command = [
-        "git",
-        "-c",
-        "user.name=Test",
-        "-c",
-        "user.email=test@example.com",
-        "-c",
-        "commit.gpgsign=false",
-    ]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    return subprocess.run(
-        [*command, *arguments], cwd=cwd, env=environment, check=True, stdout=subprocess.PIPE, text=True
-    ).stdout
-
 
 @pytest.fixture
-def copy(root: Path, template: Path, tmp_path: Path) -> Path:
+def copy(tmp_path: Path) -> Path:
     """A copy of the template that a test may change."""
     repository = tmp_path / "template"
-    shutil.copytree(template, repository / template.name, ignore=shutil.ignore_patterns(*CACHES))
-    shutil.copytree(root / "hooks", repository / "hooks", ignore=shutil.ignore_patterns(*CACHES))
-    shutil.copy(root / "cookiecutter.json", repository)
+    copy_template(repository)
     return repository
 
 
@@ -164,9 +100,7 @@ def test_exactly_the_files_of_the_choices(case: tuple[Path, dict[str, str]], tem
 
 def test_all_but_four_are_copies(case: tuple[Path, dict[str, str]], template: Path) -> None:
     project, _ = case
-    for path in files(project) - RENDERED - {"LICENSE"}:
-        assert (project / path).read_bytes() == (template / path).read_bytes(), path
-        assert executable(project / path) == executable(template / path), path
+    assert_copied(project, template)
 
 
 def test_rendered_files_hold_no_delimiter(case: tuple[Path, dict[str, str]]) -> None:
@@ -179,36 +113,16 @@ def test_rendered_files_hold_no_delimiter(case: tuple[Path, dict[str, str]]) -> 
 
 def test_every_data_file_parses(case: tuple[Path, dict[str, str]]) -> None:
     project, _ = case
-    for path in map(project.joinpath, files(project)):
-        if path.suffix in {".yaml", ".yml"}:
-            assert list(yaml.safe_load_all(path.read_text(encoding="utf-8"))), path
-        elif path.suffix == ".toml":
-            assert tomllib.loads(path.read_text(encoding="utf-8")), path
-        elif path.suffix in {".json", ".ipynb"}:
-            assert json.loads(path.read_text(encoding="utf-8")), path
+    assert_all_parse(project, files(project))
 
 
-def test_project_yaml_holds_the_answers(case: tuple[Path, dict[str, str]], questions: dict[str, Any]) -> None:
+def test_every_answer_is_given_back(case: tuple[Path, dict[str, str]], questions: dict[str, Any]) -> None:
     project, answers = case
+    assert_given_back(project, {**answers, "project_slug": project.name})
     settings = yaml.safe_load((project / "project.yaml").read_text(encoding="utf-8"))
-    assert list(settings) == ["name", "description", "template", "data", "train", "gate", "cloud"]
-    assert settings["name"] == project.name
-    assert settings["description"] == answers["description"]
+    assert list(settings) == ["name", "description", "data", "train", "gate", "containers", "cloud", "template"]
     assert settings["template"]["version"] == questions["_template_version"]
-    cloud = settings["cloud"]
-    assert cloud["train"]["jobs"] == JOBS[answers["gpu"]]
-    assert {key: cloud[key] for key in ("region", "ci", "data_ingestion")} == {
-        key: answers[key] for key in ("region", "ci", "data_ingestion")
-    }
-    assert cloud["alerts"] == answers["author_email"]
-
-
-def test_the_licence_is_the_chosen_one(case: tuple[Path, dict[str, str]]) -> None:
-    project, answers = case
-    text = (project / "LICENSE").read_text(encoding="utf-8")
-    first_words = {"Apache-2.0": "Apache License", "MIT": "MIT License", "Proprietary": "Copyright (c) 2"}
-    assert text.strip().startswith(first_words[answers["license"]])
-    assert answers["license"] == "Apache-2.0" or answers["author_name"] in text
+    assert settings["template"]["answers"] == {**answers, "project_slug": project.name}
 
 
 def test_the_tables_name_what_is_there(template: Path) -> None:
@@ -288,9 +202,7 @@ def test_caches_are_not_passed_on(generate: Generate, copy: Path, template: Path
     assert not CACHES & {path.name for path in project.rglob("*")}
 
 
-def test_generating_again_keeps_what_the_user_added(
-    generate: Generate, config: Path, root: Path, tmp_path: Path
-) -> None:
+def test_generating_again_keeps_what_the_user_added(generate: Generate, config: Path, root: Path, tmp_path: Path) -> None:
     project = generate(tmp_path)
     mine = [project / "src/mine.py", project / "level_0_manual/mine.ipynb", project / "data/mine.csv"]
     for path in mine:
@@ -324,40 +236,10 @@ def test_the_command_line_says_what_to_type_next(committed: Path, config: Path) 
     """Also: a relative path to the template, and a git hook's variables, do not hide the commit."""
     command = [sys.executable, "-m", "cookiecutter", "template", "--no-input", "--config-file", str(config)]
     elsewhere = {**os.environ, "GIT_DIR": str(config.parent), "PWD": str(config.parent)}
-    done = subprocess.run(
-        command, cwd=committed.parent, env=elsewhere, check=True, capture_output=True, text=True
-    )
+    done = subprocess.run(command, cwd=committed.parent, env=elsewhere, check=True, capture_output=True, text=True)
     first, second, third = done.stdout.splitlines()
     assert first == "cd digit-reader"
     assert re.match(r"make setup +# ", second)
     assert re.match(r"make level0 +# .*runs/", third)
     assert done.stderr == ""
-    assert (
-        recorded_commit(committed.parent / "digit-reader") == git("rev-parse", "HEAD", cwd=committed).strip()
-    )
-
-
-def test_an_update_keeps_the_answers(committed: Path, config: Path, tmp_path: Path) -> None:
-    """cruft renders the recorded answers anew: what was escaped once is not escaped again."""
-    cruft = pytest.importorskip("cruft")
-    description = "Says \"yes\" \\ and 'no' 🙂 \\"
-    answers = {"description": description, "gpu": "h100"}
-    project = cruft.create(str(committed), tmp_path, config_file=config, extra_context=answers)
-    assert recorded_commit(project) == git("rev-parse", "HEAD", cwd=committed).strip()
-
-    source = committed / "cookiecutter.json"
-    newer = source.read_text(encoding="utf-8").replace('"_template_version": "', '"_template_version": "9')
-    source.write_text(newer, encoding="utf-8")
-    git("commit", "--quiet", "--all", "-m", "second", cwd=committed)
-    git("init", "--quiet", cwd=project)
-    git("add", ".", cwd=project)
-    git("commit", "--quiet", "-m", "first", cwd=project)
-    assert cruft.update(project)
-
-    settings = yaml.safe_load((project / "project.yaml").read_text(encoding="utf-8"))
-    assert settings["template"] == {
-        "version": json.loads(newer)["_template_version"],
-        "commit": git("rev-parse", "HEAD", cwd=committed).strip(),
-    }
-    assert settings["description"] == description
-    assert settings["cloud"]["train"]["jobs"] == JOBS["h100"]
+    assert recorded_commit(committed.parent / "digit-reader") == git("rev-parse", "HEAD", cwd=committed).strip()

@@ -81,7 +81,7 @@ def test_a_lost_champion_can_be_replaced(project, trained):
     assert found["champion"] is None
     assert found["champion_version"] == 2
     assert "no version 2" in found["champion_problem"]
-    assert "the champion is lost" in status.overview(registry)
+    assert "The champion is lost" in status.overview(registry)
     assert status.rollback(registry, 1)
     assert registry.champion().number == 1
     for broken in ("", "[]", "{}", '{"version": "x"}'):
@@ -173,9 +173,9 @@ def served(project, trained) -> LocalRegistry:
     return registry
 
 
-def test_status_says_what_is_served_and_why(served):
+def test_status_says_which_version_is_the_champion_and_why(served):
     out = status.overview(served)
-    assert "Served: version 2" in out
+    assert "Champion: version 2" in out
     assert "because better" in out
     assert [line.split()[0] for line in out.splitlines() if "run-" in line] == ["2*", "1"]
 

@@ -132,6 +132,13 @@ def shell(files: list[str]) -> list[str]:
     return _tool(["shellcheck", "--external-sources", "--format=gcc", "--"], scripts, advice)
 
 
+def dockerfiles(files: list[str]) -> list[str]:
+    """Dockerfiles, told by their name."""
+    found = [file for file in files if Path(file).name == "Dockerfile"]
+    advice = "Mend what it says. What a code means: https://github.com/hadolint/hadolint/wiki"
+    return _tool(["hadolint", "--no-color", "--"], found, advice)
+
+
 def _python(files: list[str]) -> list[str]:
     return [file for file in files if file.endswith((".py", ".pyi"))]
 
@@ -267,6 +274,7 @@ CHECKS = {
     "layout": Check(layout),
     "types": Check(types),
     "shell": Check(shell),
+    "dockerfiles": Check(dockerfiles),
 }
 
 

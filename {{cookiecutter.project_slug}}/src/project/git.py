@@ -4,6 +4,7 @@ python -m project.git     make the repository if there is none, and install the 
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,12 @@ def version() -> str:
     """The commit that the code is at, with "-dirty" behind it when files were edited since; "unknown" without one."""
     done = run("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def remote() -> str:
+    """Where the repository is kept, without a password in it; empty when that is nowhere but here."""
+    done = run("git", "remote", "get-url", "origin")
+    return re.sub(r"(?<=://)[^/@]*@", "", done.stdout.strip()) if done.returncode == 0 else ""
 
 
 def at_last_commit(path: Path) -> str | None:

@@ -15,12 +15,15 @@ import sys
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
-import jupytext
-import nbformat
+# jsonschema, which nbformat takes, would build a grammar of all web addresses for a second: no notebook holds one to check.
+sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
 
-from project import git
-from project.errors import UserError, run_command
-from project.settings import project_root
+import jupytext  # noqa: E402
+import nbformat  # noqa: E402
+
+from project import git  # noqa: E402
+from project.errors import UserError, run_command  # noqa: E402
+from project.settings import project_root  # noqa: E402
 
 ORDER = ("data", "model", "train", "evaluate")
 Half = Literal["notebook", "module"]

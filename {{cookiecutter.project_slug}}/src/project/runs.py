@@ -12,6 +12,7 @@ from typing import Any
 
 from project.errors import UserError, run_command
 from project.manifest import write_json
+from project.registry import LocalRegistry
 from project.settings import Settings, load, project_root
 
 
@@ -134,15 +135,26 @@ def table(metric: str) -> str:
     if not rows:
         raise UserError("there is no run yet. Type `make level0` first.")
     rows.sort(key=lambda row: (row[0], row[1]), reverse=True)
+    champion = LocalRegistry(registry_folder()).champion_number()
     settings_shown = ("epochs", "batch_size", "learning_rate", "seed")
-    lines: list[tuple[str, ...]] = [("run", "data", *settings_shown, "accuracy", "macro F1", "log loss", "test rows")]
+    lines: list[tuple[str, ...]] = [("run", "data", *settings_shown, "accuracy", "macro F1", "log loss", "test rows", "made by")]
     for _, name, settings, metrics in rows:
         used = [str(settings.get("train", {}).get(key, "")) for key in settings_shown]
         scores = [f"{metrics[key]:.4f}" if key in metrics else "–" for key in ("accuracy", "macro_f1", "log_loss")]
         source = str(settings.get("data", {}).get("source", ""))
-        lines.append((name, source, *used, *scores, str(metrics.get("rows", "not finished"))))
+        lines.append((name, source, *used, *scores, str(metrics.get("rows", "not finished")), _made_by(name, champion)))
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _made_by(name: str, champion: int | None) -> str:
+    """Notebooks, or the pipeline and what became of its model."""
+    story = read_json(runs_folder() / name / "story.json")
+    if not story:
+        return "notebooks"
+    number = (story.get("registered") or {}).get("version")
+    kept = ["the champion" if number == champion else f"version {number}"] if number else []
+    return ", ".join(["pipeline", *kept])
 
 
 def main() -> None:

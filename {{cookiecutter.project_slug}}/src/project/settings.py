@@ -26,10 +26,11 @@ class Block(BaseModel):
 
 
 class Template(Block):
-    """The template's version and commit that this project came from."""
+    """The template's version and commit that this project came from, and the answers to its questions."""
 
     version: str
     commit: str
+    answers: dict[str, str] = Field(default_factory=dict)
 
 
 class Data(Block):
@@ -57,6 +58,26 @@ class Gate(Block):
     metric: Literal["accuracy", "macro_f1"]
     threshold: Share
     margin: Share
+
+
+class Containers(Block):
+    """Where built images are pushed: an address without https://, with the repository's path."""
+
+    registry: Annotated[str, Field(pattern=r"^([a-z0-9.-]+(:\d+)?(/[a-z0-9._-]+)*)?$")] = ""
+
+
+class Mirrors(Block):
+    """Where things come from in a network that is cut off from the internet; empty: from where they usually come.
+
+    Attributes:
+        base_images: an address that stands before the base image's name.
+        python_index: an index of Python packages, as pip takes it.
+        certificates: a file of the network's own certificates (PEM).
+    """
+
+    base_images: Annotated[str, Field(pattern=r"^([a-z0-9.-]+(:\d+)?(/[a-z0-9._-]+)*)?$")] = ""
+    python_index: str = ""
+    certificates: str = ""
 
 
 class Environment(Block):
@@ -96,7 +117,7 @@ class Cloud(Block):
     train: TrainJobs
     serve: Serve
     alerts: str
-    mirrors: dict[str, str]
+    mirrors: Mirrors = Mirrors()
 
 
 class Settings(Block):
@@ -104,11 +125,12 @@ class Settings(Block):
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{1,18}[a-z0-9]$")]
     description: str
-    template: Template
     data: Data
     train: Hyperparameters
     gate: Gate
+    containers: Containers = Containers()
     cloud: Cloud
+    template: Template
 
 
 def project_root() -> Path:

@@ -1,6 +1,6 @@
-"""make status and make rollback: a run's story from its event to what is served, and the champion.
+"""make status and make rollback: a run's story from its event to the champion, and another champion.
 
-python -m project.status                   what is served, and the last runs
+python -m project.status                   the champion, and the last runs
 python -m project.status --run ID          one run's story
 python -m project.status --rollback N      make version N the champion again
 """
@@ -16,15 +16,16 @@ LAST_RUNS = 8
 
 
 def overview(registry: LocalRegistry) -> str:
-    """What is served and why; the versions; the last runs of the pipeline."""
+    """The champion and why it is; the versions; the last runs of the pipeline."""
     champion, lost = _champion(registry)
     change, lines = registry.last_change(), []
     if lost:
-        lines.append(f"Served: the champion is lost: {lost} Choose another: make rollback VERSION=N")
+        lines.append(f"The champion is lost: {lost} Choose another: make rollback VERSION=N")
     elif champion is None or change is None:
-        lines.append("Served: nothing yet. `make level1` trains a model and registers it if it is good enough.")
+        lines.append("Champion: none yet. `make level1` trains a model and registers it if it is good enough.")
     else:
-        lines.append(f"Served: version {champion.number}, since {change['time']}, because {change['reason']}.")
+        lines.append(f"Champion: version {champion.number}, since {change['time']}, because {change['reason']}.")
+        lines.append("`make serve` serves it; a running server takes it by itself.")
     versions = registry.versions()
     if versions:
         lines.append("\nversion  accuracy  macro F1  run                    created")
@@ -41,7 +42,7 @@ def overview(registry: LocalRegistry) -> str:
 
 
 def story(run: runs.Run, registry: LocalRegistry) -> str:
-    """Event → run → steps → gate and reason → version → what is served."""
+    """Event → run → steps → gate and reason → version → the champion."""
     told = runs.read_json(run.folder / "story.json")
     if not told:
         raise UserError(f"run '{run.name}' is no run of the pipeline, or there is none. `make status` lists them.")
@@ -57,10 +58,10 @@ def story(run: runs.Run, registry: LocalRegistry) -> str:
         lines.append(f"         {registered['problem']}")
     champion, lost = _champion(registry)
     if champion is None:
-        lines.append(f"served   {lost or 'nothing yet'}")
+        lines.append(f"champion {lost or 'none yet'}")
     else:
         whose = "this run's" if champion.number == number else f"of run {champion.run}"
-        lines.append(f"served   version {champion.number}, {whose}")
+        lines.append(f"champion version {champion.number}, {whose}")
     return "\n".join(lines)
 
 
