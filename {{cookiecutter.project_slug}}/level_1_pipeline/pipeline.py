@@ -90,43 +90,38 @@ def gate(metric: str, threshold: float, margin: float, scores: Input[Artifact], 
 def register(
     registry: str, run: str, model: Input[Model], scores: Input[Artifact], decision: Input[Metrics], version: Output[Artifact]
 ) -> int:
-    """Register the challenger, and make it the champion unless another run was faster."""
+    """Register the challenger, and deploy it: make it the champion unless another run was faster."""
     import json
     from pathlib import Path
 
+    from launcher.deploy import deploy
     from project.manifest import write_json
-    from project.registry import Overtaken, open_registry
 
     measured = json.loads(Path(scores.path).read_text())
-    metrics = {name: value for name, value in measured["challenger"].items() if isinstance(value, (int, float))}
     reason = json.loads(Path(decision.path).read_text())["reason"]
-    models = open_registry(registry)
-    registered = models.register(Path(model.path), metrics, run)
-    problem = None
-    try:
-        models.promote(registered.number, reason, measured["champion_version"])
-    except Overtaken as overtaken:
-        problem = str(overtaken)
-    outcome = {"version": registered.number, "champion": problem is None, "problem": problem}
+    outcome = deploy(registry, Path(model.path), measured["challenger"], run, reason, measured["champion_version"])
     write_json(Path(version.path), outcome)
     version.metadata.update(outcome)
-    return registered.number
+    return int(outcome["version"])
 
 
 def make_pipeline(
-    image: str = "python:3.11-slim", train_step: Callable[..., Any] | None = None, register_step: Callable[..., Any] | None = None
+    train_image: str = "train",
+    deploy_image: str = "deploy",
+    train_step: Callable[..., Any] | None = None,
+    register_step: Callable[..., Any] | None = None,
 ) -> Any:
     """The pipeline, ready to run or to compile.
 
     Args:
-        image: the image that the steps run in; on this machine without containers it is not used.
+        train_image, deploy_image: the images that the steps run in; not used where steps are processes of this machine.
         train_step, register_step: components that take the place of the ones here; level 2 gives its own.
     """
-    # The image holds kfp already: without this every step would begin by installing it.
-    component = dsl.component(base_image=image, install_kfp_package=False)
+    # The images hold kfp already: without this every step would begin by installing it.
+    component = dsl.component(base_image=train_image, install_kfp_package=False)
     preprocess_step, evaluate_step, gate_step = component(preprocess), component(evaluate), component(gate)
     train_step = train_step or component(train)
-    register_step = register_step or component(register)
+    register_step = register_step or dsl.component(register, base_image=deploy_image, install_kfp_package=False)
 
     @dsl.pipeline(name=NAME, description="preprocess, train, evaluate, gate, register")
     def train_and_register(

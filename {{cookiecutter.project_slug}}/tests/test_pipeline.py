@@ -64,8 +64,9 @@ def test_a_run_registers_what_the_trainer_makes(registry, trained, capsys):
     run = runs.find(champion.run)  # `make runs` and `make predict` see the run as any other
     assert json.loads(run.evaluation.read_text())["accuracy"] == champion.metrics["accuracy"]
     text = status.story(run, registry)
-    assert [line.split()[0] for line in text.splitlines()] == ["event", "run", *["step"] * 5, "gate", "version", "served"]
+    assert [line.split()[0] for line in text.splitlines()] == ["event", "run", *["step"] * 5, "gate", "version", "champion"]
     assert "this run's" in text
+    assert runs.table("accuracy").splitlines()[1].endswith("pipeline, the champion")
 
 
 def test_a_worse_model_a_tie_and_a_damaged_champion(registry, capsys, monkeypatch):
@@ -78,10 +79,14 @@ def test_a_worse_model_a_tie_and_a_damaged_champion(registry, capsys, monkeypatc
     assert newest_story()["registered"] is None
     assert "but champion 1 has" in newest_story()["gate"]["reason"]
     assert "The champion stays version 1" in capsys.readouterr().out
+    champion, rejected = runs.table("accuracy").splitlines()[1:]
+    assert champion.endswith("pipeline, the champion")
+    assert rejected.endswith("pipeline")
     assert runs.find().name == registry.champion().run  # `make predict` does not ask a model that was turned down
     monkeypatch.setenv("SET", "")
     kfp_run.main()  # the same model once more: not worse
     assert registry.champion().number == 2
+    assert sum(line.endswith("pipeline, version 1") for line in runs.table("accuracy").splitlines()) == 1
     (registry.champion().model / "model.safetensors").write_bytes(b"x")
     kfp_run.main()
     assert registry.champion().number == 3
@@ -142,6 +147,22 @@ def test_a_step_that_breaks_is_named_with_its_last_lines(pipeline_project, regis
     assert newest_story()["state"] == "failed"
 
 
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("launcher.kfp_run", ["torch", "rfc3987_syntax.syntax_helpers"]),  # a second and more each
+        ("launcher.kfp_local", ["torch", "trainer"]),
+        ("trainer.evaluate", ["torch", "kfp"]),
+        ("project.registry", ["torch", "kfp", "numpy"]),
+    ],
+)
+def test_a_process_imports_no_more_than_it_needs(module, absent):
+    command = f"import sys, {module}; print(*sys.modules, sep=chr(10))"
+    imported = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True).stdout.split()
+    assert module in imported
+    assert not set(absent) & set(imported)
+
+
 def test_two_runs_at_once_leave_one_champion(registry):
     command = [sys.executable, "-m", "launcher.kfp_run"]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
@@ -158,7 +179,7 @@ def test_success_without_outputs_is_no_success(pipeline_project, registry, monke
     def nothing(run, *_):
         (run.folder / "steps").mkdir()
 
-    monkeypatch.setattr(kfp_run, "run_locally", nothing)
+    monkeypatch.setattr(kfp_run, "run_steps", nothing)
     with pytest.raises(UserError, match="step 'preprocess' ended without its output 'train_data'"):
         kfp_run.main()
     assert newest_story()["state"] == "failed"
@@ -176,9 +197,12 @@ def act() -> None:
 
 
 def test_the_compiled_pipeline_is_what_it_should_be(pipeline_project, tmp_path):
-    spec = kfp_compile.compile_pipeline(kfp_compile.load_definition().make_pipeline(image="example:1"), tmp_path / "p.yaml")
+    pipeline = kfp_compile.load_definition().make_pipeline(train_image="example:1", deploy_image="other:1")
+    spec = kfp_compile.compile_pipeline(pipeline, tmp_path / "p.yaml")
     executors = spec.deployment_spec["executors"]
-    assert {executors[name]["container"]["image"] for name in executors} == {"example:1"}
+    images = {name.removeprefix("exec-"): executors[name]["container"]["image"] for name in executors}
+    assert images.pop("register") == "other:1"
+    assert images == dict.fromkeys(("preprocess", "train", "evaluate", "gate"), "example:1")
     assert "pip install" not in (tmp_path / "p.yaml").read_text()
     assert set(spec.root.dag.tasks) == {"preprocess", "train", "evaluate", "gate", "condition-1"}
     conditional = spec.components[spec.root.dag.tasks["condition-1"].component_ref.name]

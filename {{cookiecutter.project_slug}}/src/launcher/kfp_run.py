@@ -1,8 +1,9 @@
 """make level1: compiles the pipeline, runs it, and tells its story step by step.
 
-python -m launcher.kfp_run
+python -m launcher.kfp_run        RUNNER=local: each step is a process here; RUNNER=docker: a container
 """
 
+import json
 import os
 import re
 import subprocess
@@ -14,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from launcher import kfp_compile
+from launcher import containers, kfp_compile, kfp_docker
 from project import git, notebooks, runs, settings
 from project.errors import UserError, run_command
 from project.manifest import write_json
@@ -81,8 +82,23 @@ def arguments(chosen: settings.Settings, run: Run, registry: Path) -> dict[str, 
     }
 
 
-def run_locally(run: Run, compiled: Path, values: dict[str, Any], story: Story) -> None:
-    """Run the compiled pipeline in this environment, and follow its steps.
+RUNNERS = {"local": "in this environment", "docker": "in containers"}
+
+
+def choose_runner() -> str:
+    """Where the steps run, from the RUNNER variable.
+
+    Raises:
+        UserError: there is no such runner.
+    """
+    chosen = os.environ.get("RUNNER") or "local"
+    if chosen not in RUNNERS:
+        raise UserError(f"RUNNER={chosen}: there are {', '.join(RUNNERS)}; for example make level1 RUNNER=docker")
+    return chosen
+
+
+def run_steps(run: Run, compiled: Path, values: dict[str, Any], story: Story, docker: dict[str, Any] | None = None) -> None:
+    """Run the compiled pipeline, and follow its steps.
 
     Raises:
         UserError: a step failed; names it and shows its last lines.
@@ -91,11 +107,19 @@ def run_locally(run: Run, compiled: Path, values: dict[str, Any], story: Story) 
     root = run.folder / "steps"
     command = [sys.executable, "-m", "launcher.kfp_local", str(compiled), str(run.folder / "arguments.json"), str(root)]
     environment = {"CODE_VERSION": git.version(), **os.environ}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", env=environment
-    ) as process:
-        output = process.stdout
-        last = follow(iter(output) if output else iter(()), run.folder / "pipeline.log", story)
+    if docker is not None:
+        command.append(json.dumps(docker))
+        # kfp's client looks at this variable alone, where the command line also knows contexts.
+        environment["DOCKER_HOST"] = containers.engine()
+    try:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", env=environment
+        ) as process:
+            output = process.stdout
+            last = follow(iter(output) if output else iter(()), run.folder / "pipeline.log", story)
+    finally:
+        if docker is not None:
+            kfp_docker.remove(run.name)
     if process.returncode != 0:
         failed = story.steps[-1] if story.steps else Step("start")
         failed.state = "failed"
@@ -124,7 +148,7 @@ def follow(lines: Iterator[str], log: Path, story: Story) -> list[str]:
                 step.state = "succeeded" if finished[2] == "SUCCESS" else "failed"
                 if step.state == "succeeded":
                     show(step)
-            elif line.strip() and not (story.steps and story.steps[-1].state == "failed"):
+            elif line.strip() and (not story.steps or story.steps[-1].state == "running"):  # afterwards kfp speaks
                 last = [*last, line.strip()][-LAST_LINES:]
     return last
 
@@ -207,18 +231,20 @@ def summary(run: Run, story: Story, registry: LocalRegistry) -> str:
 
 def main() -> None:
     """Compile, run, tell."""
+    runner = choose_runner()
     notebooks.require_in_step()
     chosen = settings.load()
     registry = runs.registry_folder()
     run = runs.new()
     values = arguments(chosen, run, registry)
+    images = kfp_docker.build_images(chosen) if runner == "docker" else {}
     run.start(chosen)
     story = Story(run.name, f"by hand, {os.environ.get('USER') or 'somebody'}", datetime.now(UTC).isoformat(timespec="seconds"))
     try:
         compiled = run.folder / "pipeline.yaml"
-        kfp_compile.compile_pipeline(kfp_compile.load_definition().make_pipeline(), compiled)
-        print(f"Run {run.name}: the pipeline, compiled and checked, on {chosen.data.source}, in this environment")
-        run_locally(run, compiled, values, story)
+        kfp_compile.compile_pipeline(kfp_compile.load_definition().make_pipeline(**images), compiled)
+        print(f"Run {run.name}: the pipeline, compiled and checked, on {chosen.data.source}, {RUNNERS[runner]}")
+        run_steps(run, compiled, values, story, kfp_docker.options(values, run.name) if images else None)
         conclude(run, story)
         story.state = "succeeded"
     except KeyboardInterrupt:

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Builds the images of all containers, or of those that are named; an unchanged one is not built again.
+#
+#   level_1_pipeline/build_containers.sh [train] [predict] [deploy] [--push] [--pin-base]
+#
+# What it does, and what an image's tag is made of, is in src/launcher/containers.py.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=${RUN_PYTHON:-.venv/bin/python}
+if ! [ -x "$python" ]; then
+    echo "error: $python is not there. Type first: make setup" >&2
+    exit 2
+fi
+exec "$python" -m launcher.containers "$@"
