@@ -54,24 +54,25 @@ demo: setup ## Generate a project with the default answers, climb as far as this
 		echo "error: port $(PORT) is in use, and the demo wants to serve a model there. Another: make demo PORT=8081" >&2; exit 2; }
 	@[ ! -e "$(DEMO)" ] || { echo "error: $(DEMO) is there already, and may hold work of yours." \
 		"Remove it (rm -r $(DEMO)), or take another: make demo DEMO=build/demo-2" >&2; exit 2; }
-	@echo "1/6  Generating a project from the default answers into $(DEMO)/"
+	@echo "1/7  Generating a project from the default answers into $(DEMO)/"
 	@mkdir -p "$(DEMO)"
 	@$(BIN)/cookiecutter --no-input --output-dir "$(DEMO)" . >/dev/null
 	@$(MAKE) demo-in-project PROJECT="$$(echo "$(DEMO)"/*)"
 
 IS_UP = import urllib.request; urllib.request.urlopen('http://127.0.0.1:$(PORT)/health')
 .PHONY: demo-in-project
-demo-in-project: IN = $(MAKE) -C "$(PROJECT)" UV='$(abspath $(UV))' PORT=$(PORT)
+demo-in-project demo-containers: IN = $(MAKE) -C "$(PROJECT)" UV='$(abspath $(UV))' PORT=$(PORT)
 demo-in-project:
-	@echo "2/6  Setting it up: make setup"
+	@echo "2/7  Setting it up: make setup"
 	@$(IN) setup
-	@echo "3/6  Level 0, its four notebooks: make level0"
+	@echo "3/7  Level 0, its four notebooks: make level0"
 	@$(IN) level0
-	@echo "4/6  Level 1, the pipeline: make level1"
+	@echo "4/7  Level 1, the pipeline: make level1"
 	@$(IN) level1
-	@echo "5/6  A worse model on purpose, which the gate must stop: make level1 SET=\"train.epochs=1\""
+	@$(MAKE) demo-containers PROJECT="$(PROJECT)"
+	@echo "6/7  A worse model on purpose, which the gate must stop: make level1 SET=\"train.epochs=1\""
 	@$(IN) level1 SET="train.epochs=1"
-	@echo "6/6  Serving the champion, and asking it for a test image: make serve, make predict ROW=1"
+	@echo "7/7  Serving the champion, and asking it for a test image: make serve, make predict ROW=1"
 	@(cd "$(PROJECT)" && exec .venv/bin/python -m predictor.app --registry registry --port $(PORT)) & server=$$!; \
 		trap 'kill $$server && wait $$server || true' EXIT; \
 		for _ in {1..60}; do $(BIN)/python -c "$(IS_UP)" 2>/dev/null && break; sleep 0.5; done; \
@@ -80,6 +81,15 @@ demo-in-project:
 	@echo
 	@echo "The server is stopped. The project is in $(PROJECT), its reports in $$(ls -d "$(PROJECT)"/runs/*/data.html | xargs dirname)."
 	@echo "Next: cd $(PROJECT) && make notebook     or your own project: $(BIN)/cookiecutter --output-dir .. ."
+
+.PHONY: demo-containers
+demo-containers:
+	@if ! docker info >/dev/null 2>&1; then \
+		echo "5/7  Skipped, because no Docker engine answers here: the same in containers, make level1 RUNNER=docker"; \
+	else \
+		echo "5/7  The same pipeline, each step in a container: make level1 RUNNER=docker"; \
+		$(IN) level1 RUNNER=docker || echo "The demo goes on without containers."; \
+	fi
 
 .PHONY: test
 test: setup lint ## Lint, then test the template and the projects it makes

@@ -11,8 +11,11 @@ from tests.bench.__main__ import NAMES
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("name", NAMES)
-def test_a_benchmark_measures(name: str) -> None:
-    figures = list(importlib.import_module(f"tests.bench.{name}").measure(small=True))
+def test_a_benchmark_measures(name: str, request: pytest.FixtureRequest) -> None:
+    module = importlib.import_module(f"tests.bench.{name}")
+    if getattr(module, "NEEDS_DOCKER", False):
+        request.getfixturevalue("docker")
+    figures = list(module.measure(small=True))
     assert figures
     for figure in figures:
         assert math.isfinite(figure.value), figure

@@ -20,27 +20,37 @@ def free_port() -> int:
 
 
 def run_demo(root: Path, folder: Path, port: int) -> subprocess.CompletedProcess[str]:
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")
-    }
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
     command = ["make", "demo", f"DEMO={folder}", f"PORT={port}"]
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
 
 
 def test_the_demo_climbs_to_level_1_and_ends_with_a_prediction(root: Path, tmp_path: Path) -> None:
+    with_docker = bool(shutil.which("docker")) and subprocess.run(["docker", "info"], capture_output=True).returncode == 0
     port = free_port()
     done = run_demo(root, tmp_path / "demo", port)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert "Registered: version 1; it is the champion." in done.stdout
+    assert ("on sample:digits, in containers" in done.stdout) == with_docker
+    champion = 2 if with_docker else 1
+    assert f"Registered: version {champion}; it is the champion." in done.stdout
     assert "Gate: closed" in done.stdout
-    assert "The champion stays version 1." in done.stdout
-    assert f"Asking the server at http://127.0.0.1:{port}, version 1." in done.stderr
+    assert f"The champion stays version {champion}." in done.stdout
+    assert f"Asking the server at http://127.0.0.1:{port}, version {champion}." in done.stderr
     assert "██" in done.stdout
     assert re.search(r"Next: cd \S+digit-reader && make notebook", done.stdout)
     with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
         pass  # the server was stopped
     shutil.rmtree(tmp_path / "demo")
+
+
+def test_without_docker_it_says_what_it_leaves_out(root: Path) -> None:
+    environment = {**os.environ, "DOCKER_HOST": "unix:///nowhere.sock"}
+    command = ["make", "demo-containers", "PROJECT=not-looked-at"]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout.startswith("5/7  Skipped, because no Docker engine answers here")
 
 
 def test_a_folder_that_is_there_is_left_alone(root: Path, tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_every_target_is_there(page: Path) -> None:
 def typed(page: Path, template: Path, project: Path) -> Iterator[tuple[Path, list[str]]]:
     """Each make command of the page's bash blocks, and the folder in which a reader types it."""
     folder = template
-    if page == PROJECT / "README.md" or page.name.startswith("level-"):
+    if page == PROJECT / "README.md" or page.name.startswith(("level-", "update")):
         folder = project
     elif page in LEVELS:
         folder = project / page.parent.name
@@ -225,9 +225,7 @@ def test_levels_are_promised_only_while_they_are_not_there() -> None:
 # ── questions, packages, settings ───────────────────────────────────────────────────────────────────────────
 
 
-def test_every_question_every_choice_and_every_default(
-    questions: dict[str, Any], default_project: Path
-) -> None:
+def test_every_question_every_choice_and_every_default(questions: dict[str, Any], default_project: Path) -> None:
     page = ROOT / "docs" / "questions.md"
     asked = {variable: value for variable, value in questions.items() if not variable.startswith("_")}
     assert re.findall(r"^## ([a-z_]+)$", read(page), re.MULTILINE) == list(asked)
@@ -242,9 +240,7 @@ def test_every_question_every_choice_and_every_default(
 
 
 def test_the_jobs_of_each_gpu(questions: dict[str, Any]) -> None:
-    rows = re.findall(
-        r"^\| `([^`]+)` \|.*\| (.*) \|$", section(ROOT / "docs/questions.md", "gpu"), re.MULTILINE
-    )
+    rows = re.findall(r"^\| `([^`]+)` \|.*\| (.*) \|$", section(ROOT / "docs/questions.md", "gpu"), re.MULTILINE)
     assert {gpu: re.findall(r"`([^`]+)`", jobs) for gpu, jobs in rows} == questions["_train_jobs"]
 
 
@@ -288,9 +284,7 @@ def test_every_yaml_example_is_a_part_of_project_yaml(page: Path) -> None:
 
 
 def test_the_newest_version_is_this_one(questions: dict[str, Any]) -> None:
-    versions = re.findall(
-        r"^## \[(\d+\.\d+\.\d+)\] - (?:unreleased|\d{4}-\d\d-\d\d)$", read(ROOT / "CHANGELOG.md"), re.M
-    )
+    versions = re.findall(r"^## \[(\d+\.\d+\.\d+)\] - (?:unreleased|\d{4}-\d\d-\d\d)$", read(ROOT / "CHANGELOG.md"), re.M)
     assert versions[0] == questions["_template_version"]
     assert versions == sorted(versions, key=lambda version: [*map(int, version.split("."))], reverse=True)
 
@@ -369,9 +363,7 @@ def test_the_dev_container() -> None:
     assert re.fullmatch(r"mcr\.microsoft\.com/devcontainers/python:\d+-3\.\d+-[a-z]+", container["image"])
     assert tuple(map(int, container["image"].split("-")[1].split("."))) >= (3, 11)
     assert container["features"]
-    assert all(
-        re.fullmatch(r"ghcr\.io/devcontainers/features/[a-z-]+:\d+", name) for name in container["features"]
-    )
+    assert all(re.fullmatch(r"ghcr\.io/devcontainers/features/[a-z-]+:\d+", name) for name in container["features"])
     assert container["remoteUser"] == "vscode"
     assert list(calls(container["postCreateCommand"])) == [{"setup"}]
     assert container["forwardPorts"] == [8888]

@@ -27,9 +27,7 @@ def make(project: Path, *arguments: str, code: int = 0) -> subprocess.CompletedP
     own = ("VIRTUAL_ENV", "PYTHONPATH", "MAKEFLAGS", "MAKELEVEL", "RUFF_CACHE_DIR", "MYPY_CACHE_DIR")
     environment = {name: value for name, value in os.environ.items() if name not in own}
     done = subprocess.run(["make", *arguments], cwd=project, env=environment, capture_output=True, text=True)
-    assert done.returncode == code, (
-        f"make {' '.join(arguments)}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
-    )
+    assert done.returncode == code, f"make {' '.join(arguments)}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stderr
     return done
 
@@ -83,9 +81,7 @@ def test_level_0_reads_digits_and_answers_in_a_picture(project: Path) -> None:
     assert "██" in answer
     assert "truth" in answer
     assert newest_run(project).name in make(project, "runs").stdout
-    assert (
-        newest_run(project).name in make(project / "level_0_manual", "runs").stdout
-    )  # from the level's folder too
+    assert newest_run(project).name in make(project / "level_0_manual", "runs").stdout  # from the level's folder too
 
 
 def test_level_0_on_other_real_data_by_editing_the_data_block_alone(project: Path, settings) -> None:
@@ -107,9 +103,7 @@ def mixed_rows() -> list[list[object]]:
     return rows
 
 
-def test_level_0_on_a_mixed_file_with_strings_blanks_and_an_id(
-    project: Path, settings, tmp_path: Path
-) -> None:
+def test_level_0_on_a_mixed_file_with_strings_blanks_and_an_id(project: Path, settings, tmp_path: Path) -> None:
     rows = mixed_rows()
     with (project / "fruit.csv").open("w", newline="", encoding="utf-8") as stream:
         csv.writer(stream).writerows(rows)
@@ -201,9 +195,7 @@ def jupyter(project: Path, tmp_path: Path):
     )
     environment = {**os.environ, "JUPYTER_CONFIG_DIR": str(tmp_path), "HOME": str(tmp_path)}
     command = ["make", "notebook"]
-    server = subprocess.Popen(
-        command, cwd=project, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    server = subprocess.Popen(command, cwd=project, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
     def call(path: str, content: object = None) -> dict[str, Any]:
         body = None if content is None else json.dumps(content).encode()

@@ -2,7 +2,9 @@
 
 Every benchmark is a module of this folder with a docstring (how it measures, for the page) and
 
-    def measure(small: bool) -> Iterator[Figure]:    small: a few seconds, to see that it works; the figures mean nothing
+    def measure(small: bool) -> Iterator[Figure]:
+
+`small` takes seconds and shows only that the benchmark works: its figures mean nothing.
 """
 
 import json
@@ -24,7 +26,7 @@ RATIO = "×"
 
 @dataclass(frozen=True)
 class Figure:
-    """One number. A goal is an upper or a lower bound: "≤ 1.5", "≥ 3"; only ratios and sizes of one run have one."""
+    """One number. A goal is a bound, such as "≤ 1.5": only ratios within one run, and sizes, have one."""
 
     what: str
     value: float
@@ -64,9 +66,7 @@ def machine() -> dict[str, Any]:
 
 def commit() -> str:
     """The commit that is measured, marked when it is not quite that."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
 
 
@@ -98,7 +98,7 @@ def page(kept: dict[str, Any]) -> str:
     lines = [
         "# Benchmarks",
         "",
-        "`make bench` measures all of this again, and writes this page; `make bench ONLY=server` does one part. "
+        "`make bench` measures all of this again, and writes this page; `make bench ONLY=server` one part. "
         "Goals are set for ratios within one run and for sizes: they hold on other machines too. "
         "Seconds are this machine's.",
     ]
@@ -118,6 +118,5 @@ def table(figures: list[Figure]) -> str:
     rows = [HEADER, *(figure.cells() for figure in figures)]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return "\n".join(
-        "  ".join([cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)]).rstrip()
-        for row in rows
+        "  ".join([cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)]).rstrip() for row in rows
     )
