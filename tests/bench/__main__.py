@@ -7,7 +7,7 @@ import inspect
 from tests.bench import report
 
 # In this order: the quick ones first.
-NAMES = ["generation", "training", "pipeline", "server", "preprocessing", "commands", "containers"]
+NAMES = ["generation", "training", "pipeline", "server", "commands", "containers", "preprocessing"]
 
 
 def main() -> None:

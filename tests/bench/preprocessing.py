@@ -70,7 +70,7 @@ def run(code: str, folder: Path) -> Run:
     done = subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.PIPE)
     seconds = time.perf_counter() - started
     unit = 1 if sys.platform == "darwin" else 1024
-    return Run(seconds, int(done.stdout) * unit / 1e6)
+    return Run(seconds, int(done.stdout.split()[-1]) * unit / 1e6)
 
 
 def measure(small: bool) -> Iterator[Figure]:

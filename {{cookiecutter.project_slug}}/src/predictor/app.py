@@ -41,7 +41,7 @@ MAX_BYTES = 10_000_000  # the cloud's own limit: 1.5 MB on shared public endpoin
 KEEP_ALIVE_SECONDS = 75  # longer than load balancers keep a connection: they, not we, are to close it
 READ_SECONDS = 60  # in which a client must take some of its answer
 GRACE_SECONDS = 25  # after SIGTERM, for requests under way
-LINGER_SECONDS = 1  # after SIGTERM, for requests that a client is just about to send on a connection it has
+LINGER_SECONDS = 3  # after SIGTERM, for requests that a client is just about to send on a connection it has
 
 
 @dataclass(frozen=True)
@@ -264,6 +264,7 @@ class Server(uvicorn.Server):
             "app_state": self.lifespan.state,
         }
         protocol: Any = self.config.http_protocol_class
+        listener.listen(0)  # from here on the system takes hardly any more: none may come between the last and the end
         with contextlib.suppress(BlockingIOError):
             while True:
                 connection, _ = listener.accept()

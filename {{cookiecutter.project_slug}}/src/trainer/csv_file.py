@@ -6,9 +6,10 @@ DuckDB reads it in pieces, so it may be larger than memory. Every mistake is one
 import csv
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import duckdb
@@ -87,6 +88,9 @@ def open_csv(path: Path, names: Sequence[str], scratch: Path) -> duckdb.DuckDBPy
     What does not fit into memory goes to the folder `scratch`.
     """
     database = duckdb.connect(config={"memory_limit": MEMORY, "temp_directory": str(scratch)})
+    if not sys.stdout.isatty():
+        with suppress(duckdb.InvalidInputException):  # Jupyter has none to switch off, unless ipywidgets is there
+            database.execute("SET enable_progress_bar = false")  # it is for people, and would spoil a log
     types = ", ".join(f"{text_in_sql(name)}: 'VARCHAR'" for name in names)
     # Cutting is slow, and few rows have a blank beside a comma: each row is first looked at as a whole.
     row = f"concat_ws(chr(31), {', '.join(map(name_in_sql, names))})"

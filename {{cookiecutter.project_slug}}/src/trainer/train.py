@@ -17,7 +17,7 @@
 An explicit loop: shuffle, step, measure, keep the best. Early stopping on rows held back from training; a checkpoint after every epoch.
 
 Run it here cell by cell, or as a program:
-`python -m trainer.train --train train.parquet --model-dir model --hyperparameters '{"seed": 0, "threads": 2, "epochs": 40, "batch_size": 128, "learning_rate": 0.003}'`
+`python -m trainer.train --train train.parquet --model-dir model --hyperparameters '{"seed": 0, "threads": 1, "epochs": 40, "batch_size": 128, "learning_rate": 0.003}'`
 (in the project's folder the last argument may be left out: project.yaml says it). On several GPUs the program starts itself once for each.
 """
 
