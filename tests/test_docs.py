@@ -57,7 +57,7 @@ def section(page: Path, title: str) -> str:
 # ── commands ────────────────────────────────────────────────────────────────────────────────────────────────
 
 # Where the commands of a page's sentences are typed.
-BOTH = {"README.md", "docs/index.md", "docs/decisions.md", "docs/gotchas.md", "CHANGELOG.md"}
+BOTH = {"README.md", "docs/index.md", "docs/decisions.md", "docs/gotchas.md", "docs/benchmarks.md", "CHANGELOG.md"}
 IN_TEMPLATE = {"CONTRIBUTING.md"}
 
 
