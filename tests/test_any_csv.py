@@ -291,3 +291,16 @@ def test_any_model_is_saved_and_served_as_it_was_trained(folder: Callable[[], Pa
 
     check()
     assert served == 8
+
+
+def test_a_table_may_be_wide(tmp_path: Path) -> None:
+    header = [f"pixel_{row}_{column}" for row in range(28) for column in range(28)]
+    rows = [[(number * place) % 256 for place in range(784)] for number in range(300)]
+    with (tmp_path / "wide.csv").open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([[*header, "digit"], *([*row, row[7] % 10] for row in rows)])
+    sides = tmp_path / "train.parquet", tmp_path / "test.parquet"
+    summary = data.prepare(tmp_path / "wide.csv", "digit", *sides)
+    assert summary["kinds"] == dict.fromkeys(header, "numeric")
+    tables = [data.read_rows(side) for side in sides]
+    found = np.concatenate([np.stack([table[name] for name in header], axis=1) for table in tables])
+    assert sorted(found.tolist()) == sorted(np.array(rows, dtype=float).tolist())

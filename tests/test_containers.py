@@ -30,6 +30,7 @@ pytestmark = pytest.mark.heavy
 
 NAMES = ["deploy", "predict", "train"]
 BASE = "python:3.11-slim"
+REMOTE = "https://git.example.com/team/digits.git"
 MEGABYTE = 1_000_000
 ANY_USER = ("--user", "12345:12345", "--read-only", "--tmpfs", "/tmp")
 Done = subprocess.CompletedProcess[str]
@@ -134,6 +135,8 @@ def project(slug: str, generate: Callable[..., Path], tmp_path_factory: pytest.T
     """A project from the default answers, with its data; no image is built yet."""
     folder = generate(tmp_path_factory.mktemp("containers"), project_slug=slug)
     find_csv("sample:digits", folder / "data")
+    for command in ("init --quiet", f"remote add origin {REMOTE.replace('://', '://ada:secret@')}"):
+        subprocess.run(["git", *command.split()], cwd=folder, check=True)
     for path in (folder / "src").rglob("*"):  # a careful person's files are nobody else's
         path.chmod(path.stat().st_mode & 0o700)
     return Project(folder)
@@ -248,7 +251,8 @@ def test_an_image_runs_under_any_user_and_says_what_it_is(images: dict[str, str]
         if key.startswith("org.opencontainers.image.")
     }
     assert own["title"] == f"{slug}/{name}"
-    assert {"source", "revision", "created"} <= own.keys()
+    assert own["source"] == REMOTE  # without the password
+    assert own["revision"]
     assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", own["created"])
     done = run("docker", "run", "--rm", *ANY_USER, image)
     if name == "predict":

@@ -183,6 +183,7 @@ BAD_FILES = {
     "too many cells": (lines("x,y", "1,a,2", *GOOD), "y", ["line 2", "3 cells", "header has 2"]),
     "too few cells": (lines("x,z,y", *[f"{n},1,a" for n in range(5)], "7"), "y", ["line 7", "1 cells", "header has 3"]),
     "open quote": (lines("x,y", *GOOD, '"1,a'), "y", ["line 42", "quote"]),
+    "endless line": (lines("x,y", *GOOD, "z" * 3_000_000 + ",a"), "y", ["line 42", "2 MB"]),
     "other encoding": (b"x,y\n" + b"\xe9,a\n" * 9, "y", ["UTF-8"]),
     "mixed line ends": ("x,y\r\n1,a\n2,b\r\n", "y", ["CRLF", "sed -i"]),
     "semicolons": (lines("x;y", "1;a"), "y", ["separated", "comma"]),
@@ -220,6 +221,24 @@ def test_a_column_that_looks_like_an_id_is_noted(mixed_csv, prepare):
     assert note.startswith("note: column 'id' has ")
     assert "data.ignore" in note
     assert data.notes(prepare(mixed_csv, "animal", ignore=["id"])[0]) == []
+
+
+def test_a_column_whose_first_rows_are_numbers_may_be_text(make_csv, prepare, monkeypatch):
+    rows = [["x", "z", "y"]] + [[number if number < 100 else f"t{number % 3}", "0.5", "ab"[number % 2]] for number in range(200)]
+    path = make_csv(rows)
+    train, test, summary = prepare(path, "y")
+    monkeypatch.setattr(csv_file, "FIRST_ROWS", 50)  # now the guess is wrong
+    for guessed, known in zip(prepare(path, "y")[:2], (train, test), strict=True):
+        assert {name: values.tolist() for name, values in guessed.items()} == {n: v.tolist() for n, v in known.items()}
+    assert prepare(path, "y")[2] == summary
+    assert summary["kinds"] == {"x": "categorical", "z": "numeric"}
+
+
+def test_names_of_files_are_no_patterns(mixed_csv, tmp_path):
+    path = mixed_csv.rename(tmp_path / "a[1]*?.csv")
+    sides = tmp_path / "[b]" / "train*.parquet", tmp_path / "[b]" / "test?.parquet"
+    summary = data.prepare(path, "animal", *sides)
+    assert [len(data.read_rows(side)["animal"]) for side in sides] == [summary["train_rows"], summary["test_rows"]]
 
 
 def test_unknown_columns_in_the_settings_are_told(mixed_csv, tmp_path):

@@ -77,7 +77,6 @@ def choose_features(names: Sequence[str], label: str, ignore: Iterable[str], cat
     return features
 
 
-MEMORY = "400MB"
 # Columns of our own: no name in a header begins with a blank.
 BLANK, TEST = '" blank"', '" test"'
 
@@ -87,7 +86,10 @@ def open_csv(path: Path, names: Sequence[str], scratch: Path) -> duckdb.DuckDBPy
 
     What does not fit into memory goes to the folder `scratch`.
     """
-    database = duckdb.connect(config={"memory_limit": MEMORY, "temp_directory": str(scratch)})
+    memory = f"{400 + len(names)}MB"  # whatever the number of rows; a piece of each column is in memory at once
+    database = duckdb.connect(config={"memory_limit": memory, "temp_directory": str(scratch)})
+    # With hundreds of columns the one takes most of the time, and the other makes a join of each test for missing words.
+    database.execute("SET disabled_optimizers = 'common_subexpressions,in_clause'")
     if not sys.stdout.isatty():
         with suppress(duckdb.InvalidInputException):  # Jupyter has none to switch off, unless ipywidgets is there
             database.execute("SET enable_progress_bar = false")  # it is for people, and would spoil a log
@@ -149,15 +151,21 @@ def _only_numbers(database: duckdb.DuckDBPyConnection, names: Sequence[str], que
 def write_parquet(database: duckdb.DuckDBPyConnection, query: str, path: Path, origin: str = "{}") -> None:
     """Write a query's rows, and `origin` as the file's metadata.
 
-    A group of rows is held in memory, so wide tables have small groups. The writer looks for repeated values in each column
-    and is told to give up after a thousand different ones: few numbers repeat, and looking takes time.
+    A group of rows is held in memory, so it is small where there are many columns or long texts. The writer looks for repeated
+    values in each column and is told to give up after a thousand different ones: few numbers repeat, and looking takes time.
     """
+
+    def copy(rows: int) -> None:
+        database.execute(f"""
+            COPY ({query}) TO {text_in_sql(str(path))} (FORMAT parquet, ROW_GROUP_SIZE {rows}, DICTIONARY_SIZE_LIMIT 1000,
+                KV_METADATA {{origin: {text_in_sql(origin)}}})
+        """)
+
     columns = len(database.execute(f"DESCRIBE {query}").fetchall())
-    rows = min(122_880, max(2048, 4_000_000 // columns))
-    database.execute(f"""
-        COPY ({query}) TO {text_in_sql(str(path))} (FORMAT parquet, ROW_GROUP_SIZE {rows}, DICTIONARY_SIZE_LIMIT 1000,
-            KV_METADATA {{origin: {text_in_sql(origin)}}})
-    """)
+    try:
+        copy(min(122_880, max(2048, 4_000_000 // columns)))
+    except duckdb.OutOfMemoryException:
+        copy(2048)
 
 
 def name_in_sql(name: str) -> str:
@@ -288,7 +296,7 @@ def explained(path: Path, target: Path) -> Iterator[None]:
     except duckdb.InvalidInputException as error:
         raise UserError(f"{path}: {explain(str(error))}") from None
     except duckdb.OutOfMemoryException:
-        raise UserError(f"{path}: a row is too large, or there are too many columns, to be read in {MEMORY}.") from None
+        raise UserError(f"{path}: a row is too large, or there are too many columns, to be read in bounded memory.") from None
     except (duckdb.IOException, OSError) as error:
         if not path.is_file():
             raise UserError(f"{path} vanished while it was read.") from None
@@ -308,6 +316,8 @@ def explain(message: str) -> str:
         return f"{where}has {found[2]} cells, but the header has {found[1]}. A cell that holds a comma wants quotes around it."
     if "invalid state" in message:  # what DuckDB says of mixed line ends; reading on would drop surplus cells silently
         return r"some lines end with CRLF and some with LF. Make them alike, for example with: sed -i 's/\r$//' FILE"
+    if "Maximum line size" in message:
+        return f"{where}is longer than 2 MB. Is a quote opened there and never closed?"
     if "unterminated quote" in message:
         return f"{where}a quote is opened and never closed."
     if "unicode" in message:
