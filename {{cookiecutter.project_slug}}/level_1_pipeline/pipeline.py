@@ -115,7 +115,8 @@ def make_pipeline(
 
     Args:
         train_image, deploy_image: the images that the steps run in; not used where steps are processes of this machine.
-        train_step, register_step: components that take the place of the ones here; level 2 gives its own.
+        train_step, register_step: components that take the place of the ones here; the cloud's train step rents a machine
+            for one of the pipeline's `jobs`, which the step here has no use for.
     """
     # The images hold kfp already: without this every step would begin by installing it.
     component = dsl.component(base_image=train_image, install_kfp_package=False)
@@ -132,6 +133,7 @@ def make_pipeline(
         test_share: float,
         split_seed: int,
         hyperparameters: dict,  # type: ignore[type-arg]
+        jobs: list,  # type: ignore[type-arg]
         metric: str,
         threshold: float,
         margin: float,
@@ -141,7 +143,8 @@ def make_pipeline(
         rows = preprocess_step(
             csv=csv, label=label, ignore=ignore, categorical=categorical, test_share=test_share, split_seed=split_seed
         )
-        model = train_step(hyperparameters=hyperparameters, train_data=rows.outputs["train_data"]).outputs["model"]
+        rented = {"jobs": jobs} if "jobs" in (train_step.component_spec.inputs or {}) else {}
+        model = train_step(hyperparameters=hyperparameters, train_data=rows.outputs["train_data"], **rented).outputs["model"]
         scores = evaluate_step(registry=registry, test_data=rows.outputs["test_data"], model=model).output
         passed = gate_step(metric=metric, threshold=threshold, margin=margin, scores=scores)
         # On this machine kfp runs a condition only on a step's sole, unnamed value: see docs/gotchas.md of the template.

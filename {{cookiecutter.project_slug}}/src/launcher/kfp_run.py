@@ -74,6 +74,7 @@ def arguments(chosen: settings.Settings, run: Run, registry: Path) -> dict[str, 
         "test_share": data.test_share,
         "split_seed": data.split_seed,
         "hyperparameters": asdict(chosen.train),
+        "jobs": [],  # the steps run here
         "metric": gate.metric,
         "threshold": gate.threshold,
         "margin": gate.margin,

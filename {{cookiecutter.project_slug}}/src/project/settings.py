@@ -81,9 +81,15 @@ class Mirrors(Block):
 
 
 class Environment(Block):
-    """One Google Cloud project."""
+    """One Google Cloud project.
 
-    project: str
+    Attributes:
+        project: its id; empty until you go there.
+        bucket: one bucket for everything, made by hand (level 1); empty: the three that Terraform makes (level 2).
+    """
+
+    project: Annotated[str, Field(pattern=r"^([a-z][a-z0-9-]{4,28}[a-z0-9])?$")]
+    bucket: Annotated[str, Field(pattern=r"^([a-z0-9][a-z0-9._-]{1,61}[a-z0-9])?$")] = ""
 
 
 class TrainJobs(Block):
