@@ -88,7 +88,13 @@ def gate(metric: str, threshold: float, margin: float, scores: Input[Artifact], 
 
 
 def register(
-    registry: str, run: str, model: Input[Model], scores: Input[Artifact], decision: Input[Metrics], version: Output[Artifact]
+    registry: str,
+    run: str,
+    serving: dict,  # type: ignore[type-arg]
+    model: Input[Model],
+    scores: Input[Artifact],
+    decision: Input[Metrics],
+    version: Output[Artifact],
 ) -> int:
     """Register the challenger, and deploy it: make it the champion unless another run was faster."""
     import json
@@ -99,7 +105,7 @@ def register(
 
     measured = json.loads(Path(scores.path).read_text())
     reason = json.loads(Path(decision.path).read_text())["reason"]
-    outcome = deploy(registry, Path(model.path), measured["challenger"], run, reason, measured["champion_version"])
+    outcome = deploy(registry, Path(model.path), measured["challenger"], run, reason, measured["champion_version"], serving)
     write_json(Path(version.path), outcome)
     version.metadata.update(outcome)
     return int(outcome["version"])
@@ -109,20 +115,19 @@ def make_pipeline(
     train_image: str = "train",
     deploy_image: str = "deploy",
     train_step: Callable[..., Any] | None = None,
-    register_step: Callable[..., Any] | None = None,
 ) -> Any:
     """The pipeline, ready to run or to compile.
 
     Args:
         train_image, deploy_image: the images that the steps run in; not used where steps are processes of this machine.
-        train_step, register_step: components that take the place of the ones here; the cloud's train step rents a machine
-            for one of the pipeline's `jobs`, which the step here has no use for.
+        train_step: a component that takes the place of the one here; the cloud's rents a machine for one of the pipeline's
+            `jobs`, and asks for the pipeline run's own name, of which the one here knows nothing.
     """
     # The images hold kfp already: without this every step would begin by installing it.
     component = dsl.component(base_image=train_image, install_kfp_package=False)
     preprocess_step, evaluate_step, gate_step = component(preprocess), component(evaluate), component(gate)
     train_step = train_step or component(train)
-    register_step = register_step or dsl.component(register, base_image=deploy_image, install_kfp_package=False)
+    register_step = dsl.component(register, base_image=deploy_image, install_kfp_package=False)
 
     @dsl.pipeline(name=NAME, description="preprocess, train, evaluate, gate, register")
     def train_and_register(
@@ -139,16 +144,19 @@ def make_pipeline(
         margin: float,
         registry: str,
         run: str,
+        serving: dict,  # type: ignore[type-arg]
     ) -> None:
         rows = preprocess_step(
             csv=csv, label=label, ignore=ignore, categorical=categorical, test_share=test_share, split_seed=split_seed
         )
-        rented = {"jobs": jobs} if "jobs" in (train_step.component_spec.inputs or {}) else {}
+        for_cloud = {"jobs": jobs, "pipeline_job": dsl.PIPELINE_JOB_RESOURCE_NAME_PLACEHOLDER}
+        rented = {name: value for name, value in for_cloud.items() if name in train_step.component_spec.inputs}
         model = train_step(hyperparameters=hyperparameters, train_data=rows.outputs["train_data"], **rented).outputs["model"]
         scores = evaluate_step(registry=registry, test_data=rows.outputs["test_data"], model=model).output
         passed = gate_step(metric=metric, threshold=threshold, margin=margin, scores=scores)
         # On this machine kfp runs a condition only on a step's sole, unnamed value: see docs/gotchas.md of the template.
         with dsl.If(passed.outputs["Output"] == True, name="the gate is open"):  # noqa: E712 (kfp reads the comparison)
-            register_step(registry=registry, run=run, model=model, scores=scores, decision=passed.outputs["decision"])
+            decision = passed.outputs["decision"]
+            register_step(registry=registry, run=run, serving=serving, model=model, scores=scores, decision=decision)
 
     return train_and_register

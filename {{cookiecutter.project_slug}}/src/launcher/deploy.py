@@ -13,8 +13,19 @@ from project.errors import UserError, run_command
 from project.registry import Overtaken, open_registry
 
 
-def deploy(registry: str, model: Path, metrics: Mapping[str, Any], run: str, reason: str, replaces: int | None) -> dict[str, Any]:
+def deploy(
+    registry: str,
+    model: Path,
+    metrics: Mapping[str, Any],
+    run: str,
+    reason: str,
+    replaces: int | None,
+    serving: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Register a model, and make it the champion unless the champion is no longer `replaces`.
+
+    Args:
+        serving: in the cloud, the endpoint and its machine; on a laptop a server looks into the registry by itself.
 
     Returns:
         version: its number; champion: whether it is served; problem: why not.

@@ -80,6 +80,7 @@ def arguments(chosen: settings.Settings, run: Run, registry: Path) -> dict[str, 
         "margin": gate.margin,
         "registry": str(registry),
         "run": run.name,
+        "serving": {},  # and the server is asked to run by a person
     }
 
 
