@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ import pytest
 from launcher import containers
 from project import manifest
 from project.errors import UserError
+from rehearsal.storage import Storage
 from trainer.data import find_csv, prepare
 from trainer.runtime import load_checkpoint
 
@@ -401,6 +403,24 @@ def output(container: str) -> str:
 def serving(model: Path, *options: object) -> tuple[object, ...]:
     """Options with which the predictor's image serves a model."""
     return (*options, "--volume", f"{model}:/model:ro", "--env", "AIP_STORAGE_URI=/model")
+
+
+def test_the_predictor_fetches_its_model_from_a_bucket(images: dict[str, str], model: Path, tmp_path: Path) -> None:
+    saved = shutil.copytree(model, tmp_path / "cloud" / "models" / "1" / "model")
+    with Storage(tmp_path / "cloud") as bucket:
+        told = {
+            "STORAGE_EMULATOR_HOST": bucket.address,
+            "AIP_STORAGE_URI": "gs://models/1/model/",
+            "AIP_HTTP_PORT": str(free_port()),
+        }
+        options = [*ANY_USER, "--network", "host", *(word for pair in told.items() for word in ("--env", "=".join(pair)))]
+        bucket.fail("objects.get", after=1)  # one answer is lost
+        with started(images["predict"], *options) as container:
+            eventually(lambda: "serving a model at" in output(container))
+            answer = urllib.request.urlopen(f"http://127.0.0.1:{told['AIP_HTTP_PORT']}/health", timeout=30)
+            assert json.load(answer)["manifest_sha256"] == manifest.sha256(model / manifest.NAME)
+        (saved / "model.onnx").write_bytes(b"half")
+        assert "damaged: model.onnx has 4 bytes" in one_line(run("docker", "run", "--rm", *options, images["predict"]))
 
 
 def test_the_predictor_answers_as_the_readme_says(project: Project, model: Path) -> None:

@@ -7,7 +7,7 @@ import inspect
 from tests.bench import report
 
 # In this order: the quick ones first.
-NAMES = ["generation", "training", "pipeline", "server", "commands", "containers", "preprocessing"]
+NAMES = ["generation", "training", "pipeline", "server", "commands", "containers", "preprocessing", "submission"]
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the images of all containers, or of those that are named; an unchanged one is not built again.
 #
-#   level_1_pipeline/build_containers.sh [train] [predict] [deploy] [--push] [--pin-base]
+#   level_1_pipeline/build_containers.sh [NAME …] [--push [--digests FILE]] [--pin-base]
 #
 # What it does, and what an image's tag is made of, is in src/launcher/containers.py.
 set -euo pipefail

@@ -46,14 +46,12 @@ def preprocess(
 
 def train(hyperparameters: dict, train_data: Input[Dataset], model: Output[Model]) -> None:  # type: ignore[type-arg]
     """Train on this step's own machine and save the model."""
-    import json
     from pathlib import Path
 
     from trainer.hyperparameters import Hyperparameters
     from trainer.train import train as train_model
 
-    whole = {name: int(value) if float(value).is_integer() else value for name, value in hyperparameters.items()}
-    options = Hyperparameters.from_json(json.dumps(whole))  # a parameter's numbers travel as doubles
+    options = Hyperparameters.from_parameter(hyperparameters)
     metrics = train_model(Path(train_data.path), Path(model.path), options)
     model.metadata["best_epoch"] = metrics["best_epoch"]
 

@@ -15,6 +15,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -27,6 +28,7 @@ from predictor.predict import Model
 from project import manifest
 from project.errors import UserError
 from project.registry import LocalRegistry
+from rehearsal.storage import Storage
 
 ROWS = [
     {"width": 3.0, "height": 50, "colour": "red"},
@@ -513,7 +515,7 @@ def test_what_cannot_be_served_is_told_before_it_listens(trained, model_copy, tm
     assert "--registry FOLDER" in refused()
     assert "no saved model" in refused("--model-dir", tmp_path)
     assert "no saved model" in refused(AIP_STORAGE_URI=str(tmp_path))
-    assert "folders, not buckets" in refused(AIP_STORAGE_URI="gs://bucket/model")
+    assert "such as gs://BUCKET/FOLDER" in refused(AIP_STORAGE_URI="s3://bucket/model")
     assert "make level1" in refused("--registry", tmp_path)
     assert "AIP_HTTP_PORT is 'http'" in refused("--model-dir", good, AIP_HTTP_PORT="http")
     assert "AIP_PREDICT_ROUTE is 'predict'" in refused("--model-dir", good, AIP_PREDICT_ROUTE="predict")
@@ -525,6 +527,55 @@ def test_what_cannot_be_served_is_told_before_it_listens(trained, model_copy, tm
         )
     (model_copy / "model.onnx").write_bytes((model_copy / "model.onnx").read_bytes()[:-1])
     assert "damaged" in refused("--model-dir", model_copy)
+
+
+@pytest.fixture
+def bucket(trained, tmp_path, monkeypatch):
+    """A double of Cloud Storage with the saved model at gs://models/runs/1/model, beside other files."""
+    shutil.copytree(trained / "model", tmp_path / "cloud" / "models" / "runs" / "1" / "model")
+    (tmp_path / "cloud" / "models" / "runs" / "1" / "model" / "note.txt").write_text("of somebody")
+    with Storage(tmp_path / "cloud") as double:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", double.address)
+        yield double
+
+
+@pytest.mark.parametrize("end", ["", "/"])
+def test_a_buckets_model_is_fetched_before_it_listens(bucket, end):
+    with process(AIP_STORAGE_URI=f"gs://models/runs/1/model{end}", AIP_HTTP_PORT="0") as (_, _, client):
+        wanted = {"model.json", *manifest.parse(bucket.root / "models/runs/1/model")["files"]}
+        assert {Path(received.request.path).name for received in bucket.received} == wanted
+        shutil.rmtree(bucket.root / "models")  # nothing more is needed of it
+        ask(client, ROWS)
+
+
+def serve_once(uri):
+    """A started model's version, fetched as the process does."""
+    options = SimpleNamespace(registry=None, model_dir=None)
+    return app.open_source(options, {"AIP_STORAGE_URI": uri}).served
+
+
+def test_a_buckets_model_that_cannot_be_served_is_told(bucket):
+    folder, uri = bucket.root / "models" / "runs" / "1" / "model", "gs://models/runs/1/model"
+    with pytest.raises(UserError, match="bucket does not exist"):
+        serve_once("gs://no-models/runs/1/model")
+    with pytest.raises(UserError, match=r"nothing at gs://models/runs/2/model/model\.json"):
+        serve_once("gs://models/runs/2/model")
+    (folder / "model.onnx").write_bytes((folder / "model.onnx").read_bytes()[:-1])
+    assert f"in {uri} is damaged: model.onnx has" in refused(AIP_STORAGE_URI=uri)
+    (folder / "model.onnx").unlink()  # as while it is written
+    with pytest.raises(UserError, match=r"nothing at gs://models/runs/1/model/model\.onnx"):
+        serve_once(uri)
+
+
+@pytest.mark.parametrize("fault", [{"status": 503}, {"status": 0}, {"status": None, "share": 0.5}])
+def test_each_request_for_a_buckets_model_is_repeated(bucket, trained, fault):
+    uri, whole = "gs://models/runs/1/model", manifest.sha256(trained / "model" / manifest.NAME)
+    assert serve_once(uri).manifest_sha256 == whole
+    requests = len(bucket.received)
+    for index in range(requests):
+        bucket.fail(after=index, **fault)
+        assert serve_once(uri).manifest_sha256 == whole
+        assert bucket.faults.pop().times == 0  # it was met
 
 
 def test_a_model_that_verifies_but_cannot_work_is_told(model_copy):

@@ -27,18 +27,24 @@ def tags(root: Path) -> dict[str, str]:
     return {container.name: container.tag() for container in containers.find(root)}
 
 
-ALL = {"train", "predict", "deploy"}
+ALL = {"train", "predict", "deploy", "vertex_train", "kfp_compile", "kfp_run"}
 REBUILT = [
     ("src/trainer/model.py", {"train"}),
     ("src/trainer/csv_file.py", {"train"}),
     ("src/predictor/app.py", {"train", "predict"}),  # a model is evaluated as it will be served
-    ("src/project/registry.py", ALL),
+    ("src/trainer/hyperparameters.py", {"train", "vertex_train", "kfp_compile"}),
+    ("src/project/registry.py", ALL - {"kfp_run"}),
+    ("src/project/errors.py", ALL),
     ("src/launcher/deploy.py", {"deploy"}),
     ("src/launcher/kfp_run.py", set()),
+    ("src/launcher/kfp_submit.py", {"kfp_run"}),
+    ("src/launcher/kfp_publish.py", {"kfp_compile"}),
+    ("src/launcher/vertex_step.py", {"kfp_compile"}),  # the pipeline's own text holds the step
     ("requirements/train.txt", {"train"}),
     ("requirements/torch.txt", {"train"}),
     ("requirements/predict.txt", {"predict"}),
-    ("requirements/kfp.txt", {"train", "deploy"}),
+    ("requirements/kfp.txt", {"train", "deploy", "vertex_train"}),
+    ("requirements/compile.txt", {"kfp_compile"}),
     ("requirements/uv.txt", ALL),
     ("requirements/dev.txt", set()),
     ("requirements/train.in", set()),
@@ -103,7 +109,7 @@ def test_a_listed_file_that_is_not_there_is_told(copy):
 
 
 def test_an_unknown_container_is_told_with_those_that_are_there():
-    with pytest.raises(UserError, match=r"no container trian; there are deploy, predict, train\."):
+    with pytest.raises(UserError, match=r"no container trian; there are deploy, kfp_compile, kfp_run, predict, train, "):
         containers.find(ROOT, ["train", "trian"])
 
 
@@ -148,6 +154,14 @@ def test_where_packages_come_from_is_handed_over_as_secrets(monkeypatch):
         "export UV_DEFAULT_INDEX='https://user:pass word@example.com/simple'",
     ]
     assert not Path(options[1].split("src=")[1]).exists()
+
+
+def test_images_go_to_the_registry_of_the_settings_or_of_the_cloud():
+    project = "cloud.environments.dev.project=my-project"
+    assert containers.chosen_registry(load(f"containers.registry=localhost:5000/x {project}")) == "localhost:5000/x"
+    assert containers.chosen_registry(load(project)).endswith(f"-docker.pkg.dev/my-project/{load('').name}")
+    with pytest.raises(UserError, match=r"--push: where to\? Set containers\.registry"):
+        containers.chosen_registry(load(""))
 
 
 def test_certificates_that_are_not_there_are_told_by_their_setting():

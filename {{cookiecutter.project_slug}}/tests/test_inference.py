@@ -21,13 +21,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import urllib3
+from google.auth.exceptions import DefaultCredentialsError
+from google.oauth2.credentials import Credentials
 
-from predictor import bulk, client, contract
+from predictor import bulk, client, cloud, contract
 from predictor.client import Endpoint, Refused
 from predictor.predict import Model
 from predictor.rows import read_rows
 from project.errors import UserError
 from project.settings import project_root
+from rehearsal.server import Double, Response
+from rehearsal.server import Refused as Denied
 
 FOLDER = project_root() / "level_1_pipeline" / "inference"
 
@@ -90,7 +95,7 @@ def stub(trained):
                 def do_POST(self):
                     body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                     status, headers = call(body)
-                    predictions = {"predictions": [prediction for _ in body["instances"]]}
+                    predictions = {"predictions": [prediction for _ in body.get("instances", [])]}
                     self.answer(status, headers, predictions if status == 200 else {"error": "not now"})
 
                 def answer(self, status, headers, content):
@@ -253,6 +258,108 @@ def test_another_kind_of_server_is_told(call, tmp_path):
         with pytest.raises(UserError, match=r"answers GET /openapi.json with status 501"):
             call("stream", "--endpoint", f"http://127.0.0.1:{server.server_port}", FOLDER / "stream.py")
         server.shutdown()
+
+
+# ── an endpoint in the cloud ────────────────────────────────────────────────────────────────────────────────────────
+
+ENDPOINT = "projects/p/locations/europe-west4/endpoints/7"
+
+
+class Cloud(Double):
+    """Passes requests for predictions on to a server, and its errors as they are, or as the text of Google's own."""
+
+    def __init__(self, address, wrapped):
+        super().__init__()
+        self.pool, self.predict, self.wrapped = urllib3.PoolManager(), f"{address}/predict", wrapped
+        self.routes = [("POST", f"/v1/{ENDPOINT}:rawPredict", "endpoints.rawPredict", self.forward)]
+
+    def forward(self, request, _):
+        answer = self.pool.request("POST", self.predict, body=request.body)
+        if answer.status != 200 and self.wrapped:
+            raise Denied(answer.status, answer.data.decode())
+        return json.loads(request.body), Response(answer.data, answer.status)
+
+
+@pytest.fixture(params=[False, True], ids=["errors as they are", "errors wrapped"])
+def vertex(address, monkeypatch, request):
+    """A double of Vertex AI with one endpoint."""
+    with Cloud(address, request.param) as double:
+        monkeypatch.setenv("CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM", double.address)
+        yield double
+
+
+def test_an_endpoint_in_the_cloud_is_asked_as_a_server_is(vertex, address, call, capsys, make_rows, tmp_path):
+    answers = []
+    for endpoint in (address, ENDPOINT, f"{vertex.address}/v1/{ENDPOINT}"):
+        call("single", "--endpoint", endpoint, '{"width": 3.0, "height": 50, "colour": "red"}')
+        call("stream", "--endpoint", endpoint, make_rows(20))
+        call("batch", "--endpoint", endpoint, make_rows(50), tmp_path / "out.jsonl")
+        answers.append((capsys.readouterr().out, (tmp_path / "out.jsonl").read_text()))
+        (tmp_path / "out.jsonl").unlink()
+    assert answers[0] == answers[1] == answers[2]
+    asked = vertex.calls("endpoints.rawPredict")
+    assert asked[0] == {"openapi": True}
+    assert len(asked[1]["instances"]) == 1
+    assert len(asked) == 2 * (2 + 21 + 2)
+
+
+def test_what_is_wrong_with_a_row_is_told_through_an_endpoint(vertex, call, tmp_path):
+    with pytest.raises(UserError, match="the server refuses rows 1 to 1: instance 1, column 'height'"):
+        call("single", "--endpoint", ENDPOINT, "[1, null, null]")
+    path, output = tmp_path / "rows.csv", tmp_path / "out.jsonl"
+    path.write_text("width,height,colour\n1,2,red\n1,,red\n1,3,red\n")
+    assert call("batch", "--endpoint", ENDPOINT, path, output) == 1
+    assert [line["key"] for line in lines(output)] == [1, 3]
+    assert lines(tmp_path / "out.jsonl.errors.jsonl")[0]["error"].startswith("column 'height'")
+
+
+@pytest.mark.parametrize("fault", [{"status": 503}, {"status": 429}, {"status": 0}, {"status": None, "share": 0.5}])
+@pytest.mark.parametrize("after", [0, 1])
+def test_an_endpoint_that_fails_once_is_asked_again(vertex, call, capsys, fault, after):
+    vertex.fail(after=after, **fault)
+    assert call("single", "--endpoint", ENDPOINT, '[3.0, 50, "red"]', "--json") == 0
+    assert json.loads(capsys.readouterr().out)["label"] == "dog"
+    assert vertex.faults[0].times == 0
+
+
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [(401, "auth application-default login"), (403, "roles/aiplatform.user"), (404, "gcloud ai endpoints list"), (500, "oh no")],
+)
+def test_googles_refusals_are_told_with_what_to_do(vertex, call, status, told):
+    vertex.fail(status=status, message="oh no")
+    with pytest.raises(UserError, match=f"status {status}: oh no.*{told}" if told != "oh no" else told):
+        call("single", "--endpoint", ENDPOINT, "[1, 2, null]")
+
+
+def test_an_endpoint_of_another_predictor_is_told(vertex, call, stub):
+    vertex.predict = stub(lambda body: (400, {}))  # it knows no description
+    with pytest.raises(UserError, match="not as this project's predictor"):
+        call("single", "--endpoint", ENDPOINT, "[1, 2, null]")
+
+
+def test_an_endpoint_is_told_who_asks(address, call, monkeypatch):
+    monkeypatch.delenv("CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM", raising=False)
+    with Cloud(address, wrapped=False) as double:
+        own = f"{double.address}/v1/{ENDPOINT}"  # an endpoint may have a server of its own
+        monkeypatch.setattr("google.auth.default", lambda scopes: (Credentials("secret"), None))
+        call("single", "--endpoint", own, "[1, 2, null]")
+        assert {received.request.headers["authorization"] for received in double.received} == {"Bearer secret"}
+
+        def absent(scopes):
+            raise DefaultCredentialsError
+
+        monkeypatch.setattr("google.auth.default", absent)
+        with pytest.raises(UserError, match=r"no credentials.*gcloud auth application-default login"):
+            call("single", "--endpoint", own, "[1, 2, null]")
+    assert cloud.parse(ENDPOINT) == ("https://europe-west4-aiplatform.googleapis.com", f"/v1/{ENDPOINT}:rawPredict")
+
+
+def test_a_proxy_that_the_environment_names_is_used(monkeypatch):
+    monkeypatch.setenv("https_proxy", "http://proxy.example:3128")
+    monkeypatch.setenv("no_proxy", "inside.example")
+    assert cloud.pool("https://europe-west4-aiplatform.googleapis.com").proxy.host == "proxy.example"
+    assert cloud.pool("https://inside.example").proxy is None
 
 
 def test_mistakes_exit_with_2_and_leave_nothing(tmp_path, address):

@@ -209,33 +209,28 @@ def test_the_compiled_pipeline_is_what_it_should_be(pipeline_project, tmp_path):
     assert set(conditional.dag.tasks) == {"register"}
 
 
-def test_train_and_register_can_be_exchanged_and_nothing_else_changes(pipeline_project, tmp_path):
-    @dsl.component(install_kfp_package=False, base_image="other:1")
-    def announce(
-        registry: str,
-        run: str,
-        model: dsl.Input[dsl.Model],
-        scores: dsl.Input[dsl.Artifact],
-        decision: dsl.Input[dsl.Metrics],
-        version: dsl.Output[dsl.Artifact],
-    ) -> int:
-        """Stands for the cloud's registry."""
-
+def test_the_train_step_can_be_exchanged_and_nothing_else_changes(pipeline_project, tmp_path):
     @dsl.component(install_kfp_package=False, base_image="other:1")
     def elsewhere(hyperparameters: dict, train_data: dsl.Input[dsl.Dataset], model: dsl.Output[dsl.Model]) -> None:
         """Stands for a GPU job."""
 
     definition = kfp_compile.load_definition()
     plain = kfp_compile.compile_pipeline(definition.make_pipeline(), tmp_path / "plain.yaml")
-    other = kfp_compile.compile_pipeline(
-        definition.make_pipeline(train_step=elsewhere, register_step=announce), tmp_path / "other.yaml"
-    )
+    other = kfp_compile.compile_pipeline(definition.make_pipeline(train_step=elsewhere), tmp_path / "other.yaml")
     assert set(other.root.dag.tasks) == {*plain.root.dag.tasks, "elsewhere"} - {"train"}
-    conditional = other.components[other.root.dag.tasks["condition-1"].component_ref.name]
-    assert set(conditional.dag.tasks) == {"announce"}
-    for step in ("preprocess", "evaluate", "gate"):
+    for step in ("preprocess", "evaluate", "gate", "register"):
         before, after = (s.deployment_spec["executors"][f"exec-{step}"] for s in (plain, other))
         assert before == after
+
+
+def test_the_clouds_train_step_gets_the_jobs_and_the_runs_own_name(pipeline_project, tmp_path):
+    images = {name: f"example.com/{name}@sha256:{'0' * 64}" for name in kfp_compile.CLOUD_IMAGES}
+    spec = kfp_compile.compile_for_cloud(images, tmp_path / "cloud.yaml")
+    given = spec.root.dag.tasks["vertex-train"].inputs
+    assert given.parameters["jobs"].component_input_parameter == "jobs"
+    assert given.parameters["pipeline_job"].runtime_value.constant.string_value == "{{$.pipeline_job_resource_name}}"
+    assert given.artifacts["train_data"].task_output_artifact.producer_task == "preprocess"
+    assert spec.root.dag.tasks["evaluate"].inputs.artifacts["model"].task_output_artifact.producer_task == "vertex-train"
 
 
 def test_a_condition_on_a_named_output_is_refused(tmp_path):

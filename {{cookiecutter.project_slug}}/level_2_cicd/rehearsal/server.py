@@ -5,13 +5,15 @@ A call that no route knows is answered with 501 and a text that names it.
 
 import json
 import re
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar, Self
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qs, parse_qsl, unquote, urlsplit
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Request:
     query: dict[str, str]
     headers: dict[str, str]
     body: bytes
+    repeated: dict[str, list[str]] = field(default_factory=dict)  # the query, where a name may stand several times
 
 
 @dataclass(frozen=True)
@@ -41,19 +44,20 @@ class Received:
 
 @dataclass
 class Response:
-    """An answer; a dict becomes JSON."""
+    """An answer; a dict becomes JSON. A body that is a function is called after the lock is given back, and gives the answer."""
 
     body: Any = field(default_factory=dict)
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
+    share: float = 1.0  # of the body that is sent before the connection is cut
 
 
 class Refused(Exception):
     """An answer that is an error, in Google's form."""
 
-    def __init__(self, status: int, message: str, reason: str = "") -> None:
+    def __init__(self, status: int, message: str, reason: str = "", name: str = "") -> None:
         super().__init__(message)
-        self.status, self.message, self.reason = status, message, reason
+        self.status, self.message, self.reason, self.name = status, message, reason, name
 
 
 @dataclass
@@ -67,6 +71,7 @@ class Fault:
         after: so many matching calls go well before.
         times: so often.
         seconds: a slow answer: with status None nothing else is wrong.
+        share: with status None, the part of the answer's body that comes before the connection is cut.
     """
 
     call: str = ""
@@ -76,6 +81,7 @@ class Fault:
     after: int = 0
     times: int = 1
     seconds: float = 0.0
+    share: float = 1.0
 
 
 # Google's names for HTTP statuses, as its errors carry them.
@@ -108,6 +114,7 @@ class Double:
         self.received: list[Received] = []
         self.faults: list[Fault] = []
         self.lock = threading.RLock()
+        self.log: Callable[[str], None] | None = None  # gets one line for each call
         self._http = _Server(("127.0.0.1", port), _Answer)
         self._http.double = self
         self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
@@ -141,10 +148,14 @@ class Double:
         for method, pattern, call, handler in self.routes:
             found = re.fullmatch(pattern, request.path)
             if found and method == request.method:
-                return self._carry_out(request, call, handler, found)
+                response = self._carry_out(request, call, handler, found)
+                self._tell(f"{call} {request.path}", response)
+                return response
         known = sorted({call for _, _, call, _ in self.routes})
         message = f"this double does not know {request.method} {request.path}; it knows {', '.join(known)}"
-        return refusal(501, message)
+        response = refusal(501, message)
+        self._tell(f"unknown {request.method} {request.path}", response)
+        return response
 
     def _carry_out(self, request: Request, call: str, handler: Handler, found: re.Match[str]) -> Response | None:
         fault = self._fault(call)
@@ -152,15 +163,26 @@ class Double:
             time.sleep(fault.seconds)
         if fault and fault.status is not None and not fault.done:
             return refusal(fault.status, fault.message) if fault.status else None
-        with self.lock:
-            try:
+        try:
+            with self.lock:
                 message, response = handler(request, found)
                 self.received.append(Received(call, request, message))
-            except Refused as refused:
-                response = refusal(refused.status, refused.message, refused.reason)
+            if callable(response.body):
+                response = response.body()
+        except Refused as refused:
+            response = refusal(refused.status, refused.message, refused.reason, refused.name)
+        except Exception as error:
+            traceback.print_exc()
+            response = refusal(500, f"this double has a mistake of its own: {error!r}")
         if fault and fault.status is not None:
             return refusal(fault.status, fault.message) if fault.status else None
+        if fault:
+            response.share = fault.share
         return response
+
+    def _tell(self, what: str, response: Response | None) -> None:
+        if self.log is not None:
+            self.log(f"{what} → {response.status if response else 'cut off'}")
 
     def _fault(self, call: str) -> Fault | None:
         """The fault that this call meets."""
@@ -176,9 +198,9 @@ class Double:
         return None
 
 
-def refusal(status: int, message: str, reason: str = "") -> Response:
-    """An error in the form of Google's APIs."""
-    error: dict[str, Any] = {"code": status, "message": message, "status": NAMES.get(status, "UNKNOWN")}
+def refusal(status: int, message: str, reason: str = "", name: str = "") -> Response:
+    """An error in the form of Google's APIs; `name` where the status has another name than its usual one."""
+    error: dict[str, Any] = {"code": status, "message": message, "status": name or NAMES.get(status, "UNKNOWN")}
     if reason:
         error["errors"] = [{"reason": reason, "message": message}]
     return Response({"error": error}, status)
@@ -188,6 +210,11 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 256
     double: Double
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Be silent about a client that hung up."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Answer(BaseHTTPRequestHandler):
@@ -199,7 +226,8 @@ class _Answer(BaseHTTPRequestHandler):
         parts = urlsplit(self.path)
         body = self._read_body()
         headers = {name.lower(): value for name, value in self.headers.items()}
-        request = Request(self.command, unquote(parts.path), dict(parse_qsl(parts.query, True)), headers, body)
+        query, repeated = dict(parse_qsl(parts.query, True)), parse_qs(parts.query, True)
+        request = Request(self.command, unquote(parts.path), query, headers, body, repeated)
         response = self.server.double.handle(request)
         if response is None:
             self.close_connection = True
@@ -211,7 +239,8 @@ class _Answer(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content)
+            self.wfile.write(content[: int(len(content) * response.share)])
+        self.close_connection |= response.share < 1
 
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = _answer
 

@@ -9,13 +9,14 @@ second, and a mistake should be told sooner.
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from project.errors import UserError
 
 DEADLINE = 60.0  # seconds for one call
 PATIENCE = 300.0  # seconds for a call with all its repetitions
+LONGEST_OPERATION = 3600.0  # seconds for a long operation, such as the deployment of a model
 FIRST_WAIT, LONGEST_WAIT = 0.2, 20.0  # seconds between repetitions; each wait is twice the last
 
 Found = TypeVar("Found")
@@ -55,21 +56,23 @@ def client(service: str, region: str) -> Any:
         raise UserError("there are no credentials. Type: gcloud auth application-default login") from None
 
 
-def call(method: Callable[..., Any], request: Any, what: str, *, repeatable: bool = True) -> Any:
+def call(method: Callable[..., Any], request: Any, what: str, *, repeatable: bool = True, patience: float | None = None) -> Any:
     """Call a client's method with a deadline; again, with longer and longer waits, if it may be repeated.
 
     Args:
         what: what is attempted, for the message: "starting the job".
         repeatable: False for what must not happen twice; see `once`.
+        patience: seconds for all repetitions together; otherwise PATIENCE.
 
     Raises:
         ApiError: it was refused, or not answered in time.
     """
     from google.api_core import retry
 
-    again = retry.Retry(predicate=is_transient, initial=FIRST_WAIT, maximum=LONGEST_WAIT, multiplier=2.0, timeout=PATIENCE)
+    limit = PATIENCE if patience is None else patience
+    again = retry.Retry(predicate=is_transient, initial=FIRST_WAIT, maximum=LONGEST_WAIT, multiplier=2.0, timeout=limit)
     try:
-        return method(request=request, timeout=DEADLINE, retry=again if repeatable else None)
+        return method(request=request, timeout=min(DEADLINE, limit), retry=again if repeatable else None)
     except Exception as error:
         raise explain(error, what) from error
 
@@ -95,6 +98,22 @@ def once(find: Callable[[], Found | None], create: Callable[[], Found]) -> Found
         wait = min(2 * wait, LONGEST_WAIT)
 
 
+def finish(operation: Any, what: str) -> Any:
+    """Wait for a long operation, and return its result. What fails on Google's side is not tried again.
+
+    Raises:
+        ApiError: it failed, or took longer than LONGEST_OPERATION.
+    """
+    from google.api_core import retry
+
+    again = retry.Retry(predicate=is_transient, initial=FIRST_WAIT, maximum=LONGEST_WAIT, multiplier=2.0, timeout=PATIENCE)
+    try:
+        return operation.result(timeout=LONGEST_OPERATION, retry=again)
+    except Exception as error:
+        told = explain(error, what)
+        raise ApiError(str(told), told.code, transient=False) from error
+
+
 def is_transient(error: Exception) -> bool:
     """Whether the same call may succeed later."""
     import requests
@@ -104,6 +123,7 @@ def is_transient(error: Exception) -> bool:
     kinds = (
         exceptions.TooManyRequests,
         exceptions.InternalServerError,
+        exceptions.Unknown,
         exceptions.BadGateway,
         exceptions.ServiceUnavailable,
         exceptions.GatewayTimeout,
@@ -113,17 +133,30 @@ def is_transient(error: Exception) -> bool:
         requests.exceptions.ChunkedEncodingError,
         TransportError,
     )
-    return isinstance(error, kinds) and not is_quota(str(error))
+    return isinstance(error, kinds) and not is_quota(str(error)) and not is_stock_out(str(error))
 
 
 def is_quota(message: str) -> bool:
-    """Whether a refusal is about a quota: waiting does not help."""
-    return bool(re.search(r"quota", message, re.IGNORECASE) and re.search(r"exceed|exhaust|limit", message, re.IGNORECASE))
+    """Whether a refusal is about a quota of machines: waiting a little does not help, as it does with calls per minute."""
+    about_quota = re.search(r"quota", message, re.IGNORECASE) and re.search(r"exceed|exhaust|limit", message, re.IGNORECASE)
+    return bool(about_quota) and not re.search(r"per (second|minute)", message, re.IGNORECASE)
+
+
+def is_stock_out(message: str) -> bool:
+    """Whether a refusal says that Google has no such machine to spare just now."""
+    return bool(
+        re.search(
+            r"stock.?out|resource.?pool.?exhausted|not have enough (resources|capacity)|"
+            r"(resources|capacity) (is|are|currently) (insufficient|unavailable)|insufficient (resources|capacity)",
+            message,
+            re.IGNORECASE,
+        )
+    )
 
 
 # What Google says → what a person can do.
 CAUSES = {
-    r"SERVICE_DISABLED|has not been used in project|is disabled": (
+    r"SERVICE_DISABLED|has not been used in project|API is disabled": (
         "an API is off. Type: gcloud services enable aiplatform.googleapis.com storage.googleapis.com "
         "artifactregistry.googleapis.com"
     ),
@@ -131,25 +164,52 @@ CAUSES = {
         "you may not act as that service account. Type: gcloud iam service-accounts add-iam-policy-binding ACCOUNT "
         "--member=user:YOU --role=roles/iam.serviceAccountUser"
     ),
+    r"UNAUTHENTICATED|invalid_grant|reauth|\b401\b": "your credentials have expired. Type: gcloud auth application-default login",
+    r"kms|cryptoKey": "the key cannot be used. `make doctor LEVEL=2` says which account lacks it",
+    r"bucket does not exist|No such bucket": "the bucket is not there. The README of level_1_pipeline says how to make one",
     r"permission|PERMISSION_DENIED|\b403\b": (
         "you lack a right. `gcloud auth list` shows who you are; ask for roles/aiplatform.user in this project"
     ),
-    r"UNAUTHENTICATED|invalid_grant|reauth|\b401\b": "your credentials have expired. Type: gcloud auth application-default login",
-    r"bucket does not exist|No such bucket": "the bucket is not there. The README of level_1_pipeline says how to make one",
-    r"kms|cryptoKey": "the key cannot be used. `make doctor LEVEL=2` says which account lacks it",
+    r"image.*(not found|does not exist|not exist)|MANIFEST_UNKNOWN": (
+        "the image is not in the registry. Type: make containers PUSH=1"
+    ),
+    r"(location|region).*(not supported|not found|invalid|mismatch)": (
+        "Vertex AI is not offered there. Choose another cloud.region in project.yaml"
+    ),
 }
+LONGEST = 400  # characters of what Google said that are shown
 
 
 def explain(error: Exception, what: str) -> ApiError:
     """An error of Google's packages as one line: what was attempted, what they said, what to do."""
+    error = getattr(error, "cause", None) or error  # the last of many attempts says why
     said = " ".join(str(getattr(error, "message", None) or error).split()) or type(error).__name__
-    said = said if len(said) <= 400 else f"{said[:400]} …"
-    code = int(getattr(error, "code", 0) or 0)
+    said = re.sub(r"^[A-Z]+ https?://\S+: ", "", said)  # the address tells nobody anything
+    said = said if len(said) <= LONGEST else f"{said[:LONGEST]} …"
+    code = int(getattr(error, "code", None) or 0)
     if is_quota(said):
-        advice = "a quota is used up. Another region or GPU may have some; `gcloud compute regions describe REGION` shows it"
+        advice = "a quota is used up. Another region or GPU may have some; `make doctor LEVEL=1` names the quota, and its page"
+    elif is_stock_out(said):
+        advice = "Google has no such machine to spare just now. Try later, or another job: `make gpu-jobs` lists them"
     elif is_transient(error):
-        advice = "no good answer came. Type the same again: nothing is started twice"
+        unanswered = "no good answer came" if code else "nobody answered; is there a network?"
+        advice = f"{unanswered}{'.' if code else ''} Type the same again: nothing is started twice"
     else:
         advice = next((advice for pattern, advice in CAUSES.items() if re.search(pattern, f"{code} {said}", re.IGNORECASE)), "")
     advice = f" {advice[0].upper()}{advice[1:]}." if advice else ""
     return ApiError(f"{what} failed: {said.rstrip('.')}.{advice}", code, is_transient(error))
+
+
+# ── labels ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+def labels(wanted: Mapping[str, str]) -> dict[str, str]:
+    """Labels as Google takes them: lower case letters, digits, - and _, at most 63 characters; a key begins with a letter.
+
+    What does not fit becomes "-"; a label without a value is left out.
+    """
+    fitting = {label(key).lstrip("-_0123456789"): label(value) for key, value in wanted.items()}
+    return {key: value for key, value in fitting.items() if key and value}
+
+
+def label(text: str) -> str:
+    """A label's value, made to fit."""
+    return re.sub(r"[^a-z0-9_-]+", "-", text.lower())[:63].strip("-")

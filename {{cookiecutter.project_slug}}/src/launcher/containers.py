@@ -1,6 +1,7 @@
 """The containers' images: what goes into each, the tag that follows from it, building and pushing.
 
-python -m launcher.containers [NAME …] [--push | --print] [--pin-base]        level_1_pipeline/build_containers.sh calls it
+python -m launcher.containers [NAME …] [--push | --print] [--digests FILE] [--pin-base]
+                                                                level_1_pipeline/build_containers.sh calls it
 
 A container is a folder `level_*/NAME_container/` with a Dockerfile. Its Dockerfile.dockerignore lists what goes in, and
 the tag is a hash of just that: whoever has the same files has the same tag, with git or without.
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from project import git, settings
+from project import cloud, git, manifest, settings
 from project.errors import UserError, run_command
 
 BASE = Path("level_1_pipeline/base_image.txt")
@@ -293,8 +294,12 @@ def push(container: Container, local: str, registry: str) -> str:
     return f"{registry}/{container.name}@{digest_of(remote)}"
 
 
-def make(container: Container, chosen: settings.Settings, registry: str | None) -> list[str]:
-    """Build one image unless it is there, push it if a registry is given; returns lines that tell it."""
+def make(container: Container, chosen: settings.Settings, registry: str | None) -> tuple[list[str], str]:
+    """Build one image unless it is there, push it if a registry is given.
+
+    Returns:
+        Lines that tell it; and the image's name: in the registry by digest, or else on this machine.
+    """
     name, began = image(container, chosen.name), time.monotonic()
     if exists(name):
         lines = [f"= {container.name:<10} unchanged   {name}"]
@@ -304,26 +309,47 @@ def make(container: Container, chosen: settings.Settings, registry: str | None) 
         size = int(docker("image", "inspect", "--format", "{{.Size}}", name)) / 1e6
         lines = [f"✓ {container.name:<10} {time.monotonic() - began:6.1f} s    {name}  ({size:,.0f} MB)"]
     if registry:
-        lines.append(f"↑ {container.name:<10} pushed      {push(container, name, registry)}")
-    return lines
+        name = push(container, name, registry)
+        lines.append(f"↑ {container.name:<10} pushed      {name}")
+    return lines, name
 
 
-def make_all(containers: Sequence[Container], chosen: settings.Settings, registry: str | None = None) -> None:
-    """Build in parallel; what can be built is built, also when another fails.
+def make_all(containers: Sequence[Container], chosen: settings.Settings, registry: str | None = None) -> dict[str, str]:
+    """Build in parallel, and push if a registry is given; what can be built is built, also when another fails.
+
+    Returns:
+        Container → its image's name: in the registry by digest, or else on this machine.
 
     Raises:
         UserError: tells every failure.
     """
     failures: dict[str, list[str]] = {}
+    made: dict[str, str] = {}
     with ThreadPoolExecutor(max_workers=len(containers)) as pool:
         running = [(container, pool.submit(make, container, chosen, registry)) for container in containers]
         for container, result in running:
             try:
-                print("\n".join(result.result()), flush=True)
+                lines, made[container.name] = result.result()
+                print("\n".join(lines), flush=True)
             except UserError as error:
                 failures.setdefault(str(error), []).append(container.name)
     if failures:  # the same one, such as a missing Docker, is told once
         raise UserError("\n       ".join(f"{', '.join(names)}: {error}" for error, names in failures.items()))
+    return made
+
+
+def chosen_registry(chosen: settings.Settings) -> str:
+    """Where images are sent: containers.registry, or else the repository of the Google Cloud project.
+
+    Raises:
+        UserError: project.yaml names neither.
+    """
+    if not chosen.containers.registry and not cloud.names_a_project(chosen):
+        raise UserError(
+            "--push: where to? Set containers.registry in project.yaml, for example to localhost:5000/digit-reader, "
+            "or the Google Cloud project under cloud.environments."
+        )
+    return chosen.containers.registry or cloud.place(chosen).images
 
 
 def main() -> None:
@@ -331,20 +357,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="build_containers.sh", description="Build the containers' images.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="a container, such as train; otherwise all")
     parser.add_argument("--push", action="store_true", help="send them to the registry that project.yaml names")
+    parser.add_argument("--digests", type=Path, metavar="FILE", help="with --push: write their names by digest there, as JSON")
     parser.add_argument("--pin-base", action="store_true", help="write the base image's present digest into base_image.txt")
     parser.add_argument("--print", action="store_true", help="build nothing; print the images' names on this machine")
     arguments = parser.parse_args()
     root, chosen = settings.project_root(), settings.load()
     containers = find(root, arguments.names)
-    registry = chosen.containers.registry
     if arguments.print:
         print("\n".join(image(container, chosen.name) for container in containers))
         return
-    if arguments.push and not registry:
-        raise UserError("--push: where to? Set containers.registry in project.yaml, for example to localhost:5000/digit-reader.")
+    if arguments.digests and not arguments.push:
+        raise UserError("--digests: only a registry gives digests; add --push.")
+    registry = chosen_registry(chosen) if arguments.push else None
     if arguments.pin_base:
         print(f"base image: {pin_base(root, chosen)}")
-    make_all(containers, chosen, registry if arguments.push else None)
+    made = make_all(containers, chosen, registry)
+    if arguments.digests:
+        manifest.write_json(arguments.digests, made)
 
 
 if __name__ == "__main__":

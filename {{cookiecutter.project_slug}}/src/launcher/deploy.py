@@ -1,16 +1,37 @@
-"""Registers a saved model as a new version, and deploys it: makes it the champion, which is what the server serves.
+"""Registers a saved model as a new version, and deploys it: makes it the champion, which is what is served.
 
 python -m launcher.deploy --model-dir runs/ID/model --metrics runs/ID/evaluation.json --registry registry --run ID
+python -m launcher.deploy … --model-dir gs://… --registry gs://… --serving serving.json     in the cloud; --dry-run sends nothing
+python -m launcher.deploy --rollback 3 --registry gs://… --serving serving.json
+
+In the cloud, under a lease, so that two deployments follow one another:
+
+1. register     the model becomes a version in Vertex AI, and version.json describes it
+2. deploy       the version gets a machine, then the canary's share of the requests, and the champion the rest; the first gets all
+3. check        it must answer; if it does not, go to 5
+4. decide       champion.json names it, unless another was named since the gate compared them
+5. settle       requests, aliases, history and machines follow champion.json, whatever it says
+
+Each step looks first at what is there. So whoever is cut off leaves something that the same command, typed again, finishes:
+before 4 the champion is the old one and at most the canary's share of the requests goes to the new one, from 4 on the new
+one is the champion and 5 brings it the rest. A deployment of another run settles too, and removes what it finds beside.
+The decision comes before the traffic: the other way round, a crash could leave all requests with a version that nobody chose.
 """
 
 import argparse
 import json
+import signal
+import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from launcher.endpoint import Endpoint, deploy_request, share_requests
+from launcher.vertex_registry import Lease, Serving, VertexRegistry, overtaken, upload_request
+from project import manifest, storage
 from project.errors import UserError, run_command
-from project.registry import Overtaken, open_registry
+from project.registry import LocalRegistry, Overtaken, open_registry
 
 
 def deploy(
@@ -21,44 +42,188 @@ def deploy(
     reason: str,
     replaces: int | None,
     serving: Mapping[str, Any] | None = None,
+    address: str | None = None,
 ) -> dict[str, Any]:
     """Register a model, and make it the champion unless the champion is no longer `replaces`.
 
     Args:
+        registry: a folder; or gs://…, the cloud's.
         serving: in the cloud, the endpoint and its machine; on a laptop a server looks into the registry by itself.
+        address: where the model is in Cloud Storage, if `model` is a copy of it.
 
     Returns:
         version: its number; champion: whether it is served; problem: why not.
 
     Raises:
-        UserError: the model is damaged.
+        UserError: the model is damaged, or does not answer where it is deployed.
     """
-    models = open_registry(registry)
     numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
-    registered = models.register(model, numbers, run)
+    if registry.startswith("gs://"):
+        cloud = VertexRegistry(registry, Serving.parse(serving or {}))
+        upload_request(cloud.serving, model, run, address)  # a damaged model is told before anything is asked
+        with Lease(registry, run, tell) as lease:
+            number = cloud.register(model, numbers, run, address).number
+            tell(f"version {number} is registered: {cloud.serving.model}@{number}")
+            return _outcome(number, lambda: _serve(cloud, lease, number, reason, replaces))
+    models = LocalRegistry(Path(registry))
+    number = models.register(model, numbers, run).number
+    return _outcome(number, lambda: models.promote(number, reason, replaces))
+
+
+def rollback(registry: str, number: int, serving: Mapping[str, Any]) -> dict[str, Any]:
+    """Make a version of the cloud's registry the champion again, whatever its scores; returns what `deploy` does.
+
+    Raises:
+        UserError: there is no such version, or it does not answer.
+    """
+    cloud = VertexRegistry(registry, Serving.parse(serving))
+    cloud.version(number)
+    with Lease(registry, f"rollback-{number}", tell) as lease:
+        before = cloud.champion_number()
+        reason = f"it was chosen by hand (rollback from version {before or 'none'})"
+        return _outcome(number, lambda: _serve(cloud, lease, number, reason, before))
+
+
+def _outcome(number: int, promote: Any) -> dict[str, Any]:
     try:
-        models.promote(registered.number, reason, replaces)
-    except Overtaken as overtaken:
-        return {"version": registered.number, "champion": False, "problem": str(overtaken)}
-    return {"version": registered.number, "champion": True, "problem": None}
+        promote()
+    except Overtaken as error:
+        return {"version": number, "champion": False, "problem": str(error)}
+    return {"version": number, "champion": True, "problem": None}
+
+
+def _serve(cloud: VertexRegistry, lease: Lease, number: int, reason: str, replaces: int | None) -> None:
+    """Steps 2 to 5.
+
+    Raises:
+        Overtaken: the champion is no longer `replaces`.
+        UserError: the version does not answer; what was served before is served.
+    """
+    endpoint = Endpoint(cloud.serving)
+    champion = cloud.champion_number()
+    try:
+        if champion != number:
+            if champion != replaces:
+                raise overtaken(number, replaces, champion)
+            lease.check()
+            tell(f"deploying version {number} to {endpoint.name}: this takes some minutes")
+            deployed = endpoint.deploy(number)
+            lease.check()
+            endpoint.try_out(deployed, champion)
+            endpoint.check(deployed, manifest.example(cloud.document(number)["schema"]))
+            lease.check()
+            cloud.promote(number, reason, replaces)
+            tell(f"version {number} answers, and is the champion")
+    except (UserError, KeyboardInterrupt) as error:
+        _return(cloud, lease, endpoint, str(error) or "Interrupted.")
+        raise
+    _settle(cloud, lease, endpoint)
+
+
+def _settle(cloud: VertexRegistry, lease: Lease, endpoint: Endpoint) -> None:
+    """Step 5: what is served follows from champion.json."""
+    lease.check()
+    champion = cloud.champion_number()
+    endpoint.settle(champion)
+    cloud.follow()
+    tell(f"version {champion} gets all requests" if champion else "nothing is served")
+
+
+def _return(cloud: VertexRegistry, lease: Lease, endpoint: Endpoint, reason: str) -> None:
+    """After a failure, serve what was served before.
+
+    Raises:
+        UserError: that failed as well; it says what remains.
+    """
+    try:
+        _settle(cloud, lease, endpoint)
+    except UserError as error:
+        raise UserError(f"{reason} Going back failed too, so some requests may go to it still: {error}") from None
+
+
+def preview(serving: Serving, model: Path, run: str, address: str | None) -> dict[str, Any]:
+    """What a deployment sends, in order, as far as it is known beforehand.
+
+    Raises:
+        UserError: the model is damaged, or in no bucket.
+    """
+    endpoint = f"{serving.parent}/endpoints/{serving.endpoint}"
+    traffic = share_requests("VERSION", "CHAMPION", serving.canary_percent)
+    return {
+        "models.upload": upload_request(serving, model, run, address),
+        "endpoints.deployModel": deploy_request(serving, endpoint, "VERSION"),
+        "endpoints.patch": {"endpoint": {"name": endpoint, "traffic_split": traffic}, "update_mask": "traffic_split"},
+        "endpoints.predict": {"endpoint": endpoint, "instances": [manifest.example(manifest.read(model)["schema"])]},
+        "models.mergeVersionAliases": {"name": f"{serving.model}@VERSION", "version_aliases": ["champion", "default"]},
+    }
+
+
+def tell(line: str) -> None:
+    """A line of progress."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's options."""
+    command = argparse.ArgumentParser(prog="python -m launcher.deploy", description="Register a saved model and serve it.")
+    command.add_argument("--model-dir", help="a saved model's folder; in the cloud, a gs:// address")
+    command.add_argument("--metrics", help="what trainer.evaluate measured, as JSON")
+    command.add_argument("--registry", required=True, help="the registry's folder; in the cloud, a gs:// address")
+    command.add_argument("--run", default="by-hand", help="the id of the run that made it")
+    command.add_argument("--reason", default="deployed by hand", help="why it becomes the champion")
+    command.add_argument("--serving", help="in the cloud: the endpoint and its machine, as JSON or a file of it")
+    command.add_argument("--rollback", type=int, metavar="VERSION", help="in the cloud: serve this version again; registers none")
+    command.add_argument("--dry-run", action="store_true", help="in the cloud: print what would be sent, as far as it is known")
+    return command
 
 
 def main() -> None:
     """Command line: the gate is not asked; who types this decides."""
-    parser = argparse.ArgumentParser(prog="python -m launcher.deploy", description="Register a saved model and serve it.")
-    parser.add_argument("--model-dir", type=Path, required=True, help="a saved model's folder")
-    parser.add_argument("--metrics", type=Path, required=True, help="what trainer.evaluate measured, as JSON")
-    parser.add_argument("--registry", required=True, help="the registry's folder")
-    parser.add_argument("--run", default="by-hand", help="the id of the run that made it")
-    parser.add_argument("--reason", default="deployed by hand", help="why it becomes the champion")
-    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # who ends it, as with Ctrl-C, finds served what was served
+    arguments = parser().parse_args()
+    serving = read_json(arguments.serving, "--serving") if arguments.serving else {}
+    outcome: dict[str, Any] | None
+    if arguments.rollback is not None:
+        outcome = rollback(arguments.registry, arguments.rollback, serving)
+    else:
+        outcome = _deploy(arguments, serving)
+    if outcome is not None:
+        print(f"version {outcome['version']}" + ("; it is the champion" if outcome["champion"] else f": {outcome['problem']}"))
+
+
+def _deploy(arguments: argparse.Namespace, serving: dict[str, Any]) -> dict[str, Any] | None:
+    """What the command line asks for; nothing where it was only to be shown."""
+    if not arguments.model_dir or not arguments.metrics:
+        raise UserError("say which model: --model-dir and --metrics, or --rollback VERSION.")
+    metrics = read_json(arguments.metrics, "--metrics")
+    address = arguments.model_dir if arguments.model_dir.startswith("gs://") else None
+    with tempfile.TemporaryDirectory() as folder:
+        model = storage.fetch(arguments.model_dir, Path(folder))
+        if arguments.dry_run:
+            print(json.dumps(preview(Serving.parse(serving), model, arguments.run, address), indent=2, ensure_ascii=False))
+            return None
+        champion = open_registry(arguments.registry).champion_number()
+        return deploy(arguments.registry, model, metrics, arguments.run, arguments.reason, champion, serving, address)
+
+
+def read_json(given: str, option: str) -> dict[str, Any]:
+    """An option's JSON, which is given itself, or as a file's path or gs:// address.
+
+    Raises:
+        UserError: it is none.
+    """
     try:
-        metrics = json.loads(arguments.metrics.read_text(encoding="utf-8"))
+        if given.lstrip().startswith("{"):
+            text = given
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                text = storage.fetch(given, Path(folder)).read_text(encoding="utf-8")
+        document = json.loads(text)
     except (OSError, ValueError) as error:
-        raise UserError(f"{arguments.metrics} cannot be read as metrics: {error}.") from None
-    champion = open_registry(arguments.registry).champion_number()
-    outcome = deploy(arguments.registry, arguments.model_dir, metrics, arguments.run, arguments.reason, champion)
-    print(f"version {outcome['version']}" + ("; it is the champion" if outcome["champion"] else f": {outcome['problem']}"))
+        raise UserError(f"{option} {given}: cannot be read as JSON: {error}.") from None
+    if not isinstance(document, dict):
+        raise UserError(f"{option} {given}: is no JSON object.")
+    return document
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,6 +15,9 @@ from kfp.pipeline_spec.pipeline_spec_pb2 import PipelineSpec
 
 from project.errors import UserError
 from project.settings import project_root
+
+CLOUD_IMAGES = ("train", "deploy", "vertex_train")  # what the cloud's steps run in
+DIGEST = r"[^\s@]+@sha256:[0-9a-f]{64}"
 
 
 def load_definition() -> ModuleType:
@@ -35,6 +40,31 @@ def compile_pipeline(pipeline: Any, path: Path) -> PipelineSpec:
     path.parent.mkdir(parents=True, exist_ok=True)
     compiler.Compiler().compile(pipeline, str(path))
     return check(path)
+
+
+def compile_for_cloud(images: Mapping[str, str], path: Path) -> PipelineSpec:
+    """The same pipeline for Vertex AI: its train step rents a machine.
+
+    Args:
+        images: container (train, deploy, vertex_train) → its image's address by digest, so that what runs tomorrow is
+            what was built today.
+        path: the file to write, YAML.
+
+    Raises:
+        UserError: an image is missing, or named by a tag; see also `check`.
+    """
+    from launcher import vertex_step
+
+    for name in CLOUD_IMAGES:
+        if not re.fullmatch(DIGEST, images.get(name, "")):
+            raise UserError(
+                f"the image of {name}_container is '{images.get(name, '')}': it must be ADDRESS@sha256:… (64 digits). "
+                "`make containers PUSH=1` prints them."
+            )
+    train_step = vertex_step.component(images["vertex_train"])
+    definition = load_definition()
+    pipeline = definition.make_pipeline(train_image=images["train"], deploy_image=images["deploy"], train_step=train_step)
+    return compile_pipeline(pipeline, path)
 
 
 def check(path: Path) -> PipelineSpec:

@@ -1,6 +1,7 @@
 """make level1: compiles the pipeline, runs it, and tells its story step by step.
 
-python -m launcher.kfp_run        RUNNER=local: each step is a process here; RUNNER=docker: a container
+python -m launcher.kfp_run        RUNNER=local: each step is a process here; RUNNER=docker: a container; RUNNER=vertex: see
+                                  launcher.kfp_vertex
 """
 
 import json
@@ -10,12 +11,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from launcher import containers, kfp_compile, kfp_docker
+from launcher import containers, kfp_compile, kfp_docker, parameters
+from launcher.story import Step, Story, begin, show, summary
 from project import git, notebooks, runs, settings
 from project.errors import UserError, run_command
 from project.manifest import write_json
@@ -30,72 +30,32 @@ FINISHED = re.compile(r"- Task '([^']+)' finished with status (\w+)")
 LAST_LINES = 12
 
 
-@dataclass
-class Step:
-    """One step of a run."""
-
-    name: str
-    state: str = "running"  # then "succeeded" or "failed"
-    seconds: float = 0.0
-
-
-@dataclass
-class Story:
-    """What is told of a run, now and by `make status`: from the event that started it to what is served."""
-
-    run: str
-    event: str
-    started: str
-    state: str = "running"
-    steps: list[Step] = field(default_factory=list)
-    gate: dict[str, Any] | None = None
-    registered: dict[str, Any] | None = None
-    problem: str | None = None
-
-    def write(self, run: Run) -> None:
-        """Keep it in the run's folder."""
-        write_json(run.folder / "story.json", asdict(self))
-
-
 def arguments(chosen: settings.Settings, run: Run, registry: Path) -> dict[str, Any]:
     """The pipeline's parameters, from project.yaml.
 
     Raises:
         UserError: there is no such file, or no such column.
     """
-    data, gate = chosen.data, chosen.gate
+    data = chosen.data
     csv = find_csv(data.source, settings.project_root() / "data").resolve()
     check_header(csv, data.label, data.ignore, data.categorical)
-    return {
-        "csv": str(csv),
-        "label": data.label,
-        "ignore": list(data.ignore),
-        "categorical": list(data.categorical),
-        "test_share": data.test_share,
-        "split_seed": data.split_seed,
-        "hyperparameters": asdict(chosen.train),
-        "jobs": [],  # the steps run here
-        "metric": gate.metric,
-        "threshold": gate.threshold,
-        "margin": gate.margin,
-        "registry": str(registry),
-        "run": run.name,
-        "serving": {},  # and the server is asked to run by a person
-    }
+    return {**parameters.from_settings(chosen, str(csv), str(registry)), "run": run.name}
 
 
-RUNNERS = {"local": "in this environment", "docker": "in containers"}
+RUNNERS = {"local": "in this environment", "docker": "in containers", "vertex": "in the cloud"}
 
 
 def choose_runner() -> str:
     """Where the steps run, from the RUNNER variable.
 
     Raises:
-        UserError: there is no such runner.
+        UserError: there is no such runner, or it has no DRY_RUN.
     """
     chosen = os.environ.get("RUNNER") or "local"
     if chosen not in RUNNERS:
         raise UserError(f"RUNNER={chosen}: there are {', '.join(RUNNERS)}; for example make level1 RUNNER=docker")
+    if os.environ.get("DRY_RUN") and chosen != "vertex":
+        raise UserError(f"DRY_RUN=1 shows what would be sent to the cloud, and RUNNER={chosen} sends nothing: add RUNNER=vertex.")
     return chosen
 
 
@@ -163,16 +123,6 @@ def explain(last: list[str]) -> str:
     return "Its last lines:\n" + "\n".join(f"    {line}" for line in last)
 
 
-def show(step: Step) -> None:
-    """One line for each step: while it runs (in a terminal only), and when it has ended."""
-    if step.state == "running":
-        if sys.stdout.isatty():
-            print(f"  ▶ {step.name:<12} …", end="\r", flush=True)
-        return
-    sign = "✓" if step.state == "succeeded" else "✗"
-    print(f"  {sign} {step.name:<12} {step.seconds:6.1f} s", flush=True)
-
-
 def output(run: Run, step: str, name: str) -> Path | None:
     """The file or folder that a step wrote for one of its outputs; None if it did not."""
     return next((run.folder / "steps").glob(f"*/{step}/{name}"), None)
@@ -204,44 +154,22 @@ def conclude(run: Run, story: Story) -> None:
         raise UserError(f"the gate passed, but nothing was registered. The whole log: {run.folder / 'pipeline.log'}")
 
 
-def describe(registered: dict[str, Any]) -> str:
-    """What became of the registered version."""
-    number = registered["version"]
-    return (
-        f"version {number}; it is the champion"
-        if registered["champion"]
-        else f"version {number}; it is not served: {registered['problem']}"
-    )
-
-
-def summary(run: Run, story: Story, registry: LocalRegistry) -> str:
-    """What came of the run, and what to type next."""
-    champion = registry.champion_number()
-    gate = story.gate or {"passed": False, "reason": "it was not reached"}
-    lines = [f"\nGate: {'open' if gate['passed'] else 'closed'}, because {gate['reason']}."]
-    if story.registered:
-        lines.append(f"Registered: {describe(story.registered)}.")
-    elif champion:
-        lines.append(f"Nothing was registered. The champion stays version {champion}.")
-    else:
-        lines.append("Nothing was registered, and there is no champion yet.")
-    if not gate["passed"]:
-        lines.append("(The gate's numbers are in project.yaml: gate.threshold, gate.margin.)")
-    following = "make serve · make predict ROW=1 · " if champion else ""
-    return "\n".join([*lines, f"Next: {following}make status RUN={run.name} · make runs"])
-
-
 def main() -> None:
     """Compile, run, tell."""
     runner = choose_runner()
     notebooks.require_in_step()
     chosen = settings.load()
+    if runner == "vertex":
+        from launcher import kfp_vertex
+
+        kfp_vertex.run(chosen, dry_run=bool(os.environ.get("DRY_RUN")))
+        return
     registry = runs.registry_folder()
     run = runs.new()
     values = arguments(chosen, run, registry)
     images = kfp_docker.build_images(chosen) if runner == "docker" else {}
     run.start(chosen)
-    story = Story(run.name, f"by hand, {os.environ.get('USER') or 'somebody'}", datetime.now(UTC).isoformat(timespec="seconds"))
+    story = begin(run.name)
     try:
         compiled = run.folder / "pipeline.yaml"
         kfp_compile.compile_pipeline(kfp_compile.load_definition().make_pipeline(**images), compiled)
@@ -256,8 +184,9 @@ def main() -> None:
         story.state, story.problem = "failed", str(error) or type(error).__name__
         raise
     finally:
-        story.write(run)
-    print(summary(run, story, LocalRegistry(registry)))
+        story.write(run.folder)
+    champion = LocalRegistry(registry).champion_number()
+    print(summary(story, champion, "make serve · make predict ROW=1 · " if champion else ""))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ import shlex
 import signal
 import socket
 import sys
+import tempfile
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from predictor import contract
 from predictor.connection import Connection, allow_files, most_connections
 from predictor.contract import BadRequest
 from predictor.predict import Model
-from project import manifest
+from project import manifest, storage
 from project.errors import UserError, run_command
 from project.registry import LocalRegistry, Registry, Version
 
@@ -185,6 +186,8 @@ def create_app(source: Fixed | Champion, options: Options | None = None) -> Fast
     async def predict(request: Request) -> Response:
         body = await _read_body(request, options.max_bytes)
         served = source.served  # this one until the answer is given, whatever the champion does meanwhile
+        if contract.asks_for_openapi(body):
+            return await openapi(request)
         if len(body) > THREAD_BYTES:
             return _json(await asyncio.to_thread(contract.answer, served.model, served.version, body))
         return _json(contract.answer(served.model, served.version, body))
@@ -301,19 +304,45 @@ def open_source(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Fi
     if arguments.model_dir:
         return Fixed(arguments.model_dir)
     if environ.get("AIP_STORAGE_URI"):
-        return Fixed(fetch(environ["AIP_STORAGE_URI"]))
+        uri = environ["AIP_STORAGE_URI"]
+        with fetched(uri) as folder:
+            try:
+                return Fixed(folder)
+            except UserError as error:
+                raise UserError(str(error).replace(str(folder), uri)) from None
     raise UserError("say what to serve: --registry FOLDER, --model-dir FOLDER, or the variable AIP_STORAGE_URI.")
 
 
-def fetch(uri: str) -> Path:
-    """The folder of a saved model, wherever it was.
+@contextlib.contextmanager
+def fetched(uri: str) -> Iterator[Path]:
+    """The folder of a saved model, wherever it is; copied from a bucket, it is there until the model is loaded.
 
     Raises:
-        UserError: it is in a bucket.
+        UserError: there is none, or it cannot be read.
     """
-    if "://" in uri:
-        raise UserError(f"AIP_STORAGE_URI is {uri!r}; this server reads folders, not buckets. Copy the model here first.")
-    return Path(uri)
+    if "://" not in uri:
+        yield Path(uri)
+        return
+    if not uri.startswith("gs://"):
+        raise UserError(f"AIP_STORAGE_URI is {uri!r}; it must be a folder, or an address such as gs://BUCKET/FOLDER.")
+    try:
+        temporary = tempfile.TemporaryDirectory(prefix="model-")
+    except OSError as error:
+        raise UserError(f"{uri} cannot be copied here: {error.strerror}. A container may want --tmpfs /tmp.") from None
+    with temporary as folder:
+        yield fetch(uri.rstrip("/"), Path(folder))
+
+
+def fetch(uri: str, into: Path) -> Path:
+    """The folder of a bucket's saved model: those files that its manifest names, and no others.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    folder = storage.fetch(f"{uri}/{manifest.NAME}", into).parent
+    for name in manifest.parse(folder)["files"]:
+        storage.fetch(f"{uri}/{name}", into)
+    return folder
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -1,22 +1,23 @@
-"""Asks a server: one on this machine or, later, one in the cloud. Answers as a `Model` in this process does."""
+"""Asks a server: one on this machine, or an endpoint in the cloud. Answers as a `Model` in this process does."""
 
 import argparse
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import urllib3
 
+from predictor import cloud
 from project import manifest
 from project.errors import UserError
 from project.registry import LocalRegistry
 from project.schema import Column, Schema, parse_number
 
-CELLS = 50_000  # in one request: about 2 MB, where the server takes 10
+CELLS = 25_000  # in one request: about 1 MB, where the cloud's shared endpoints take 1.5
 HEALTH_SECONDS = 1.0
 CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 60.0
@@ -24,6 +25,7 @@ FIRST_SECONDS = 3.0  # for a server that has never answered: the address is prob
 MOST_SECONDS = 600.0  # each attempt of urllib3 is a call within a call, and those are limited
 PASSING = (429, 502, 503, 504)  # too busy, or restarting: the same request may be answered later
 REFUSING = (400, 413, 422)  # the request itself is at fault
+DESCRIBE = b'{"openapi": true}'  # a request for what a server says of itself, where only predictions are passed on to it
 
 
 class Refused(UserError):
@@ -66,9 +68,12 @@ class Patience(urllib3.Retry):
         time.sleep(max(0.0, min(asked or self.get_backoff_time(), self.until - time.monotonic())))
 
 
+# Of connections, which are kept open from one request to the next; a thread needs one.
+CONNECTIONS: dict[str, Any] = {"maxsize": 64, "timeout": urllib3.Timeout(connect=CONNECT_SECONDS, read=ANSWER_SECONDS)}
+
+
 def _pool() -> urllib3.PoolManager:
-    """Connections, kept open from one request to the next; a thread needs one."""
-    return urllib3.PoolManager(maxsize=64, timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=ANSWER_SECONDS))
+    return urllib3.PoolManager(**CONNECTIONS)
 
 
 @dataclass(frozen=True)
@@ -79,12 +84,14 @@ class Endpoint:
         address: such as http://127.0.0.1:8080.
         route: the path that predictions are asked at.
         wait: for how many seconds a server is asked again that is down or too busy.
+        sign: gives the headers that say who asks.
     """
 
     address: str
     route: str = "/predict"
     wait: float = 0.0
     pool: urllib3.PoolManager = field(default_factory=_pool, repr=False, compare=False)
+    sign: Callable[[], Mapping[str, str]] = field(default=dict, repr=False, compare=False)
 
     def get(self, path: str, **options: Any) -> Any:
         """The JSON document at a path; `options` are urllib3's.
@@ -93,6 +100,10 @@ class Endpoint:
             UserError: no server answers there, or not with JSON.
         """
         return self._request("GET", path, None, **options)
+
+    def post(self, body: bytes, **options: Any) -> Any:
+        """The JSON document that answers a request for predictions; otherwise as `get`."""
+        return self._request("POST", self.route, body, **options)
 
     def ask(self, instances: Sequence[Any], **parameters: Any) -> list[dict[str, Any]]:
         """One prediction for each instance, in their order.
@@ -107,7 +118,7 @@ class Endpoint:
         """`ask`, for instances that are written as JSON already."""
         texts = list(instances)
         body = f'{{"instances": [{", ".join(texts)}], "parameters": {json.dumps(parameters)}}}'
-        document = self._request("POST", self.route, body.encode(), headers={"Content-Type": "application/json"})
+        document = self.post(body.encode())
         predictions = document.get("predictions") if isinstance(document, dict) else None
         if not isinstance(predictions, list) or len(predictions) != len(texts):
             raise UserError(f"{self.address}{self.route} answers, but not with one prediction for each of {len(texts)} row(s).")
@@ -115,6 +126,7 @@ class Endpoint:
 
     def _request(self, method: str, path: str, body: bytes | None, **options: Any) -> Any:
         options.setdefault("retries", Patience.of(self.wait))
+        options["headers"] = {"Content-Type": "application/json", **self.sign()}
         try:
             response = self.pool.request(method, self.address + path, body=body, redirect=False, **options)
         except urllib3.exceptions.HTTPError as error:
@@ -127,6 +139,8 @@ class Endpoint:
         if response.status == 200 and document is not None:
             return document
         told = document.get("error") if isinstance(document, dict) else None
+        if isinstance(told, dict):
+            told = cloud.refusal(response.status, told)
         if response.status in REFUSING and told:
             raise Refused(str(told))
         raise UserError(f"{self.address} answers {method} {path} with status {response.status}: {told or 'not as a predictor'}")
@@ -165,29 +179,50 @@ class Server:
 
     @classmethod
     def open(cls, address: str, wait: float) -> "Server":
-        """The server at an address, as it describes itself; the address may end with the path of its predictions.
+        """The server at an address, as it describes itself.
+
+        Args:
+            address: such as http://127.0.0.1:8080, which may end with the path of its predictions; or an endpoint in the
+                cloud, projects/PROJECT/locations/REGION/endpoints/ID.
+            wait: for how many seconds it is asked again when it is down or too busy.
 
         Raises:
             UserError: it is no address, nobody answers there, or no predictor does.
         """
+        in_cloud = cloud.parse(address)
+        if in_cloud:
+            return cls._open_cloud(*in_cloud, wait)
         try:
             url = urllib3.util.parse_url(address)
         except urllib3.exceptions.LocationParseError:
             url = urllib3.util.Url()
         if url.scheme not in ("http", "https") or not url.host:
-            raise UserError(f"--endpoint is {address!r}; it must be an address such as http://127.0.0.1:8080.")
+            raise UserError(
+                f"--endpoint is {address!r}; it must be an address such as http://127.0.0.1:8080, or an endpoint's name: "
+                "projects/PROJECT/locations/REGION/endpoints/ID."
+            )
         base = Endpoint(f"{url.scheme}://{url.netloc}")
         try:
             document = base.get("/openapi.json", retries=Patience.of(min(wait, FIRST_SECONDS)))
-            (route,) = (path for path, methods in document["paths"].items() if "post" in methods)
-            version, schema = document["info"]["version"], read_schema(document, route)
+            route, version, schema = read_description(document)
         except UserError as error:
             raise UserError(f"{error} Is a server there? `make serve` starts one; --endpoint says where it is.") from None
         except (KeyError, TypeError, ValueError, AttributeError):
             raise UserError(f"{base.address} answers, but its /openapi.json is not a predictor's.") from None
         if (url.path or "/") not in ("/", route):
             raise UserError(f"--endpoint is {address!r}; the server there predicts at {base.address}{route}.")
-        return cls(Endpoint(base.address, route, wait, base.pool), int(version) if version.isdecimal() else None, schema)
+        return cls(Endpoint(base.address, route, wait, base.pool), version, schema)
+
+    @classmethod
+    def _open_cloud(cls, server: str, route: str, wait: float) -> "Server":
+        endpoint = Endpoint(server, route, wait, cloud.pool(server, **CONNECTIONS), cloud.Bearer())
+        try:
+            _, version, schema = read_description(endpoint.post(DESCRIBE))
+        except Refused as error:
+            raise UserError(f"{server}{route} answers, but not as this project's predictor: {error}") from None
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise UserError(f"{server}{route} answers, but not as this project's predictor.") from None
+        return cls(endpoint, version, schema)
 
     def probabilities(self, table: Mapping[str, Sequence[Any] | np.ndarray]) -> np.ndarray:
         """Probabilities, float64 (rows, classes), for columns of values.
@@ -222,6 +257,17 @@ class Server:
             return json_values(self.schema.columns, {name: values[row] for name, values in table.items()})
         except ValueError as error:
             raise UserError(f"row {row + 1}, {error}") from None
+
+
+def read_description(document: Mapping[str, Any]) -> tuple[str, int | None, Schema]:
+    """The path of the predictions, the model's version and its schema, from its server's OpenAPI document.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: it is not a predictor's.
+    """
+    (route,) = (path for path, methods in document["paths"].items() if "post" in methods)
+    version = document["info"]["version"]
+    return route, int(version) if version.isdecimal() else None, read_schema(document, route)
 
 
 def read_schema(document: Mapping[str, Any], route: str) -> Schema:
@@ -273,7 +319,11 @@ def json_values(columns: Sequence[Column], row: Mapping[str, Any]) -> list[Any]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line's options that say whom to ask."""
-    parser.add_argument("--endpoint", default="http://127.0.0.1:8080", help="the server's address (%(default)s)")
+    parser.add_argument(
+        "--endpoint",
+        default="http://127.0.0.1:8080",
+        help="the server's address, or the name of an endpoint in the cloud (%(default)s)",
+    )
     parser.add_argument(
         "--wait",
         type=number_between(0, MOST_SECONDS),

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from predictor.predict import Model
+from project import manifest
 from project.errors import UserError
 from project.schema import Column, Schema
 
@@ -59,6 +60,14 @@ def answer(model: Model, version: int | None, body: bytes) -> bytes:
     if not finite.all():
         raise BadRequest(f"instance {finite.argmin() + 1}: the model has no answer to such values.")
     return json.dumps({"predictions": _predictions(probabilities, model.schema.classes, top), "version": version}).encode()
+
+
+def asks_for_openapi(body: bytes) -> bool:
+    """Whether the request is {"openapi": true}: a cloud's endpoint passes on nothing but requests for predictions."""
+    try:
+        return len(body) < 100 and bool(json.loads(body) == {"openapi": True})
+    except (ValueError, RecursionError):
+        return False
 
 
 def _parse(body: bytes) -> dict[str, Any]:
@@ -167,8 +176,7 @@ def _predictions(probabilities: np.ndarray, classes: Sequence[int | str], top: i
 
 def example(schema: Schema) -> dict[str, Any] | list[Any]:
     """An instance that is answered; an array where an object would be too long to read."""
-    values = {column.name: column.values[0] if column.values else 0 for column in schema.columns}
-    return values if len(values) <= 12 else list(values.values())
+    return manifest.example(schema.to_json())
 
 
 def openapi(schema: Schema, version: int | None, predict: str, health: str) -> dict[str, Any]:

@@ -59,6 +59,11 @@ class Place:
         return "" if self.by_hand else f"{self.name}-{actor}@{self.project}.iam.gserviceaccount.com"
 
 
+def names_a_project(chosen: Settings) -> bool:
+    """Whether any Google Cloud project is named yet."""
+    return any(where.project for where in chosen.cloud.environments.values())
+
+
 def place(chosen: Settings, environment: str | None = None) -> Place:
     """The addresses of an environment.
 

@@ -129,7 +129,7 @@ CHECKS = (
     Check(
         1,
         "gcloud",
-        "talks to Google Cloud by hand",
+        "logs in to Google Cloud, and makes the bucket and the repository",
         version_of("gcloud", "--version"),
         anywhere("https://cloud.google.com/sdk/docs/install"),
         needed=False,
@@ -145,7 +145,7 @@ CHECKS = (
 )
 LEVELS = (
     "Level 0, notebooks on this machine; and level 1, the pipeline on this machine",
-    "Level 1 in containers and in the cloud (comes later)",
+    "Level 1 in containers, and in the cloud by hand (is the cloud ready? make doctor LEVEL=1)",
     "Level 2, git push to production (comes later)",
 )
 

@@ -63,11 +63,11 @@ def write(folder: Path, document: dict[str, Any]) -> None:
     write_json(folder / NAME, {"format": FORMAT, **document, "files": files})
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """The manifest of a saved model, after every file was compared with it.
+def parse(folder: Path) -> dict[str, Any]:
+    """The manifest of a saved model, whose other files are not looked at.
 
     Raises:
-        UserError: there is no model, or it is not the one that was saved.
+        UserError: there is none, or it is damaged.
     """
     path = folder / NAME
     if not path.is_file():
@@ -83,12 +83,29 @@ def read(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a model's manifest ({error!r}). Train again, or take another copy.") from None
     if document["format"] != FORMAT:
         raise UserError(f"{path} has format {document['format']}; this code reads format {FORMAT}.")
+    return document
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The manifest of a saved model, after every file was compared with it.
+
+    Raises:
+        UserError: there is no model, or it is not the one that was saved.
+    """
+    document = parse(folder)
+    files: dict[str, dict[str, Any]] = document["files"]
     problems = [problem for name, entry in files.items() if (problem := _compare(folder / name, entry))]
     present = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}  # a desktop leaves its own there
     problems += [f"{name} is not in the manifest" for name in sorted(present - {NAME, *files})]
     if problems:
         raise UserError(f"the saved model in {folder} is damaged: {'; '.join(problems)}. Train again, or take another copy.")
     return document
+
+
+def example(schema: dict[str, Any]) -> dict[str, Any] | list[Any]:
+    """An instance that the model answers, from the manifest's schema; an array where an object would be too long to read."""
+    values = {column["name"]: column["values"][0] if column["values"] else 0 for column in schema["columns"]}
+    return values if len(values) <= 12 else list(values.values())
 
 
 def _compare(path: Path, entry: dict[str, Any]) -> str | None:

@@ -1,10 +1,12 @@
 """The model registry: versions, which of them is the champion, and the gate that a challenger must pass.
 
-One interface, `Registry`; here its form for a laptop, a folder. Standard library only, so that any step can import it.
+One interface, `Registry`; here its form for a laptop, a folder. Standard library only, so that any step can import it. The
+cloud's form has the same files in a bucket, and is written by `launcher.vertex_registry`.
 """
 
 import json
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -12,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from project import manifest
+from project import manifest, storage
 from project.errors import UserError
 
 try:
@@ -62,20 +64,20 @@ class Registry(Protocol):
         """Make a version the champion, if the champion still is `replaces`."""
 
 
-class LocalRegistry:
-    """A registry in a folder: versions/N/{model/, version.json}, champion.json, history.jsonl.
+class Reader(ABC):
+    """What a registry's files say, wherever they lie: versions/N/version.json, champion.json, history.jsonl.
 
-    A version is there when its version.json is: it is written last. Changes are made under a lock, one run at a time.
+    A version is there when its version.json is: it is written last.
+
+    Attributes:
+        where: the registry, for messages.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Nothing is written before something is registered."""
-        self.folder = folder
+    where: str
 
     def versions(self) -> list[Version]:
         """All versions, oldest first."""
-        numbers = [number for number in self._numbers() if self._path(number).is_file()]
-        return [self._read(self._path(number)) for number in numbers]
+        return [version for number in self._numbers() if (version := self._version(number))]
 
     def version(self, number: int) -> Version:
         """One version.
@@ -83,11 +85,11 @@ class LocalRegistry:
         Raises:
             UserError: there is no such version.
         """
-        path = self._path(number)
-        if not path.is_file():
+        version = self._version(number)
+        if version is None:
             known = ", ".join(str(version.number) for version in self.versions()) or "none yet"
-            raise UserError(f"there is no version {number} in {self.folder}; there are: {known}.")
-        return self._read(path)
+            raise UserError(f"there is no version {number} in {self.where}; there are: {known}.")
+        return version
 
     def champion(self) -> Version | None:
         """The version that is served; None before the first.
@@ -106,15 +108,53 @@ class LocalRegistry:
     def last_change(self) -> dict[str, Any] | None:
         """When and why the champion became it; None when there is none, or champion.json cannot be read."""
         try:
-            change = json.loads((self.folder / "champion.json").read_text(encoding="utf-8"))
-            return {**change, "version": int(change["version"])}
-        except (OSError, ValueError, KeyError, TypeError):
+            return read_change(self._text("champion.json"))
+        except OSError:
             return None
 
     def history(self) -> list[dict[str, Any]]:
         """Every change of the champion, oldest first: version, replaces, reason, time."""
-        path = self.folder / "history.jsonl"
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+        return [json.loads(line) for line in (self._text("history.jsonl") or "").splitlines()]
+
+    def _version(self, number: int) -> Version | None:
+        text = self._text(f"versions/{number}/version.json")
+        if text is None:
+            return None
+        facts = json.loads(text)
+        return Version(number=number, model=self._model(number, facts.pop("model", None)), **facts)
+
+    @abstractmethod
+    def _text(self, name: str) -> str | None:
+        """A file's content, if it is there."""
+
+    @abstractmethod
+    def _numbers(self) -> list[int]:
+        """The versions' numbers in order, and those of versions that are not complete."""
+
+    @abstractmethod
+    def _model(self, number: int, address: str | None) -> Path:
+        """A version's saved model; its address is given where the model is kept elsewhere."""
+
+
+def read_change(text: str | None) -> dict[str, Any] | None:
+    """What champion.json says; None when that is nothing."""
+    try:
+        change = json.loads(text or "")
+        return {**change, "version": int(change["version"])}
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+class LocalRegistry(Reader):
+    """A registry in a folder: versions/N/{model/, version.json}, champion.json, history.jsonl.
+
+    Changes are made under a lock, one run at a time. In a mounted bucket, where locks mean nothing, it can only be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Nothing is written before something is registered."""
+        self.folder = folder
+        self.where = str(folder)
 
     def register(self, model: Path, metrics: Mapping[str, float], run: str) -> Version:
         """Keep a copy of a saved model as a new version; it is not champion yet.
@@ -132,7 +172,7 @@ class LocalRegistry:
                 "data_sha256": document.get("data_sha256", "unknown"),
                 "code_version": document.get("code_version", "unknown"),
                 "run": run,
-                "created": _now(),
+                "created": now(),
             }
             manifest.write_json(folder / "version.json", facts)
         return self.version(number)
@@ -152,25 +192,28 @@ class LocalRegistry:
                     f"to choose it all the same: make rollback VERSION={number}"
                 )
             manifest.read(version.model)
-            change = {"version": number, "replaces": before, "reason": reason, "time": _now()}
+            change = {"version": number, "replaces": before, "reason": reason, "time": now()}
             manifest.write_json(self.folder / "champion.json", change)
             with (self.folder / "history.jsonl").open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(change, ensure_ascii=False) + "\n")
         return version
 
+    def _text(self, name: str) -> str | None:
+        try:
+            return (self.folder / name).read_text(encoding="utf-8")
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
     def _numbers(self) -> list[int]:
         return sorted(int(path.name) for path in self.folder.glob("versions/*") if path.name.isdecimal())
 
-    def _path(self, number: int) -> Path:
-        return self.folder / "versions" / str(number) / "version.json"
-
-    @staticmethod
-    def _read(path: Path) -> Version:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        return Version(number=int(path.parent.name), model=path.parent / "model", **facts)
+    def _model(self, number: int, address: str | None) -> Path:
+        return storage.local_path(address) if address else self.folder / "versions" / str(number) / "model"
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
+        if storage.in_bucket(self.folder):
+            raise UserError(f"the registry {self.folder} is in a bucket; it is written by python -m launcher.deploy.")
         (self.folder / "versions").mkdir(parents=True, exist_ok=True)
         with (self.folder / ".lock").open("w") as stream:
             if fcntl:
@@ -178,9 +221,24 @@ class LocalRegistry:
             yield
 
 
-def open_registry(address: str) -> LocalRegistry:
-    """The registry at an address: a folder. Steps of the pipeline use this, so that another kind needs no other steps."""
-    return LocalRegistry(Path(address))
+def open_registry(address: str) -> Reader:
+    """The registry at an address, to be read: a folder, or gs://… in the cloud.
+
+    A bucket is read as a folder where it is mounted, as in the pipeline's steps, and through Google's client elsewhere.
+
+    Raises:
+        UserError: the bucket is not mounted, and there is no client.
+    """
+    try:
+        return LocalRegistry(storage.local_path(address))
+    except UserError as error:
+        try:
+            import google.cloud.storage  # noqa: F401
+        except ImportError:
+            raise error from None
+    from launcher.vertex_registry import VertexRegistry
+
+    return VertexRegistry(address)
 
 
 @dataclass(frozen=True)
@@ -222,5 +280,6 @@ def decide(scores: Mapping[str, Any], metric: str, threshold: float, margin: flo
     return Decision(True, f"{reached}; {compared}")
 
 
-def _now() -> str:
+def now() -> str:
+    """The time, as the registry writes it."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -148,10 +148,10 @@ def table(metric: str) -> str:
 
 
 def _made_by(name: str, champion: int | None) -> str:
-    """Notebooks, or the pipeline and what became of its model."""
+    """Notebooks, a rented machine, or the pipeline and what became of its model."""
     story = read_json(runs_folder() / name / "story.json")
     if not story:
-        return "notebooks"
+        return "a training job" if (runs_folder() / name / "request.json").exists() else "notebooks"
     number = (story.get("registered") or {}).get("version")
     kept = ["the champion" if number == champion else f"version {number}"] if number else []
     return ", ".join(["pipeline", *kept])

@@ -163,7 +163,7 @@ def load(overrides: str | None = None) -> Settings:
     """
     path = project_root() / FILE
     try:
-        document = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        document = yaml.load(path.read_text(encoding="utf-8"), Loader=StrictLoader)  # noqa: S506 (a SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{FILE} is not valid YAML: {error}") from None
     if not isinstance(document, dict):
@@ -178,7 +178,7 @@ def load(overrides: str | None = None) -> Settings:
         raise UserError(f"{FILE} (with SET=…, if given):\n{rules}") from None
 
 
-class _Loader(yaml.SafeLoader):
+class StrictLoader(yaml.SafeLoader):
     """YAML that refuses the same key twice, where PyYAML silently takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

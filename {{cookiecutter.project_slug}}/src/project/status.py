@@ -1,14 +1,14 @@
 """make status and make rollback: a run's story from its event to the champion, and another champion.
 
 python -m project.status                   the champion, and the last runs
-python -m project.status --run ID          one run's story
+python -m project.status --run ID          one run's story; ID may be that of a run in the cloud
 python -m project.status --rollback N      make version N the champion again
 """
 
 import argparse
 from typing import Any
 
-from project import runs
+from project import cloud, runs, settings
 from project.errors import UserError, run_command
 from project.registry import LocalRegistry, Version
 
@@ -43,9 +43,7 @@ def overview(registry: LocalRegistry) -> str:
 
 def story(run: runs.Run, registry: LocalRegistry) -> str:
     """Event → run → steps → gate and reason → version → the champion."""
-    told = runs.read_json(run.folder / "story.json")
-    if not told:
-        raise UserError(f"run '{run.name}' is no run of the pipeline, or there is none. `make status` lists them.")
+    told = _told(run)
     lines = [f"event    {told['event']}, {told['started']}", f"run      {told['run']}: {told['state']}"]
     lines += [f"step     {step['name']:<12} {step['state']:<10} {step['seconds']:6.1f} s" for step in told["steps"]]
     if told["problem"]:
@@ -56,6 +54,10 @@ def story(run: runs.Run, registry: LocalRegistry) -> str:
     lines.append(f"version  {number or 'none was registered by this run'}")
     if registered and registered["problem"]:
         lines.append(f"         {registered['problem']}")
+    if told.get("job"):
+        from launcher import kfp_vertex
+
+        return "\n".join([*lines, f"page     {kfp_vertex.page(told['job'])}"])
     champion, lost = _champion(registry)
     if champion is None:
         lines.append(f"champion {lost or 'none yet'}")
@@ -63,6 +65,24 @@ def story(run: runs.Run, registry: LocalRegistry) -> str:
         whose = "this run's" if champion.number == number else f"of run {champion.run}"
         lines.append(f"champion version {champion.number}, {whose}")
     return "\n".join(lines)
+
+
+def _told(run: runs.Run) -> dict[str, Any]:
+    """A run's story as it was written; one in the cloud is asked for, unless its end is written already.
+
+    Raises:
+        UserError: there is no such run, or the cloud does not answer.
+    """
+    told = runs.read_json(run.folder / "story.json")
+    if told and not (told.get("job") and told["state"] == "running"):
+        return told
+    from launcher import kfp_vertex
+
+    if told:
+        return kfp_vertex.look_again(run.folder, told)
+    if run.folder.exists() or not cloud.names_a_project(settings.load()):
+        raise UserError(f"run '{run.name}' is no run of the pipeline, or there is none. `make status` lists them.")
+    return kfp_vertex.story_of(run.name)
 
 
 def _champion(registry: LocalRegistry) -> tuple[Version | None, str]:

@@ -6,6 +6,7 @@ project.yaml; those without are given there and nowhere else. (A module of its o
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Annotated
 
@@ -42,6 +43,12 @@ class Hyperparameters:
     def to_json(self) -> str:
         """As `from_json` takes it."""
         return json.dumps(asdict(self))
+
+    @classmethod
+    def from_parameter(cls, values: Mapping[str, float]) -> "Hyperparameters":
+        """From a pipeline's parameter, whose numbers have all become doubles on their way; checks as `from_json` does."""
+        whole = {name: int(value) if isinstance(value, float) and value.is_integer() else value for name, value in values.items()}
+        return cls.from_json(json.dumps(whole))
 
     @classmethod
     def from_json(cls, text: str) -> "Hyperparameters":

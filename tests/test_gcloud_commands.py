@@ -1,0 +1,147 @@
+"""Every gcloud command that a person is told to type is one: checked by gcloud's own grammar, offline."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from launcher import doctor
+from project.cloud import Place
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = ROOT / "{{cookiecutter.project_slug}}"
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *PROJECT.rglob("*.md")]
+SOURCES = sorted(PROJECT.glob("src/**/*.py")) + sorted(PROJECT.glob("level_*/**/*.py"))
+OTHERS = [
+    path
+    for path in (ROOT / "Makefile", PROJECT / "Makefile", *sorted(PROJECT.glob("level_*/**/*")))
+    if path.name.startswith(("Makefile", "Dockerfile")) or path.suffix in (".sh", ".yaml", ".yml", ".tf")
+]
+
+FENCE = re.compile(r"^```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# Where a sentence or a message goes on after a command.
+END = re.compile(r";|, |: |(?<=\w)\.(?=\s|$)| \(| #| && | \| | > | or ")
+
+MENTION = re.compile(r"gcloud( [a-z-]+)+|.*=")
+
+
+def whole(text: str) -> str:
+    """The command at a text's beginning, with something in the place of what is filled in later."""
+    command = re.sub(r"\{[^{}]*\}|\[[^\]]*\]", "X", text)
+    return END.split(command)[0].replace("…", "").strip()
+
+
+def in_backticks(text: str) -> Iterator[str]:
+    for command in re.findall(r"`(gcloud [a-z][^`]*)`", text):
+        yield " ".join(command.replace("…", "").split())
+
+
+def in_page(text: str) -> Iterator[str]:
+    """Commands in sentences and in blocks of code; a backslash joins lines."""
+    yield from in_backticks(FENCE.sub("", text))
+    for block in FENCE.findall(text):
+        yield from in_lines(block)
+
+
+def in_lines(text: str) -> Iterator[str]:
+    """Commands that begin a line, also behind a comment's sign, or a shell's."""
+    for line in re.sub(r"\\\n\s*", "", text).splitlines():
+        if found := re.match(r"\s*(?:#\s*|\$\s*|@)?(?:\w+=\S+ )*(gcloud [a-z].*)", line):
+            yield whole(found[1])
+
+
+def in_source(text: str) -> Iterator[str]:
+    """Commands in a program's messages: in backticks, at a message's beginning, or behind a colon."""
+    for message in messages(ast.parse(text)):
+        yield from in_backticks(message)
+        yield from (whole(command) for command in re.findall(r"(?:^|: )(gcloud [a-z].*)", message))
+
+
+def messages(tree: ast.AST) -> Iterator[str]:
+    """The texts of a program; X where a value comes in."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.JoinedStr):
+            parts = (part.value if isinstance(part, ast.Constant) else "X" for part in node.values)
+            yield "".join(map(str, parts))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        else:
+            yield from messages(node)
+
+
+def commands() -> dict[str, str]:
+    """Command → the file that it stands in."""
+    found: dict[str, str] = {}
+    for paths, reader in ((PAGES, in_page), (SOURCES, in_source), (OTHERS, in_lines), (OTHERS, in_backticks)):
+        for path in paths:
+            for command in reader(path.read_text(encoding="utf-8")):
+                found.setdefault(command, path.relative_to(ROOT).as_posix())
+    return found
+
+
+def as_judged(command: str) -> str:
+    """The command with a project id in the place of what stands for one; and with --recursive at its end, because this
+    check of gcloud's, unlike gcloud itself, takes the word behind it for its value."""
+    command = re.sub(r"--project=(?:X|[A-Z]+)(?=\s|$)", "--project=my-project", command)
+    return re.sub(r"(.*) --recursive( .*)", r"\1\2 --recursive", command)
+
+
+def problems(written: list[str], folder: Path) -> dict[str, str]:
+    """Command → what gcloud says is wrong with it; one process for all."""
+    if shutil.which("gcloud") is None:
+        (pytest.fail if os.environ.get("REQUIRE_DOCKER") else pytest.skip)("this test needs gcloud")
+    file = folder / "commands.json"
+    file.write_text(json.dumps([{"command_string": as_judged(command)} for command in written]), encoding="utf-8")
+    done = subprocess.run(
+        ["gcloud", "meta", "lint-gcloud-commands", f"--commands-file={file}"],
+        env={**os.environ, "CLOUDSDK_CONFIG": str(folder / "gcloud"), "CLOUDSDK_CORE_DISABLE_PROMPTS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    judged = json.loads(done.stdout)
+    assert len(judged) == len(written)
+    said = {command: judgement["error_message"] for command, judgement in zip(written, judged, strict=True)}
+    # A command that is its name alone, or ends in =, is mentioned, and not to be typed as it stands.
+    return {
+        command: error
+        for command, error in said.items()
+        if error and not (MENTION.fullmatch(command) and error.endswith("Must be specified."))
+    }
+
+
+def test_every_command_can_be_typed(tmp_path: Path) -> None:
+    found = commands()
+    wrong = problems(list(found), tmp_path)
+    assert not wrong, "\n".join(f"{found[command]}: {command}\n    {error}" for command, error in wrong.items())
+
+
+def test_they_are_found_and_wrong_ones_are_refused(tmp_path: Path) -> None:
+    page = (
+        "Type `gcloud storage buckets creat gs://B`.\n\n```bash\ngcloud ai endpoints list \\\n    --region=R --bogus  # no\n```\n"
+    )
+    source = 'raise E(f"it failed. Type: gcloud services enabel {api}; then again")\nmend = "gcloud projects lst" "s, and more"\n'
+    makefile = "# `gcloud auth logon` and so on\nrun:\n\t@gcloud builds submitt .\n"
+    written = [*in_page(page), *in_source(source), *in_backticks(makefile), *in_lines(makefile)]
+    assert written == [
+        "gcloud storage buckets creat gs://B",
+        "gcloud ai endpoints list --region=R --bogus",
+        "gcloud services enabel X",
+        "gcloud projects lsts",
+        "gcloud auth logon",
+        "gcloud builds submitt .",
+    ]
+    assert set(problems([*written, "gcloud projects list"], tmp_path)) == set(written)
+
+
+def test_the_first_commands_are_those_of_make_doctor() -> None:
+    """What the documents say and what `make doctor LEVEL=1` says makes the same bucket and the same repository."""
+    where = Place("dev", "NAME", "PROJECT", "REGION", "", "", "", "", "", "", by_hand=True)
+    wanted = {doctor.create_bucket(where, "BUCKET"), doctor.create_repository(where, "NAME")}
+    for page in (ROOT / "docs" / "level-1-cloud.md", PROJECT / "level_1_pipeline" / "README.md"):
+        assert wanted <= set(in_page(page.read_text(encoding="utf-8"))), page

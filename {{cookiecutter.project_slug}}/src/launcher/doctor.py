@@ -1,0 +1,402 @@
+"""make doctor LEVEL=1: is the cloud ready for level 1? Looks before anything is sent, and says what to type where it is not.
+
+python -m launcher.doctor 1        exit code 2 when something that is needed is missing
+
+It changes nothing, asks all at once, and waits for nobody longer than PATIENCE. What cannot be found out is said to be
+unchecked, and not to be missing.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as Late
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from launcher import gpu_jobs
+from launcher.machines import SHARED
+from launcher.rest import Missing, Refused, Rest, Unchecked, credentials, enable
+from project import settings
+from project.cloud import Place, place
+from project.doctor import version_of
+from project.errors import UserError, run_command
+
+PATIENCE = 30.0  # seconds for all of it
+
+# What level 1 calls; by hand, the steps run as Compute Engine's default account, which comes with its API.
+APIS = ("aiplatform.googleapis.com", "storage.googleapis.com", "artifactregistry.googleapis.com")
+RIGHTS = (  # roles/aiplatform.user holds them
+    "aiplatform.customJobs.create",
+    "aiplatform.pipelineJobs.create",
+    "aiplatform.models.upload",
+    "aiplatform.endpoints.deploy",
+)
+OBJECTS = ("storage.objects.create", "storage.objects.get", "storage.objects.list", "storage.objects.delete")
+UPLOAD = "artifactregistry.repositories.uploadArtifacts"
+ACT_AS = "iam.serviceAccounts.actAs"
+
+# The quota's name, between custom_model_training_ and _gpus, for a GPU; those that were seen in Google's own messages. For
+# others nothing is guessed.
+QUOTAS = {
+    "NVIDIA_TESLA_P4": "nvidia_p4",
+    "NVIDIA_TESLA_P100": "nvidia_p100",
+    "NVIDIA_TESLA_T4": "nvidia_t4",
+    "NVIDIA_TESLA_V100": "nvidia_v100",
+    "NVIDIA_L4": "nvidia_l4",
+    "NVIDIA_TESLA_A100": "nvidia_a100",
+    "NVIDIA_A100_80GB": "nvidia_a100_80gb",
+    "NVIDIA_H100_80GB": "nvidia_h100",
+    "NVIDIA_H100_MEGA_80GB": "nvidia_h100_mega",
+}
+WITH_CPUS = ("n1", "e2")  # machines whose processors count too, against custom_model_training_cpus
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """What the checks look at, and whom they ask."""
+
+    chosen: settings.Settings
+    root: Path
+    place: Place
+    rest: Rest
+
+
+# ── what to type ────────────────────────────────────────────────────────────────────────────────────────────────────
+def create_bucket(where: Place, bucket: str) -> str:
+    """The command that makes the bucket of level 1."""
+    return (
+        f"gcloud storage buckets create gs://{bucket} --project={where.project} --location={where.region} "
+        "--uniform-bucket-level-access --public-access-prevention"
+    )
+
+
+def create_repository(where: Place, name: str) -> str:
+    """The command that makes the repository of level 1."""
+    return (
+        f"gcloud artifacts repositories create {name} --project={where.project} --location={where.region} "
+        "--repository-format=docker"
+    )
+
+
+# ── the checks: each returns what is there ──────────────────────────────────────────────────────────────────────────
+def gcloud(cloud: Cloud) -> str:
+    """The command-line program."""
+    found = version_of("gcloud", "--version")()
+    if not found:
+        raise Missing("it is not installed", "https://cloud.google.com/sdk/docs/install")
+    return found
+
+
+def docker(cloud: Cloud) -> str:
+    """Docker, and whether it may push to the registry of images."""
+    engine = version_of("docker", "version", "--format", "engine {{.Server.Version}}")()
+    if not engine:
+        raise Missing("no Docker engine runs, which builds the images", "https://docs.docker.com/engine/install")
+    host = cloud.place.images.split("/")[0]
+    if not host.endswith("-docker.pkg.dev"):
+        return f"{engine}; containers.registry in {settings.FILE} is {host}, where nothing is looked up"
+    file = Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker") / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        config = {}
+    except (OSError, ValueError) as error:
+        raise Missing(f"{file} cannot be read: {error}", f"mend that file, then: gcloud auth configure-docker {host}") from None
+    known = {*config.get("credHelpers", {}), *config.get("auths", {})}
+    if not known & {host, f"https://{host}"}:
+        raise Missing(f"Docker does not know how to log in to {host}", f"gcloud auth configure-docker {host}")
+    return f"{engine}; knows how to log in to {host}"
+
+
+def apis(cloud: Cloud) -> str:
+    """The APIs that must be on."""
+    where = cloud.place
+    wanted = [*APIS, "compute.googleapis.com"] if where.by_hand else [*APIS]
+    names = [f"projects/{where.project}/services/{name}" for name in wanted]
+    try:
+        answer = cloud.rest.ask("serviceusage", f"/v1/projects/{where.project}/services:batchGet", {"names": names})
+    except Refused as refused:
+        raise _no_project(refused, where) from None
+    on = {service["name"].rsplit("/", 1)[1] for service in answer.get("services", []) if service.get("state") == "ENABLED"}
+    off = [name for name in wanted if name not in on]
+    if off:
+        raise Missing(f"{', '.join(off)} {'is' if len(off) == 1 else 'are'} off", enable(off, where.project))
+    return ", ".join(name.split(".")[0] for name in wanted)
+
+
+def _no_project(refused: Refused, where: Place) -> Exception:
+    if refused.status in (403, 404):
+        key = f"cloud.environments.{where.environment}.project"
+        mend = f"`gcloud projects list` shows those that you have; write the id into {settings.FILE}: {key}"
+        return Missing(f"project {where.project} is not there, or you may not look at it: {refused}", mend)
+    return Unchecked(str(refused))
+
+
+def rights(cloud: Cloud) -> str:
+    """What you may do in the project."""
+    project = cloud.place.project
+    try:
+        lacking = cloud.rest.lacking("cloudresourcemanager", f"/v1/projects/{project}:testIamPermissions", RIGHTS)
+    except Refused as refused:
+        raise Unchecked(str(refused)) from None
+    if lacking:
+        mend = f"gcloud projects add-iam-policy-binding {project} --member=user:YOU --role=roles/aiplatform.user"
+        raise Missing(f"you lack {', '.join(lacking)}", f"ask an owner to type: {mend}")
+    return "you may start jobs and pipeline runs, upload models and deploy them"
+
+
+def bucket(cloud: Cloud) -> str:
+    """The bucket, or at level 2 the three: there, in the region, and yours to write."""
+    where = cloud.place
+    names = sorted({root.removeprefix("gs://").split("/")[0] for root in (where.pipeline_root, where.storage, where.data)})
+    for name in names:
+        try:
+            found = cloud.rest.ask("storage", f"/storage/v1/b/{name}")
+        except Refused as refused:
+            raise _no_bucket(refused, where, name) from None
+        location = str(found.get("location", "")).lower()
+        if location != where.region:
+            raise Missing(
+                f"gs://{name} is in {location}, and cloud.region in {settings.FILE} is {where.region}",
+                "make another one in that region, under another name: " + create_bucket(where, f"{where.project}-{where.name}"),
+            )
+        lacking = cloud.rest.lacking("storage", f"/storage/v1/b/{name}/iam/testPermissions", OBJECTS)
+        if lacking:
+            mend = f"gcloud storage buckets add-iam-policy-binding gs://{name} --member=user:YOU --role=roles/storage.objectUser"
+            raise Missing(f"gs://{name}: you lack {', '.join(lacking)}", f"ask an owner to type: {mend}")
+    return f"{', '.join(f'gs://{name}' for name in names)} in {where.region}; you may read and write"
+
+
+def _no_bucket(refused: Refused, where: Place, name: str) -> Exception:
+    if refused.status == 404 and where.by_hand:
+        return Missing(f"gs://{name} is not there", create_bucket(where, name))
+    if refused.status == 404:
+        own = f"{where.project}-{where.name}"
+        key = f"cloud.environments.{where.environment}.bucket"
+        mend = f"{create_bucket(where, own)}, and write {own} into {settings.FILE}: {key}"
+        return Missing(f"gs://{name} is not there, and {key} names no bucket made by hand", mend)
+    if refused.status == 403:
+        return Missing(
+            f"gs://{name} is not yours to look at; bucket names are shared by all of Google's customers",
+            f"choose another name; if you think it is yours, `gcloud storage buckets describe gs://{name}` says more",
+        )
+    return Unchecked(str(refused))
+
+
+def repository(cloud: Cloud) -> str:
+    """The repository of images: there, for images, and yours to write."""
+    where = cloud.place
+    host, *path = where.images.split("/")
+    if not host.endswith("-docker.pkg.dev") or len(path) < 2:
+        raise Unchecked(f"containers.registry in {settings.FILE} is {where.images}, which is not in Artifact Registry")
+    location, (project, name) = host.removesuffix("-docker.pkg.dev"), path[:2]
+    resource = f"/v1/projects/{project}/locations/{location}/repositories/{name}"
+    try:
+        kind = cloud.rest.ask("artifactregistry", resource).get("format")
+        lacking = cloud.rest.lacking("artifactregistry", f"{resource}:testIamPermissions", [UPLOAD])
+    except Refused as refused:
+        if refused.status in (403, 404):
+            raise Missing(f"{where.images} is not there, or not yours to look at", create_repository(where, name)) from None
+        raise Unchecked(str(refused)) from None
+    if kind != "DOCKER":
+        raise Missing(
+            f"{where.images} holds {kind}, not images", f"make another, and write it into containers.registry in {settings.FILE}"
+        )
+    if lacking:
+        mend = (
+            f"gcloud artifacts repositories add-iam-policy-binding {name} --project={project} --location={location} "
+            "--member=user:YOU --role=roles/artifactregistry.writer"
+        )
+        raise Missing(f"{where.images}: you may not push to it", f"ask an owner to type: {mend}")
+    return f"{where.images}; you may push"
+
+
+def act_as(cloud: Cloud) -> str:
+    """The service accounts that jobs and runs act as: there, and yours to use."""
+    where = cloud.place
+    if where.by_hand:
+        path = f"/v1/projects/{where.project}/services:batchGet"
+        try:
+            found = cloud.rest.ask("serviceusage", path, {"names": [f"projects/{where.project}/services/compute.googleapis.com"]})
+        except Refused as refused:
+            raise Unchecked(str(refused)) from None
+        number = str(found["services"][0]["parent"]).removeprefix("projects/")
+        accounts = [f"{number}-compute@developer.gserviceaccount.com"]  # pipeline runs act as this one by default
+    else:
+        accounts = [where.account("pipeline"), where.account("trainer")]
+    for account in accounts:
+        try:
+            lacking = cloud.rest.lacking("iam", f"/v1/projects/-/serviceAccounts/{account}:testIamPermissions", [ACT_AS])
+        except Refused as refused:
+            if refused.status != 404:
+                raise Unchecked(str(refused)) from None
+            mend = enable(["compute.googleapis.com"], where.project) if where.by_hand else "Terraform makes it, at level 2"
+            raise Missing(f"{account} is not there", mend) from None
+        if lacking:
+            mend = (
+                f"gcloud iam service-accounts add-iam-policy-binding {account} --project={where.project} "
+                "--member=user:YOU --role=roles/iam.serviceAccountUser"
+            )
+            raise Missing(f"you may not act as {account}", f"ask an owner to type: {mend}")
+    return f"you may act as {', '.join(accounts)}; what it may do itself is not looked up"
+
+
+def jobs(cloud: Cloud) -> str:
+    """The jobs that project.yaml names, as far as can be told without asking."""
+    try:
+        resolved = gpu_jobs.chosen_jobs(cloud.chosen, cloud.root, cloud.place, "")
+    except UserError as error:
+        raise Missing(str(error), "make gpu-jobs lists them") from None
+    return f"{len(resolved)} of cloud.train.jobs, in this order: {', '.join(cloud.chosen.cloud.train.jobs)}"
+
+
+def quota(cloud: Cloud) -> str:
+    """The quotas for the first of the jobs; what of them is in use is not known here."""
+    name, where = cloud.chosen.cloud.train.jobs[0], cloud.place
+    page = f"https://console.cloud.google.com/iam-admin/quotas?project={where.project}"
+    try:
+        wanted = needed(gpu_jobs.chosen_jobs(cloud.chosen, cloud.root, where, "")[0])
+    except UserError:
+        raise Unchecked("the jobs of cloud.train.jobs must be right first") from None
+    if not wanted:
+        raise Unchecked(f"which quota '{name}' draws on is not known here. See {page}")
+    for metric, amount in wanted.items():
+        try:
+            limit = in_region(cloud.rest.ask("serviceusage", _metric(where, metric)), where.region)
+        except Refused as refused:
+            raise Unchecked(f"{metric}: {refused}. See {page}") from None
+        if limit is None:
+            raise Unchecked(f"{metric} has no limit for {where.region} that can be read. See {page}")
+        if 0 <= limit < amount:
+            mend = f"ask for more at {page}, or choose another job (make gpu-jobs) or region in {settings.FILE}"
+            raise Missing(f"{metric} in {where.region} is {limit}, and '{name}' needs {amount}", mend)
+    return f"enough for '{name}': {', '.join(wanted)}; how much of it is in use is not looked up"
+
+
+def needed(job: Mapping[str, Any]) -> dict[str, int]:
+    """The quotas that a resolved job draws on, and how much of each; {} where those of a machine are not known."""
+    shared = "preemptible_" if job.get("scheduling", {}).get("strategy") in SHARED else ""
+    total: dict[str, int] = {}
+    for pool in job["workerPoolSpecs"]:
+        machine, replicas = pool["machineSpec"], int(pool.get("replicaCount", 1))
+        gpu, with_cpus = machine.get("acceleratorType"), machine["machineType"].split("-")[0] in WITH_CPUS
+        counts = {}
+        if with_cpus:
+            counts["cpus"] = int(machine["machineType"].rsplit("-", 1)[1])
+        if gpu in QUOTAS:
+            counts[f"{QUOTAS[gpu]}_gpus"] = int(machine["acceleratorCount"])
+        if (gpu and gpu not in QUOTAS) or not counts:
+            return {}
+        for name, count in counts.items():
+            metric = f"custom_model_training_{shared}{name}"
+            total[metric] = total.get(metric, 0) + count * replicas
+    return total
+
+
+def _metric(where: Place, metric: str) -> str:
+    service = "aiplatform.googleapis.com"
+    return f"/v1beta1/projects/{where.project}/services/{service}/consumerQuotaMetrics/{service}%2F{metric}"
+
+
+def in_region(answer: Mapping[str, Any], region: str) -> int | None:
+    """A quota's limit in a region, where it has one of its own, or else everywhere; -1 for none, None if it is not told."""
+    buckets = [bucket for limit in answer.get("consumerQuotaLimits", []) for bucket in limit.get("quotaBuckets", [])]
+    for dimensions in ({"region": region}, {}):
+        for bucket in buckets:
+            if bucket.get("dimensions", {}) == dimensions and "effectiveLimit" in bucket:
+                return int(bucket["effectiveLimit"])
+    return None
+
+
+CHECKS: dict[str, Callable[[Cloud], str]] = {
+    "gcloud": gcloud,
+    "docker": docker,
+    "jobs": jobs,
+    "APIs": apis,
+    "rights": rights,
+    "bucket": bucket,
+    "repository": repository,
+    "actAs": act_as,
+    "quota": quota,
+}
+LOCAL = ("gcloud", "docker", "jobs")  # these ask nobody
+
+
+# ── the report ──────────────────────────────────────────────────────────────────────────────────────────────────────
+def tell(name: str, find: Callable[[], str]) -> bool:
+    """One line about a check; False when something that is needed is missing."""
+    try:
+        print(f"  ✓ {name:<12} {find()}", flush=True)
+    except Unchecked as why:
+        print(f"  · {name:<12} not checked: {why}", flush=True)
+    except Missing as missing:
+        print(f"  ✗ {name:<12} {missing}\n      mend it: {missing.mend}", flush=True)
+        return False
+    return True
+
+
+def report(chosen: settings.Settings, root: Path) -> bool:
+    """Look at everything at once, and tell it in order; False when something that is needed is missing.
+
+    Raises:
+        UserError: project.yaml names no project, or no such environment.
+    """
+    where = place(chosen)
+    ends = time.monotonic() + PATIENCE
+    print(f"Level 1 in the cloud: environment {where.environment}, project {where.project}, {where.region}")
+    problem: Missing | Unchecked | None = None
+    found, whose = None, ""
+    try:
+        found, whose = credentials(where.project)
+    except (Missing, Unchecked) as error:
+        problem = error
+    cloud = Cloud(chosen, root, where, Rest(found, where.project))
+
+    def identity() -> str:
+        if problem:
+            raise problem
+        return whose
+
+    pool = ThreadPoolExecutor(max_workers=len(CHECKS))
+    running = {name: pool.submit(check, cloud) for name, check in CHECKS.items() if name in LOCAL or not problem}
+
+    def result(name: str) -> str:
+        future: Future[str] | None = running.get(name)
+        if future is None:
+            raise Unchecked("credentials come first" if isinstance(problem, Missing) else "Google cannot be reached")
+        try:
+            return future.result(timeout=max(0.0, ends - time.monotonic()))
+        except Late:
+            raise Unchecked(f"no answer within {PATIENCE:.0f} s") from None
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+            raise Unchecked(f"something of another form was found: {type(error).__name__}: {error}") from None
+
+    told = [tell("credentials", identity), *(tell(name, partial(result, name)) for name in CHECKS)]
+    pool.shutdown(wait=False, cancel_futures=True)  # what has no answer yet ends by itself, within CALL seconds
+    return all(told)
+
+
+def main() -> None:
+    """Command line.
+
+    Raises:
+        UserError: there is no such level.
+    """
+    level = sys.argv[1] if len(sys.argv) == 2 else ""
+    if level != "1":
+        told = {"0": "Level 0 needs no cloud: make doctor looks at this machine.", "2": "Level 2 comes later, with Terraform."}
+        raise UserError(told.get(level, f"LEVEL={level}: there is LEVEL=1 alone; make doctor without it looks at this machine."))
+    ready = report(settings.load(), settings.project_root())
+    print("\nNothing that level 1 needs is missing." if ready else "\nSomething that level 1 needs is missing (✗).")
+    print("Next: make gpu-jobs · make train · make level1 RUNNER=vertex" if ready else "Mend it, then: make doctor LEVEL=1")
+    if not ready:
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    run_command(main)

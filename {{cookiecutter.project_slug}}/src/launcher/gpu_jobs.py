@@ -1,0 +1,235 @@
+"""GPU jobs: level_1_pipeline/gpu_jobs/*.yaml, checked before anything is rented.
+
+python -m launcher.gpu_jobs [--minutes N]        lists them, with prices
+python -m launcher.gpu_jobs NAME                 prints one in the form that `gcloud ai custom-jobs create --config=` takes
+
+A file holds what the API calls a CustomJobSpec: machine, GPU, disk, scheduling. What differs from project to project
+is filled in by `resolve`: image, command, service account. Its key is none of its fields: it belongs to the job around it.
+"""
+
+import argparse
+import copy
+import math
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launcher import containers, machines
+from launcher.job_checks import check, nearest
+from launcher.machines import GPUS, MACHINES, STANDARD
+from project import cloud, settings
+from project.cloud import Place
+from project.errors import UserError, run_command
+from project.settings import FILE, Settings, StrictLoader
+
+FOLDER = Path("level_1_pipeline/gpu_jobs")
+COMMAND = ("python", "-m", "trainer.train")  # the training image has no ENTRYPOINT; arguments come from whoever trains
+NOT_TRIED = re.compile(r"^# not tried: ", re.MULTILINE)
+
+
+# ── files ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+def names(root: Path) -> list[str]:
+    """The jobs that there are."""
+    return sorted(path.stem for path in (root / FOLDER).glob("*.yaml"))
+
+
+def load(name: str, root: Path) -> dict[str, Any]:
+    """A job's file, as it stands.
+
+    Raises:
+        UserError: there is none of that name, or it cannot be read.
+    """
+    known = names(root)
+    if name not in known:
+        raise UserError(f"there is no GPU job '{name}'{nearest(name, known)}. make gpu-jobs lists them.")
+    path = FOLDER / f"{name}.yaml"
+    try:
+        document = yaml.load((root / path).read_text(encoding="utf-8"), Loader=StrictLoader)  # noqa: S506 (a SafeLoader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(document, dict):
+        raise UserError(f"{path} is empty, or not a mapping of fields to values.")
+    return document
+
+
+def resolve(name: str, root: Path, place: Place | None, image: str) -> dict[str, Any]:
+    """A job with all that is known of it, checked.
+
+    Args:
+        place: where it will run; None: that is not known yet, so neither account nor region.
+        image: the training image's address; empty: not known yet.
+
+    Raises:
+        UserError: see `load` and `check`.
+    """
+    job = load(name, root)
+    check(job, place.region if place else "", str(FOLDER / f"{name}.yaml"))
+    filled = copy.deepcopy(job)
+    for pool in filled["workerPoolSpecs"]:
+        container = {"imageUri": image, "command": list(COMMAND)} if image else {"command": list(COMMAND)}
+        pool["containerSpec"] = container | pool.get("containerSpec", {})
+    account = place.account("trainer") if place else ""
+    return {**({"serviceAccount": account} if account else {}), **filled}
+
+
+def chosen_jobs(chosen: Settings, root: Path, place: Place | None, image: str) -> list[dict[str, Any]]:
+    """The jobs of cloud.train.jobs, in their order, as `resolve` gives them.
+
+    Raises:
+        UserError: one is not there, or is wrong.
+    """
+    known = names(root)
+    for name in chosen.cloud.train.jobs:
+        if name not in known:
+            raise UserError(
+                f"cloud.train.jobs in {FILE}: there is no GPU job '{name}'{nearest(name, known)}. make gpu-jobs lists them."
+            )
+    return [resolve(name, root, place, image) for name in chosen.cloud.train.jobs]
+
+
+# ── list ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+@dataclass(frozen=True)
+class Row:
+    """What the list tells of a job."""
+
+    name: str
+    machine: str
+    gpus: str
+    memory: str
+    strategy: str
+    price: str
+    offered: str
+    tried: str
+    total: str = ""
+
+
+def describe(name: str, root: Path, region: str, minutes: float | None = None) -> Row:
+    """A job as a row of the list.
+
+    Raises:
+        UserError: its file is wrong.
+    """
+    job = resolve(name, root, None, "")
+    pools = job["workerPoolSpecs"]
+    machine = pools[0]["machineSpec"]
+    replicas = sum(pool["replicaCount"] for pool in pools)
+    accelerator, count = machine.get("acceleratorType", ""), machine.get("acceleratorCount", 0)
+    gpu = GPUS.get(accelerator)
+    strategy = job.get("scheduling", {}).get("strategy", STANDARD)
+    each, sign = machines.price(MACHINES[machine["machineType"]], accelerator, count, strategy)
+    regions = gpu.regions if gpu else {region}
+    return Row(
+        name=name,
+        machine=(f"{replicas} × " if replicas > 1 else "") + machine["machineType"],
+        gpus=f"{count * replicas} × {gpu.short}" if gpu else "–",
+        memory=f"{gpu.memory} GB" if gpu else "–",
+        strategy=strategy,
+        price=_money(each and each * replicas, sign),
+        total=_money(each and each * replicas * (minutes or 0) / 60, sign),
+        offered="?" if regions is None else "yes" if region in regions else "no",
+        tried="never" if NOT_TRIED.search((root / FOLDER / f"{name}.yaml").read_text(encoding="utf-8")) else "yes",
+    )
+
+
+def _money(amount: float | None, sign: str) -> str:
+    return "?" if amount is None else f"{sign} {amount:,.2f}".strip()
+
+
+def table(root: Path, region: str, minutes: float | None = None) -> str:
+    """All jobs, the cheapest first.
+
+    Raises:
+        UserError: a file is wrong.
+    """
+    rows = sorted((describe(name, root, region, minutes) for name in names(root)), key=_expense)
+    columns = {
+        "job": [row.name for row in rows],
+        "machine": [row.machine for row in rows],
+        "GPUs": [row.gpus for row in rows],
+        "memory each": [row.memory for row in rows],
+        "strategy": [row.strategy for row in rows],
+        "USD/hour": [row.price for row in rows],
+        **({f"{minutes:g} minutes": [row.total for row in rows]} if minutes else {}),
+        f"in {region}": [row.offered for row in rows],
+        "tried": [row.tried for row in rows],
+    }
+    widths = [max(map(len, (title, *cells))) for title, cells in columns.items()]
+    numbers = [title.startswith("USD") or title.endswith("minutes") for title in columns]
+    lines = [tuple(columns), *zip(*columns.values(), strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if number else cell.ljust(width) for cell, width, number in zip(line, widths, numbers, strict=True)
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _expense(row: Row) -> tuple[float, str]:
+    amount = row.price.lstrip("<≈ ").replace(",", "")
+    return (math.inf if amount == "?" else float(amount)), row.name
+
+
+LEGEND = f"""
+USD: {machines.AS_OF}, with Vertex AI's share; they may have changed, and differ by region.
+<: less than that, because Spot and Flex-start are cheaper than STANDARD. ≈: Spot, which changes daily. ?: not known here.
+in REGION: whether Google offers the GPU there; whether one is free shows only when a job asks.
+tried: has this file ever run on such a machine? never: its fields are checked, no more."""
+
+
+# ── command line ────────────────────────────────────────────────────────────────────────────────────────────────────
+def _place(chosen: Settings) -> Place | None:
+    """Where jobs run; None while project.yaml does not say, unless an environment was asked for by name."""
+    try:
+        return cloud.place(chosen)
+    except UserError:
+        if os.environ.get("ENVIRONMENT"):
+            raise
+        return None
+
+
+def show(name: str, chosen: Settings, root: Path) -> str:
+    """One job as gcloud takes it; what is not known yet is told on standard error."""
+    place = _place(chosen)
+    image = containers.image(containers.find(root, ["train"])[0], place.images) if place else ""
+    job = resolve(name, root, place, image)
+    if place is None:
+        missing = "containerSpec.imageUri, without which gcloud refuses it, and serviceAccount, if there is one"
+        print(
+            f"# cloud.environments in {FILE} names no Google Cloud project yet, so these are left out: {missing}.",
+            file=sys.stderr,
+        )
+    elif place.key:
+        print(f"# Its key is no part of this file: add --kms-key={place.key}", file=sys.stderr)
+    return yaml.safe_dump(job, sort_keys=False, width=200)
+
+
+def _minutes(text: str) -> float:
+    minutes = float(text) if re.fullmatch(r"\d{1,6}(\.\d+)?", text) else 0.0
+    if not minutes:
+        raise UserError(f"MINUTES={text}: how many? For example: make gpu-jobs MINUTES=30")
+    return minutes
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="make gpu-jobs", description="List the machines that a training job can rent, or print one job."
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME", help="print this job as gcloud takes it")
+    parser.add_argument("--minutes", metavar="N", help="what each costs for so long")
+    given = parser.parse_args()
+    root, chosen = settings.project_root(), settings.load()
+    if given.name:
+        print(show(given.name, chosen, root), end="")
+        return
+    print(table(root, chosen.cloud.region, _minutes(given.minutes) if given.minutes is not None else None))
+    print(LEGEND)
+
+
+if __name__ == "__main__":
+    run_command(main)

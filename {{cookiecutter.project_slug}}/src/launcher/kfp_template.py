@@ -1,0 +1,228 @@
+"""A published pipeline: read from where it was published, and asked whether parameters fit it.
+
+Only the standard library is imported at the top: a mistake in a parameter is told before Google's packages are loaded.
+"""
+
+import difflib
+import json
+import math
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from project.errors import UserError
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number that JSON knows; true and false are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# What a compiled pipeline calls its parameters' types: what a person calls them, and how a value is recognised.
+TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "STRING": ("a text", lambda value: isinstance(value, str)),
+    "BOOLEAN": ("true or false", lambda value: isinstance(value, bool)),
+    "NUMBER_INTEGER": ("a whole number", lambda value: is_number(value) and float(value).is_integer()),
+    "NUMBER_DOUBLE": ("a number", is_number),
+    "LIST": ("a list, such as [1, 2]", lambda value: isinstance(value, list)),
+    "STRUCT": ('a mapping, such as {"epochs": 40}', lambda value: isinstance(value, dict)),
+}
+
+
+# ── the template ────────────────────────────────────────────────────────────────────────────────────────────────────
+def read(address: str) -> dict[str, Any]:
+    """A compiled pipeline (PipelineSpec as JSON or YAML).
+
+    Args:
+        address: a file, gs://BUCKET/OBJECT, or https://REGION-kfp.pkg.dev/PROJECT/REPOSITORY/NAME/VERSION.
+
+    Raises:
+        UserError: it cannot be had, or is no pipeline.
+    """
+    content = read_text(address, "the template")
+    try:
+        spec = parse(content) if content.lstrip().startswith("{") else _parse_yaml(content)
+    except ValueError as error:
+        raise UserError(f"{address} is no compiled pipeline: {error}.") from None
+    if not isinstance(spec, dict) or not {"pipelineInfo", "root", "components", "deploymentSpec"} <= spec.keys():
+        raise UserError(f"{address} is no compiled pipeline: launcher.kfp_publish makes one.")
+    return spec
+
+
+def read_text(address: str, what: str) -> str:
+    """The text of a file, of an object in a bucket or of a version in a template registry.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    if address.startswith(("https://", "http://")):
+        return str(ask_registry("GET", address, f"reading {what} {address}").text)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(address)
+        if address.startswith("gs://"):
+            from project import storage
+
+            path = storage.fetch(address, Path(folder))
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{what} {address} cannot be read: {reason}.") from None
+
+
+def ask_registry(method: str, address: str, what: str, **options: Any) -> Any:
+    """One request to a template registry, with a deadline, and again when the world failed; http:// is one without credentials.
+
+    What is uploaded is named by its content, so an upload may be repeated too.
+
+    Raises:
+        ApiError: it was refused, or not answered.
+        UserError: there are no credentials.
+    """
+    import google.auth
+    import requests
+    from google.api_core import exceptions, retry
+    from google.auth.exceptions import DefaultCredentialsError
+    from google.auth.transport.requests import AuthorizedSession
+
+    from launcher import api
+
+    try:
+        scopes = ["https://www.googleapis.com/auth/cloud-platform"]
+        session = AuthorizedSession(google.auth.default(scopes)[0]) if address.startswith("https://") else requests.Session()
+    except DefaultCredentialsError:
+        raise UserError("there are no credentials. Type: gcloud auth application-default login") from None
+
+    def ask() -> requests.Response:
+        response = session.request(method, address, timeout=api.DEADLINE, **options)
+        if not response.ok:
+            raise exceptions.from_http_response(response)
+        return response
+
+    again = retry.Retry(
+        predicate=api.is_transient, initial=api.FIRST_WAIT, maximum=api.LONGEST_WAIT, multiplier=2.0, timeout=api.PATIENCE
+    )
+    try:
+        with session:
+            return again(ask)()
+    except Exception as error:
+        raise api.explain(error, what) from error
+
+
+def parse(text: str) -> Any:
+    """JSON without what only Python knows.
+
+    Raises:
+        ValueError: it is no JSON, or holds NaN or Infinity.
+    """
+
+    def refuse(name: str) -> Any:
+        raise ValueError(f"{name} is no JSON number")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def _parse_yaml(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506 (both are safe)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+
+
+def tasks(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every task of the pipeline, those within conditions too; to read or to change."""
+    graphs = [spec["root"], *spec["components"].values()]
+    return [task for graph in graphs for task in graph.get("dag", {}).get("tasks", {}).values()]
+
+
+def steps(spec: Mapping[str, Any]) -> list[str]:
+    """The names of the tasks that are containers: what people call steps."""
+    containers = {name for name, component in spec["components"].items() if "executorLabel" in component}
+    graphs = [spec["root"], *spec["components"].values()]
+    named = [item for graph in graphs for item in graph.get("dag", {}).get("tasks", {}).items()]
+    return [name for name, task in named if task["componentRef"]["name"] in containers]
+
+
+# ── its parameters ──────────────────────────────────────────────────────────────────────────────────────────────────
+def signature(spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The parameters that the pipeline declares: name → parameterType, and defaultValue or isOptional where it has them."""
+    declared: dict[str, dict[str, Any]] = spec["root"].get("inputDefinitions", {}).get("parameters", {})
+    return declared
+
+
+def read_parameters(source: str) -> dict[str, Any]:
+    """Parameters from JSON text, or from a file or object that holds it.
+
+    Raises:
+        UserError: it is no JSON object.
+    """
+    text = source if source.lstrip().startswith("{") else read_text(source, "the parameters")
+    try:
+        values = parse(text)
+    except ValueError as error:
+        raise UserError(f"the parameters are no JSON: {error}.") from None
+    if not isinstance(values, dict):
+        raise UserError('the parameters are no JSON object such as {"csv": "gs://…"}.')
+    return values
+
+
+def override(spec: Mapping[str, Any], values: Mapping[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """The values with KEY=VALUE put over them; VALUE is JSON, except for a text, and KEY may go into a mapping: train.epochs.
+
+    Raises:
+        UserError: an assignment is none, or its value is no JSON where JSON is wanted.
+    """
+    changed: dict[str, Any] = json.loads(json.dumps(values))
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        *parents, key = path.split(".")
+        if not equals or not all([*parents, key]):
+            raise UserError(f"--set {assignment}: is not KEY=VALUE, such as threshold=0.9 or hyperparameters.epochs=50.")
+        block = changed
+        for parent in parents:
+            block = block.setdefault(parent, {}) if isinstance(block, dict) else {}
+        if not isinstance(block, dict):
+            raise UserError(f"--set {assignment}: '{'.'.join(parents)}' is no mapping.")
+        is_text = not parents and signature(spec).get(key, {}).get("parameterType") == "STRING"
+        try:
+            block[key] = text if is_text else parse(text)
+        except ValueError:
+            raise UserError(f"--set {assignment}: the value is no JSON; a text in a mapping wants quotes: '\"text\"'.") from None
+    return changed
+
+
+def check_parameters(spec: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Compare parameters with those that the template declares.
+
+    Raises:
+        UserError: names all that are unknown, missing or of another type.
+    """
+    declared = signature(spec)
+    problems = [_unknown(name, list(declared)) for name in values if name not in declared]
+    for name, parameter in declared.items():
+        if name in values:
+            problems += _mistyped(name, parameter, values[name])
+        elif "defaultValue" not in parameter and not parameter.get("isOptional"):
+            problems.append(f"{name}: is missing; it wants {TYPES.get(parameter['parameterType'], ('a value',))[0]}.")
+    if problems:
+        name = spec["pipelineInfo"]["name"]
+        raise UserError(f"the parameters do not fit the pipeline {name}; nothing was sent:\n  " + "\n  ".join(problems))
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f"{name}: there is no such parameter; " + (f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}.")
+
+
+def _mistyped(name: str, parameter: Mapping[str, Any], value: Any) -> list[str]:
+    wanted, fits = TYPES.get(parameter["parameterType"], ("", lambda _: True))
+    if not fits(value):
+        shown = json.dumps(value, ensure_ascii=False)
+        return [f"{name}: wants {wanted}; it is {shown if len(shown) <= 60 else shown[:60] + ' …'}."]
+    literals = parameter.get("literals")
+    return (
+        [f"{name}: must be one of {', '.join(map(str, literals))}; it is {value}."] if literals and value not in literals else []
+    )
