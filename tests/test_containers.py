@@ -30,7 +30,7 @@ from trainer.runtime import load_checkpoint
 
 pytestmark = pytest.mark.heavy
 
-NAMES = ["deploy", "predict", "train"]
+NAMES = ["deploy", "kfp_compile", "kfp_run", "predict", "train", "vertex_train"]
 BASE = "python:3.11-slim"
 REMOTE = "https://git.example.com/team/digits.git"
 MEGABYTE = 1_000_000
@@ -181,11 +181,7 @@ def test_a_change_of_the_trainer_builds_its_image_alone_and_installs_nothing(pro
         assert new == {project.image("train")}
     finally:
         module.write_text(text, encoding="utf-8")
-    assert re.findall(r"^([=✓]) (\w+)", told, re.MULTILINE) == [
-        ("=", "deploy"),
-        ("=", "predict"),
-        ("✓", "train"),
-    ]
+    assert re.findall(r"^([=✓]) (\w+)", told, re.MULTILINE) == [("✓" if name == "train" else "=", name) for name in NAMES]
     log = (project.folder / "build" / "containers" / "train.log").read_text(encoding="utf-8")
     install = re.search(r"^#(\d+) .*install_packages\.sh", log, re.MULTILINE)
     assert install
@@ -197,9 +193,9 @@ def test_named_ones_are_built_alone_and_an_unknown_name_builds_nothing(project: 
     before = project.images()
     module = project.folder / "src" / "project" / "errors.py"
     text = module.read_text(encoding="utf-8")
-    module.write_text(text + "# changed\n", encoding="utf-8")  # it goes into all three
+    module.write_text(text + "# changed\n", encoding="utf-8")  # it goes into all
     try:
-        assert "there are deploy, predict, train." in one_line(project.build("deploy", "trian"))
+        assert f"there are {', '.join(NAMES)}." in one_line(project.build("deploy", "trian"))
         printed = project.built("--print").split()
         assert project.images() == before
         project.built("deploy")
@@ -208,7 +204,7 @@ def test_named_ones_are_built_alone_and_an_unknown_name_builds_nothing(project: 
         assert new < set(printed)
     finally:
         module.write_text(text, encoding="utf-8")
-    assert len(printed) == 3
+    assert len(printed) == len(NAMES)
     assert project.built("--print").split() == [project.image(name) for name in NAMES]
     engine("image", "rm", *new)
 
@@ -272,6 +268,9 @@ def test_the_predictor_is_small_and_holds_nothing_to_train_with(images: dict[str
         "predict": "predictor onnxruntime",
         "deploy": "kfp launcher",
         "train": "torch trainer kfp predictor onnxruntime",
+        "vertex_train": "trainer kfp launcher",  # of the trainer its hyperparameters only
+        "kfp_compile": "trainer kfp launcher",
+        "kfp_run": "launcher",
     }
     size, base = (int(str(inspect(image, ".Size"))) for image in (images["predict"], BASE))
     assert 50 * MEGABYTE < size - base <= 220 * MEGABYTE

@@ -45,7 +45,7 @@ call(steps.preprocess, "data/digits.csv", chosen.data.label, [], [], chosen.data
 call(steps.train, asdict(chosen.train), train, model)
 call(steps.evaluate, registry, test, model, scores)
 call(steps.gate, chosen.gate.metric, chosen.gate.threshold, chosen.gate.margin, scores, decision)
-call(steps.register, registry, "bench", model, scores, decision, version)
+call(steps.register, registry, "bench", {}, model, scores, decision, version)
 print(json.dumps(seconds))
 """
 

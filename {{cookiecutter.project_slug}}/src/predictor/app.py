@@ -250,28 +250,32 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no new connections, and end each that is open with its next answer, or after LINGER_SECONDS."""
         self.server_state.default_headers.append((b"connection", b"close"))
-        for listener in sockets or []:
-            await self._take_waiting(listener)
-        for server in self.servers:
+        waiting = [connection for listener in sockets or [] for connection in _take_waiting(listener)]
+        for server in self.servers:  # at once: who connects between these two lines is cut off
             server.close()
+        await self._adopt(waiting)
         limit = time.monotonic() + LINGER_SECONDS
         while self.server_state.connections and time.monotonic() < limit and not self.force_exit:
             await asyncio.sleep(0.02)
         await super().shutdown(sockets)
 
-    async def _take_waiting(self, listener: socket.socket) -> None:
-        """Take the connections that wait in a listening socket: it is about to be closed."""
+    async def _adopt(self, connections: list[socket.socket]) -> None:
+        """Answer on connections that were accepted here and not by the event loop."""
         parts: dict[str, Any] = {
             "config": self.config,
             "server_state": self.server_state,
             "app_state": self.lifespan.state,
         }
         protocol: Any = self.config.http_protocol_class
-        listener.listen(0)  # from here on the system takes hardly any more: none may come between the last and the end
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                connection, _ = listener.accept()
-                await asyncio.get_running_loop().connect_accepted_socket(lambda: protocol(**parts), connection)
+        for connection in connections:
+            await asyncio.get_running_loop().connect_accepted_socket(lambda: protocol(**parts), connection)
+
+
+def _take_waiting(listener: socket.socket) -> Iterator[socket.socket]:
+    """The connections that wait in a listening socket."""
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            yield listener.accept()[0]
 
 
 def create_server(source: Fixed | Champion, options: Options) -> Server:
