@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launcher import api, deploy, vertex_registry
+from google.api_core.future import polling
+from launcher import api, deploy, endpoint, vertex_registry
 from project import manifest
 from project.errors import UserError
 from project.registry import open_registry
@@ -67,9 +68,9 @@ class Cloud:
 
     def share_of_others(self) -> int:
         """The requests that versions get which are not the champion, in per cent."""
-        [endpoint] = self.vertex.endpoints.endpoints.values()
-        version = {deployed.id: int(deployed.model_version_id) for deployed in endpoint.deployed_models}
-        return sum(share for deployed, share in endpoint.traffic_split.items() if version[deployed] != self.champion())
+        [served] = self.vertex.endpoints.endpoints.values()
+        version = {deployed.id: int(deployed.model_version_id) for deployed in served.deployed_models}
+        return sum(share for deployed, share in served.traffic_split.items() if version[deployed] != self.champion())
 
     def assert_consistent(self, *runs: str) -> None:
         """These runs have one version each, one is the champion, and nothing else is served."""
@@ -81,10 +82,10 @@ class Cloud:
         }
         champion = registry.champion_number()
         assert [int(number) for number, model in versions.items() if "champion" in model.version_aliases] == [champion]
-        [endpoint] = self.vertex.endpoints.endpoints.values()
-        [deployed] = endpoint.deployed_models
+        [served] = self.vertex.endpoints.endpoints.values()
+        [deployed] = served.deployed_models
         assert int(deployed.model_version_id) == champion
-        assert dict(endpoint.traffic_split) == {deployed.id: 100}
+        assert dict(served.traffic_split) == {deployed.id: 100}
         history = registry.history()
         assert history[-1]["version"] == champion
         assert [change["replaces"] for change in history] == [None, *(change["version"] for change in history[:-1])]
@@ -94,6 +95,8 @@ class Cloud:
 def cloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
     """The cloud, empty but for its bucket, which is mounted."""
     monkeypatch.setattr(api, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(endpoint, "PAUSE", 0.01)
+    monkeypatch.setattr(polling.DEFAULT_POLLING, "_initial", 0.01)
     monkeypatch.setattr(vertex_registry, "LONGEST_LOOK", 0.02)
     mount = tmp_path / "gcs"
     with Vertex() as vertex, Storage(mount) as store:
@@ -121,10 +124,15 @@ UNAVAILABLE = {"status": 503}
 ANSWER_LOST = {"status": 0, "done": True}
 
 
-@pytest.mark.parametrize("which", ["vertex", "store"])
-@pytest.mark.parametrize("fault", [REFUSED, UNAVAILABLE, ANSWER_LOST], ids=["refused", "unavailable", "answer lost"])
-def test_an_error_at_every_call_in_turn(cloud: Cloud, later: Callable[[], None], which: str, fault: dict[str, Any]) -> None:
+FAULTS = {"refused": REFUSED, "unavailable": UNAVAILABLE, "answer lost": ANSWER_LOST}
+TURNS = [("vertex", name, 0) for name in FAULTS] + [("store", name, 0) for name in FAULTS] + [("vertex", "answer lost", 3)]
+
+
+@pytest.mark.parametrize(("which", "what", "slow"), TURNS)
+def test_an_error_at_every_call_in_turn(cloud: Cloud, later: Callable[[], None], which: str, what: str, slow: int) -> None:
+    fault = FAULTS[what]
     double, failed, met = getattr(cloud, which), 0, True
+    cloud.vertex.slow_operations = slow
     runs: list[str] = []
     while met:
         runs.append(f"run-{len(runs)}")
@@ -150,10 +158,11 @@ def test_an_error_at_every_call_in_turn(cloud: Cloud, later: Callable[[], None],
 DEPLOYS_UNTIL_KILLED = """
 import json, os, signal, sys, time
 import google.cloud.aiplatform_v1, google.cloud.storage, requests
+from google.api_core.future import polling
 from pathlib import Path
-from launcher import api, deploy, vertex_registry
+from launcher import api, deploy, endpoint, vertex_registry
 
-api.FIRST_WAIT = 0.01
+api.FIRST_WAIT = endpoint.PAUSE = polling.DEFAULT_POLLING._initial = 0.01
 send = requests.Session.send
 
 def attempt(order):
@@ -199,7 +208,9 @@ def deployer(cloud: Cloud) -> Iterator[Callable[..., int]]:
         process.stdin.close()
 
 
-def test_a_death_before_every_call_in_turn(cloud: Cloud, deployer: Callable[..., int]) -> None:
+@pytest.mark.parametrize("slow", [0, 3])
+def test_a_death_before_every_call_in_turn(cloud: Cloud, deployer: Callable[..., int], slow: int) -> None:
+    cloud.vertex.slow_operations = slow
     runs: list[str] = []
     code = -9
     while code == -9:

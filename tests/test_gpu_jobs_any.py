@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from google.cloud.aiplatform_v1 import types
 from google.protobuf import json_format
 from hypothesis import HealthCheck, event, given, settings
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 from launcher import gpu_jobs
 from launcher.job_checks import check
 from launcher.machines import GPUS, MACHINES
+from launcher.vertex_train import Request
 from project.cloud import place
 from project.errors import UserError
 from project.settings import load
@@ -232,7 +234,20 @@ def test_gcloud_sends_what_is_resolved(
     monkeypatch.delenv("ENVIRONMENT", raising=False)
     chosen = load("cloud.region=europe-west4 cloud.environments.dev.project=lab-12345")
     printed = gpu_jobs.show(name, chosen, default_project)
-    config = tmp_path / f"{name}.yaml"
+    received = send_with_gcloud(printed, gcloud_config, tmp_path)
+    image = re.search(r"imageUri: (\S+)", printed)
+    assert image
+    resolved = gpu_jobs.resolve(name, default_project, place(chosen), image[1])
+    sent = types.CustomJobSpec(
+        json_format.ParseDict(json.loads(json.dumps(resolved)), types.CustomJobSpec.pb(types.CustomJobSpec()))
+    )
+    assert received.job_spec == sent
+    assert sent.service_account == "digit-reader-trainer@lab-12345.iam.gserviceaccount.com"
+
+
+def send_with_gcloud(printed: str, gcloud_config: Path, tmp_path: Path, *options: str) -> Any:
+    """The custom job that a server receives from gcloud, which is given this file."""
+    config = tmp_path / "job.yaml"
     config.write_text(printed, encoding="utf-8")
     with Vertex() as vertex:
         environment = {
@@ -244,14 +259,34 @@ def test_gcloud_sends_what_is_resolved(
             "CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM": f"{vertex.address}/",
         }
         command = ["gcloud", "ai", "custom-jobs", "create", f"--config={config}", "--region=europe-west4", "--display-name=try"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         [received] = vertex.calls("customJobs.create")
-    image = re.search(r"imageUri: (\S+)", printed)
-    assert image
-    resolved = gpu_jobs.resolve(name, default_project, place(chosen), image[1])
-    sent = types.CustomJobSpec(
-        json_format.ParseDict(json.loads(json.dumps(resolved)), types.CustomJobSpec.pb(types.CustomJobSpec()))
-    )
-    assert received.job_spec == sent
-    assert sent.service_account == "digit-reader-trainer@lab-12345.iam.gserviceaccount.com"
+    return received
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", ["l4-spot", "l4-two-nodes"])
+def test_gcloud_with_the_arguments_that_are_told_sends_what_the_train_step_sends(
+    name: str,
+    default_project: Path,
+    gcloud_config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(default_project)
+    monkeypatch.delenv("ENVIRONMENT", raising=False)
+    chosen = load("cloud.region=europe-west4 cloud.environments.dev.project=lab-12345")
+    printed = gpu_jobs.show(name, chosen, default_project)
+    told = re.search(r"--args='(.*)'$", capsys.readouterr().err, re.MULTILINE)
+    assert told
+    arguments = f"--args={told[1]}"
+    printed += "baseOutputDirectory:\n  outputUriPrefix: gs://bucket/run\n"
+    received = send_with_gcloud(printed, gcloud_config, tmp_path, arguments)
+
+    args = ["--train", "gs://BUCKET/train.parquet", "--hyperparameters", chosen.train.to_json()]
+    request = Request(f"{place(chosen).parent}/runs/by-hand", [yaml.safe_load(printed)], args, "gs://bucket/run/model")
+    (sent,) = request.messages()
+    assert received.job_spec == sent.job_spec
+    assert len({tuple(pool.container_spec.args) for pool in received.job_spec.worker_pool_specs}) == 1

@@ -93,7 +93,7 @@ def run(command: list[str]) -> Done:
 
 def test_the_containers_publish_and_start_the_pipeline(contain: Callable[..., list[str]], cloud: Cloud) -> None:
     registry = f"{cloud.templates.address}/my-project/digit-reader-templates"
-    publish = ["launcher.kfp_publish", "--images", json.dumps(DIGESTS), "--templates", registry, "--tag", "v1"]
+    publish = ["launcher.kfp_publish", "--images", json.dumps(DIGESTS), "--templates", registry, "--commit", "1A2b"]
     done = run(contain("kfp_compile", *publish))
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads(done.stdout)
@@ -108,6 +108,8 @@ def test_the_containers_publish_and_start_the_pipeline(contain: Callable[..., li
     assert {step["container"]["image"] for step in sent.values()} == {
         DIGESTS[name] for name in ("train", "deploy", "vertex_train")
     }
+    assert first["labels"]["commit"] == second["labels"]["commit"] == "1a2b"
+    assert cloud.templates.calls("templates.upload")[0]["tags"] == ["1a2b"]
     values = first["runtime_config"]["parameter_values"]
     assert values["csv"] == "gs://rows/digits.csv"
     assert values["serving"]["image"] == DIGESTS["predict"]

@@ -24,6 +24,7 @@ from google.protobuf import json_format
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from rehearsal import wire
 from rehearsal.containers import Containers
 from rehearsal.server import Response
 from rehearsal.storage import Storage
@@ -616,6 +617,29 @@ def test_an_operation_takes_as_many_looks_as_it_shall(vertex: Vertex) -> None:
     assert len(vertex.calls("operations.get")) == 2
 
 
+def test_operations_that_go_on_are_listed_and_may_be_cancelled(vertex: Vertex, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "PAGE", 1)
+    endpoint, model = create_endpoint(vertex), upload(vertex).model
+    vertex.slow_operations = 1
+    endpoints = client(vertex, "Endpoint")
+    request = {"endpoint": endpoint, "deployed_model": {"id": "7", "model": model, "dedicated_resources": RESOURCES}}
+    operation = endpoints.deploy_model(request=request)
+    with pytest.raises(exceptions.Conflict, match="7 is being deployed"):
+        endpoints.deploy_model(request=request)
+    first = endpoints.list_operations({"name": endpoint})
+    second = endpoints.list_operations({"name": endpoint, "page_token": first.next_page_token})
+    seen = [(one.name, one.done) for page in (first, second) for one in page.operations]
+    assert seen[-1] == (operation.operation.name, False)
+    assert [done for _, done in seen] == [True, False]
+    assert not second.next_page_token
+    endpoints.cancel_operation({"name": operation.operation.name})
+    with pytest.raises(exceptions.Cancelled, match="cancelled"):
+        operation.result()
+    vertex.slow_operations = 0
+    assert not endpoints.get_endpoint(name=endpoint).deployed_models
+    assert endpoints.deploy_model(request=request).result().deployed_model.id == "7"
+
+
 def test_an_operation_fails_when_the_world_has_changed_meanwhile(vertex: Vertex) -> None:
     endpoint, model = create_endpoint(vertex), upload(vertex).model
     old = deploy(vertex, endpoint, model, {"0": 100})
@@ -687,33 +711,46 @@ def test_a_mistake_in_the_double_itself_is_an_answer_that_says_so(vertex: Vertex
 
 
 @pytest.fixture
-def by_hand(template: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The process of `python -m rehearsal.vertex`, and the address that it says."""
-    command = [sys.executable, "-m", "rehearsal.vertex", "--port", "0"]
+def by_hand(template: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], dict[str, str]]]:
+    """The process of `python -m rehearsal`, and the variables that it says."""
+    command = [sys.executable, "-m", "rehearsal", "--port", "0", "--buckets", str(tmp_path), "--bucket", "my-bucket"]
     process = subprocess.Popen(command, cwd=template / "level_2_cicd", stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
-        variable, address = process.stdout.readline().strip().split("=")
-        assert variable == "export CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM"
-        yield process, address
+        lines = [process.stdout.readline().strip() for _ in range(4)]
+        assert all(line.startswith("export ") for line in lines)
+        yield process, dict(line.removeprefix("export ").split("=", 1) for line in lines)
     finally:
         process.kill()
         process.wait()
 
 
-def test_by_hand_each_call_is_a_line_and_sigterm_ends_it(by_hand: tuple[subprocess.Popen[str], str]) -> None:
-    process, address = by_hand
+def test_by_hand_each_call_is_a_line_and_sigterm_ends_it(by_hand: tuple[subprocess.Popen[str], dict[str, str]]) -> None:
+    process, variables = by_hand
+    address = variables["CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM"]
     post(f"{address}v1/{PLACE}/customJobs", {"displayName": "x", "jobSpec": SPEC})
     post(f"{address}v1/{PLACE}/customJobs", {})
     post(f"{address}v1/{PLACE}/tensorboards", {})
+    bucket = requests.get(f"{variables['STORAGE_EMULATOR_HOST']}/storage/v1/b/my-bucket")
+    assert bucket.json()["name"] == "my-bucket"
     process.terminate()
     lines, _ = process.communicate(timeout=30)
     assert lines.splitlines() == [
         f"customJobs.create /v1/{PLACE}/customJobs → 200",
         f"customJobs.create /v1/{PLACE}/customJobs → 400",
         f"unknown POST /v1/{PLACE}/tensorboards → 501",
+        "buckets.get /storage/v1/b/my-bucket → 200",
     ]
     assert process.returncode == 0
+
+
+def test_by_hand_a_port_in_use_is_told(template: Path, vertex: Vertex) -> None:
+    port = vertex.address.rpartition(":")[2]
+    command = [sys.executable, "-m", "rehearsal", "--port", port]
+    done = subprocess.run(command, cwd=template / "level_2_cicd", capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert f"port {port}" in done.stderr
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 from launcher import api, containers, vertex_by_hand, vertex_train
-from launcher.vertex_train import Jobs, Request, Stop, train
+from launcher.stopping import Stop
+from launcher.vertex_train import Jobs, Request, train
 from project import manifest
 from project.errors import UserError
 from rehearsal.containers import Containers
@@ -109,7 +110,7 @@ def test_when_the_network_is_gone_for_good_it_says_what_remains_and_a_restart_en
 ) -> None:
     with monkeypatch.context() as impatient:
         impatient.setattr(api, "PATIENCE", 0.05)
-        impatient.setattr(vertex_train, "WATCH", 0.05)
+        impatient.setattr(api, "WATCH", 0.05)
         vertex.fail(after=index, status=0, done=index % 2 == 1, times=100_000)
         with pytest.raises(UserError) as told:
             train(request(), QUICK)
@@ -288,38 +289,62 @@ print(json.dumps(vertex_step.component("image").component_spec.implementation.co
 """
 
 
-def test_the_pipelines_step_runs_in_the_container(image: str, vertex: Vertex, tmp_path: Path) -> None:
-    """kfp's own command and its executor, which the image must hold."""
-    from google.cloud.aiplatform_v1 import types
-
-    run = types.PipelineJob(
-        display_name="run",
-        pipeline_spec={"root": {"dag": {"tasks": {}}}},
-        labels={"event": "push"},
-        runtime_config={"gcs_output_directory": "gs://bucket/root"},
-    )
-    service = api.client("PipelineService", "europe-west4")
-    created = service.create_pipeline_job(parent=PLACE, pipeline_job=run, pipeline_job_id="pipeline")
-    vertex.outcome("g2-standard-8$", "SUCCEEDED", through=())
+def step(run: str) -> list[str]:
+    """kfp's own command of the pipeline's step, and what kfp's executor, which the image must hold, is told."""
     done = subprocess.run([sys.executable, "-c", STEP.format(source=FOLDER / "src")], capture_output=True, text=True, check=True)
     artifact = {"name": "model", "type": {"schemaTitle": "system.Model"}, "uri": OUTPUT, "metadata": {}}
     rows = {"name": "rows", "type": {"schemaTitle": "system.Dataset"}, "uri": "gs://bucket/rows", "metadata": {}}
     values = {"seed": 0.0, "threads": 2.0, "epochs": 3.0, "batch_size": 16.0, "learning_rate": 0.01}
     told = {
         "inputs": {
-            "parameterValues": {"hyperparameters": values, "jobs": [job("g2-standard-8")], "pipeline_job": created.name},
+            "parameterValues": {"hyperparameters": values, "jobs": [job("g2-standard-8")], "pipeline_job": run},
             "artifacts": {"train_data": {"artifacts": [rows]}},
         },
         "outputs": {"artifacts": {"model": {"artifacts": [artifact]}}, "outputFile": "/tmp/outputs.json"},
     }
-    command = json.loads(done.stdout)
-    words = ["--executor_input", json.dumps(told), "--function_to_execute", "vertex_train"]
-    ended = subprocess.run(container(image, vertex, tmp_path, *command, *words), capture_output=True, text=True)
+    return [*json.loads(done.stdout), "--executor_input", json.dumps(told), "--function_to_execute", "vertex_train"]
+
+
+@pytest.fixture
+def run(vertex: Vertex) -> str:
+    """A pipeline run."""
+    from google.cloud.aiplatform_v1 import types
+
+    asked = types.PipelineJob(
+        display_name="run",
+        pipeline_spec={"root": {"dag": {"tasks": {}}}},
+        labels={"event": "push", "commit": "1a2b"},
+        runtime_config={"gcs_output_directory": "gs://bucket/root"},
+    )
+    service = api.client("PipelineService", "europe-west4")
+    return str(service.create_pipeline_job(parent=PLACE, pipeline_job=asked, pipeline_job_id="pipeline").name)
+
+
+def test_the_pipelines_step_runs_in_the_container(image: str, vertex: Vertex, run: str, tmp_path: Path) -> None:
+    vertex.outcome("g2-standard-8$", "SUCCEEDED", through=())
+    ended = subprocess.run(container(image, vertex, tmp_path, *step(run)), capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     (sent,) = vertex.calls("customJobs.create")
     assert sent.labels["event"] == "push"
-    assert list(sent.job_spec.worker_pool_specs[0].container_spec.args)[:2] == ["--train", "gs://bucket/rows"]
+    (pool,) = sent.job_spec.worker_pool_specs
+    assert list(pool.container_spec.args)[:2] == ["--train", "gs://bucket/rows"]
+    assert [(variable.name, variable.value) for variable in pool.container_spec.env] == [("CODE_VERSION", "1a2b")]
     assert states(vertex) == ["SUCCEEDED"]
+
+
+def test_the_pipelines_step_is_stopped_and_cancels_its_job(image: str, vertex: Vertex, run: str, tmp_path: Path) -> None:
+    """As the cloud stops a step: SIGTERM to the container's first process, which no --init stands before."""
+    vertex.outcome("g2-standard-8$", "SUCCEEDED", through=("RUNNING",) * 1000)
+    name = f"vertex-step-{os.getpid()}"
+    command = container(image, vertex, tmp_path, *step(run), name=name)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout
+        assert any("running" in line for line in process.stdout)
+        subprocess.run(["docker", "stop", "--time", "30", name], check=True, capture_output=True)
+        told, _ = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM, told
+    assert f"cancelled {next(iter(vertex.jobs.jobs))}" in told
+    assert states(vertex) == ["CANCELLING"]
 
 
 def test_make_train_with_the_real_training_container(

@@ -27,8 +27,8 @@ from tests.bench.report import Figure
 COMPILE = """
 import sys
 from pathlib import Path
-from launcher import kfp_compile
-images = {name: f"example.com/{name}@sha256:{'0' * 64}" for name in kfp_compile.CLOUD_IMAGES}
+from launcher import kfp_compile, parameters
+images = {name: f"example.com/{name}@sha256:{'0' * 64}" for name in parameters.STEP_IMAGES}
 kfp_compile.compile_for_cloud(images, Path(sys.argv[1]))
 """
 JSON = "import json, sys, yaml; print(json.dumps(yaml.safe_load(open(sys.argv[1]))))"

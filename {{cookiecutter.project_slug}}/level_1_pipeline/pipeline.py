@@ -7,10 +7,13 @@ A step's function must stand on its own: kfp copies its text, so imports are ins
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from kfp import dsl
 from kfp.dsl import Artifact, Dataset, Input, Metrics, Model, Output
+
+from launcher import kfp_step
 
 NAME = "train-and-register"
 
@@ -121,11 +124,10 @@ def make_pipeline(
         train_step: a component that takes the place of the one here; the cloud's rents a machine for one of the pipeline's
             `jobs`, and asks for the pipeline run's own name, of which the one here knows nothing.
     """
-    # The images hold kfp already: without this every step would begin by installing it.
-    component = dsl.component(base_image=train_image, install_kfp_package=False)
+    component = partial(kfp_step.component, image=train_image)
     preprocess_step, evaluate_step, gate_step = component(preprocess), component(evaluate), component(gate)
     train_step = train_step or component(train)
-    register_step = dsl.component(register, base_image=deploy_image, install_kfp_package=False)
+    register_step = component(register, image=deploy_image)
 
     @dsl.pipeline(name=NAME, description="preprocess, train, evaluate, gate, register")
     def train_and_register(

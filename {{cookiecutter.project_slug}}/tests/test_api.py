@@ -183,6 +183,19 @@ def test_a_refusal_is_told_and_not_repeated():
     assert (world.there, world.asked) == ([], 1)
 
 
+def test_the_time_that_looking_takes_is_no_attempt(monkeypatch):
+    """It may have waited for the end of what was there before."""
+    clock = [0.0]
+    monkeypatch.setattr(api.time, "monotonic", lambda: clock[0])
+
+    class Slow(World):
+        def find(self):
+            clock[0] += api.PATIENCE + 1 if self.asked == 0 else 0
+            return super().find()
+
+    assert api.once((world := Slow((False, LOST), (True, None))).find, world.create) == "made"
+
+
 def test_attempts_end(monkeypatch):
     monkeypatch.setattr(api, "PATIENCE", 0.0)
     world = World(*[(False, LOST)] * 3)

@@ -65,6 +65,7 @@ def platform(chosen):
         double.permissions = {("project", right) for right in doctor.RIGHTS}
         double.permissions |= {(BUCKET, right) for right in doctor.OBJECTS}
         double.permissions |= {(chosen.name, doctor.UPLOAD), (COMPUTE, doctor.ACT_AS)}
+        double.quotas["custom_model_training_nvidia_l4_gpus", ""] = 0
         yield double
 
 
@@ -202,6 +203,14 @@ def test_an_api_that_is_off_is_no_missing_repository(chosen, overridden, capsys)
     _, said = examine(chosen, capsys)
     assert said["repository"][0] == "·"
     assert "gcloud services enable artifactregistry.googleapis.com --project=my-project" in said["repository"][1]
+
+
+def test_one_job_that_has_its_quota_is_enough(chosen, overridden, capsys):
+    overridden.quotas["custom_model_training_preemptible_nvidia_l4_gpus", REGION] = 0
+    overridden.quotas["custom_model_training_nvidia_l4_gpus", ""] = 1
+    ready, said = examine(chosen, capsys)
+    assert ready
+    assert "'l4-spot' needs 1; enough for 'l4'" in said["quota"][1]
 
 
 def test_docker_and_gcloud(chosen, overridden, capsys, machine):

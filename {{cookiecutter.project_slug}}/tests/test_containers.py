@@ -39,6 +39,9 @@ REBUILT = [
     ("src/launcher/kfp_run.py", set()),
     ("src/launcher/kfp_submit.py", {"kfp_run"}),
     ("src/launcher/kfp_publish.py", {"kfp_compile"}),
+    ("src/launcher/kfp_step.py", {"kfp_compile"}),
+    ("src/launcher/command_line.py", {"kfp_compile", "kfp_run", "vertex_train"}),
+    ("src/launcher/stopping.py", {"kfp_run", "vertex_train"}),
     ("src/launcher/vertex_step.py", {"kfp_compile"}),  # the pipeline's own text holds the step
     ("requirements/train.txt", {"train"}),
     ("requirements/torch.txt", {"train"}),

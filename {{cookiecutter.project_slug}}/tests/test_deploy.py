@@ -1,5 +1,7 @@
 """Deployment to the cloud, over the wire: what Vertex AI and Cloud Storage receive, in which order, and what is served then."""
 
+import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -9,11 +11,14 @@ import threading
 import time
 
 import pytest
+from google.api_core.future import polling
 
-from launcher import api, deploy, vertex_registry
+from launcher import api, deploy, endpoint, vertex_registry
 from launcher.vertex_registry import Serving, VertexRegistry
+from project import settings, status
 from project.errors import UserError
 from project.registry import LocalRegistry, Overtaken, open_registry
+from rehearsal import wire
 from rehearsal.server import Response
 from rehearsal.storage import Storage
 from rehearsal.vertex import Vertex
@@ -71,6 +76,12 @@ class Cloud:
         shares = dict(self.endpoint.traffic_split)
         return {int(model.model_version_id): shares.get(model.id, 0) for model in self.endpoint.deployed_models}
 
+    def served_by(self, identity):
+        """What an endpoint of this id serves: id → share."""
+        return next(
+            dict(found.traffic_split) for name, found in self.vertex.endpoints.endpoints.items() if name.endswith(f"/{identity}")
+        )
+
     @property
     def aliases(self):
         """Version → aliases."""
@@ -82,6 +93,8 @@ class Cloud:
 def cloud(tmp_path, trained, monkeypatch):
     """The cloud, empty but for its bucket."""
     monkeypatch.setattr(api, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(endpoint, "PAUSE", 0.01)
+    monkeypatch.setattr(polling.DEFAULT_POLLING, "_initial", 0.01)
     mount = tmp_path / "gcs"
     with Vertex() as vertex, Storage(mount) as storage:
         storage.make("bucket")
@@ -101,7 +114,12 @@ def test_the_first_version_gets_all_requests(cloud):
     assert container.image_uri == SERVING["image"]
     assert (container.predict_route, container.health_route, container.ports[0].container_port) == ("/predict", "/health", 8080)
     manifest = json.loads((cloud.model("Run 1") / "model.json").read_text())
-    assert dict(sent.model.labels) == {"run": "run-1", "data": manifest["data_sha256"][:63], "commit": manifest["code_version"]}
+    assert dict(sent.model.labels) == {
+        "run": "run-1",
+        "manifest": hashlib.sha256((cloud.model("Run 1") / "model.json").read_bytes()).hexdigest()[:32],
+        "data": manifest["data_sha256"][:32],
+        "commit": manifest["code_version"],
+    }
     [deployed] = cloud.vertex.calls("endpoints.deployModel")
     assert deployed.deployed_model.model == f"{MODEL}@1"
     resources = deployed.deployed_model.dedicated_resources
@@ -175,7 +193,8 @@ def test_the_same_run_once_more_changes_nothing(cloud):
     cloud.vertex.received.clear()
     assert cloud.deploy("run-1", None) == {"version": 1, "champion": True, "problem": None}
     calls = {received.call for received in cloud.vertex.received}
-    assert calls <= {"models.get", "endpoints.list", "endpoints.get", "models.mergeVersionAliases"}
+    looks = {"models.get", "models.listVersions", "endpoints.list", "endpoints.get", "operations.list"}
+    assert calls <= {*looks, "models.mergeVersionAliases"}
     assert before == {path: path.read_bytes() for path in before}
 
 
@@ -185,6 +204,7 @@ def test_whoever_was_compared_with_another_champion_is_not_deployed(cloud):
     assert outcome["version"] == 2
     assert not outcome["champion"]
     assert "made 1 the champion" in outcome["problem"]
+    assert outcome["problem"].endswith("make rollback VERSION=2 RUNNER=vertex")
     assert len(cloud.vertex.calls("endpoints.deployModel")) == 1
     assert cloud.served == {1: 100}
 
@@ -265,6 +285,185 @@ def test_whoever_interrupts_a_deployment_finds_served_what_was_served(cloud, mon
     assert cloud.served == {1: 100}
 
 
+def test_a_pipelines_step_that_is_ended_leaves_served_what_was_served(cloud):
+    """The step calls `deploy`: nobody else listens to SIGTERM there."""
+    cloud.deploy("run-1", None)
+    answer, heard = cloud._predict, []
+    before = signal.signal(signal.SIGTERM, lambda *_: heard.append("ended"))
+
+    def end(deployed, body):
+        if deployed.model_version_id == "2":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return answer(deployed, body)
+
+    cloud.vertex.predictor = end
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            cloud.deploy("run-2", 1)
+        assert cloud.served == {1: 100}
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert heard == ["ended"]  # afterwards it is as it was
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_whatever_ends_a_deployment_what_was_served_is_served(cloud, monkeypatch):
+    cloud.deploy("run-1", None)
+
+    def fail(*_):
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr(endpoint.Endpoint, "check", fail)
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        cloud.deploy("run-2", 1)
+    assert cloud.served == {1: 100}
+
+
+# ── what Google goes on with, unseen ────────────────────────────────────────────────────────────────────────────────
+def test_a_lost_answer_registers_and_deploys_nothing_twice(cloud):
+    cloud.deploy("run-1", None)
+    cloud.vertex.slow_operations = 4
+    for call in ("models.upload", "endpoints.deployModel", "endpoints.undeployModel"):
+        cloud.vertex.fail(call, status=0, done=True)
+    assert cloud.deploy("run-2", 1) == {"version": 2, "champion": True, "problem": None}
+    assert {version: "champion" in aliases for version, aliases in cloud.aliases.items()} == {1: False, 2: True}
+    assert cloud.served == {2: 100}
+    assert [len(cloud.vertex.calls(f"{call}")) for call in ("models.upload", "endpoints.deployModel")] == [2, 2]
+    assert len(cloud.vertex.calls("endpoints.undeployModel")) == 1
+
+
+def test_lost_answers_at_the_very_beginning_make_one_model_and_one_endpoint(cloud):
+    cloud.vertex.slow_operations = 4
+    for call in ("models.upload", "endpoints.create"):
+        cloud.vertex.fail(call, status=0, done=True)
+    assert cloud.deploy("run-1", None)["champion"]
+    assert len(cloud.vertex.calls("models.upload")) == len(cloud.vertex.calls("endpoints.create")) == 1
+    assert cloud.served == {1: 100}
+
+
+def test_of_two_versions_of_the_same_run_the_lower_one_counts(cloud):
+    cloud.deploy("run-0", None)
+    models = api.client("ModelService", "europe-west4")
+    request = vertex_registry.upload_request(Serving.parse(SERVING), cloud.model("run-1"), "run-1")
+    for _ in range(2):
+        models.upload_model({**request, "parent_model": MODEL}).result()
+    assert cloud.deploy("run-1", 1)["version"] == 2
+    assert sorted(cloud.aliases) == [1, 2, 3]
+
+
+def test_a_deployment_that_is_interrupted_does_not_come_alive_later(cloud, monkeypatch, capsys):
+    cloud.deploy("run-1", None)
+    finish, register = api.finish, VertexRegistry.register
+
+    def slow_from_here(*arguments):
+        found = register(*arguments)
+        cloud.vertex.slow_operations = 1000
+        return found
+
+    def interrupt(operation, what):
+        if what == "deploying version 2":
+            raise KeyboardInterrupt
+        return finish(operation, what)
+
+    monkeypatch.setattr(VertexRegistry, "register", slow_from_here)
+    monkeypatch.setattr(api, "finish", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        cloud.deploy("run-2", 1)
+    assert "version 2 may still come up; to remove it: gcloud ai endpoints undeploy-model animals" in capsys.readouterr().err
+    for _ in range(1001):
+        cloud.vertex.tick()
+    assert cloud.served == {1: 100}
+    assert all(operation.result for operation in cloud.vertex.operations.values())
+
+
+def begin_deployment(cloud, version):
+    """What a process that died has begun."""
+    serving = Serving.parse(SERVING)
+    cloud.vertex.slow_operations = 5
+    name = f"{serving.parent}/endpoints/animals"
+    api.client("EndpointService", "europe-west4").deploy_model(endpoint.deploy_request(serving, name, version))
+    cloud.vertex.slow_operations = 0
+
+
+def test_a_deployment_that_goes_on_is_waited_for_and_not_begun_again(cloud):
+    cloud.deploy("run-1", None)
+    cloud.deploy("run-2", 1)
+    begin_deployment(cloud, 1)
+    assert deploy.rollback(REGISTRY, 1, SERVING)["champion"]
+    assert len(cloud.vertex.calls("endpoints.deployModel")) == 3  # two versions, and the one that went on
+    assert cloud.served == {1: 100}
+
+
+def test_a_deployment_that_goes_on_and_cannot_be_cancelled_is_removed(cloud):
+    cloud.deploy("run-1", None)
+    cloud.deploy("run-2", 1)
+    begin_deployment(cloud, 1)
+    cloud.vertex.fail("operations.cancel", status=400, message="it cannot be cancelled")
+    assert cloud.deploy("run-2", 1)["champion"]
+    assert cloud.served == {2: 100}
+    assert all(operation.result for operation in cloud.vertex.operations.values())
+
+
+# ── whose the endpoint is ───────────────────────────────────────────────────────────────────────────────────────────
+def test_an_endpoint_that_serves_another_model_is_left_alone(cloud):
+    cloud.deploy("run-1", None)
+    serving = Serving.parse({**SERVING, "endpoint": "plants"})
+    other = vertex_registry.upload_request(serving, cloud.model("other"), "other")
+    api.client("ModelService", "europe-west4").upload_model({**other, "model_id": "plants"}).result()
+    request = endpoint.deploy_request(serving, cloud.endpoint.name, 7) | {"traffic_split": {"0": 50, "1": 50}}
+    request["deployed_model"]["model"] = f"{serving.model}@1"
+    api.client("EndpointService", "europe-west4").deploy_model(request).result()
+    with pytest.raises(UserError, match=r"also serves .*/models/plants, .*undeploy-model animals --deployed-model-id=7"):
+        cloud.deploy("run-2", 1)
+    assert dict(cloud.endpoint.traffic_split) == {"7": 50, "1": 50}
+
+
+def test_two_endpoints_of_the_same_name_are_refused_on_whichever_page_they_are(cloud, monkeypatch):
+    monkeypatch.setattr(wire, "PAGE", 1)
+    cloud.deploy("run-1", None)
+    request = {"parent": Serving.parse(SERVING).parent, "endpoint": {"display_name": "animals"}}
+    api.client("EndpointService", "europe-west4").create_endpoint(request).result()
+    cloud.vertex.fail("endpoints.list", status=503, after=1)
+    with pytest.raises(UserError, match="2 endpoints bear the name animals"):
+        cloud.deploy("run-2", 1)
+    assert cloud.served_by("animals") == {"1": 100}
+
+
+# ── the check ───────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_a_version_may_be_busy_at_first_and_no_longer(cloud, monkeypatch):
+    cloud.deploy("run-1", None)
+    for busy in (429, 502, 503, 504):
+        cloud.vertex.fail("endpoints.predict", status=busy, times=2)
+    assert cloud.deploy("run-2", 1)["champion"]
+    monkeypatch.setattr(endpoint, "STARTING", 0.0)
+    cloud.vertex.fail("endpoints.predict", status=503)
+    with pytest.raises(endpoint.Unfit, match="told to fail"):
+        cloud.deploy("run-3", 2)
+    assert cloud.served == {2: 100}
+
+
+@pytest.mark.parametrize("status", [400, 404, 500])
+def test_any_other_error_of_a_new_version_is_its_end(cloud, status):
+    cloud.deploy("run-1", None)
+    cloud.vertex.fail("endpoints.predict", status=status)
+    with pytest.raises(endpoint.Unfit, match="told to fail"):
+        cloud.deploy("run-2", 1)
+    assert cloud.served == {1: 100}
+
+
+def test_a_share_that_takes_effect_late_is_waited_for(cloud):
+    """However many requests the champion answers meanwhile."""
+    cloud.deploy("run-1", None)
+    choose, asked = cloud.vertex.endpoints.choose, itertools.count()
+
+    def late(served):
+        champion = next(model for model in served.deployed_models if model.model_version_id == "1")
+        return champion if next(asked) < 400 else choose(served)
+
+    cloud.vertex.endpoints.choose = late
+    assert cloud.deploy("run-2", 1)["champion"]
+
+
 def test_a_first_version_that_answers_with_errors_leaves_nothing(cloud):
     cloud.broken = {"1"}
     with pytest.raises(UserError, match="out of order"):
@@ -273,10 +472,11 @@ def test_a_first_version_that_answers_with_errors_leaves_nothing(cloud):
     assert open_registry(REGISTRY).champion() is None
 
 
-def test_what_does_not_get_its_share_of_the_requests_is_not_promoted(cloud):
+def test_what_does_not_get_its_share_of_the_requests_is_not_promoted(cloud, monkeypatch):
     cloud.deploy("run-1", None)
+    monkeypatch.setattr(endpoint, "CHECK", 0.5)
     cloud.vertex.endpoints.choose = lambda endpoint: next(iter(endpoint.deployed_models))
-    with pytest.raises(UserError, match="of 300 requests, the new version answered 0"):
+    with pytest.raises(UserError, match="the new version answered 0 of"):
         cloud.deploy("run-2", 1)
     assert cloud.served == {1: 100}
 
@@ -304,6 +504,77 @@ def test_rollback_deploys_the_older_version_again(cloud, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*words, "9"])
     with pytest.raises(UserError, match="no version 9"):
         deploy.main()
+
+
+def test_a_rollback_that_is_only_to_be_shown_sends_nothing(cloud, monkeypatch, capsys):
+    cloud.deploy("run-1", None)
+    cloud.deploy("run-2", 1)
+    cloud.vertex.received.clear()
+    cloud.storage.received.clear()
+    words = ["deploy", "--registry", REGISTRY, "--serving", json.dumps(SERVING), "--rollback", "1", "--dry-run"]
+    monkeypatch.setattr(sys, "argv", words)
+    deploy.main()
+    shown = json.loads(capsys.readouterr().out)
+    assert not cloud.vertex.received
+    assert not cloud.storage.received
+    assert shown["endpoints.deployModel"]["deployed_model"]["model"].endswith("/models/animals@1")
+    assert shown["endpoints.patch"]["endpoint"]["traffic_split"] == {"1": 10, "CHAMPION": 90}
+
+
+@pytest.fixture
+def in_project(cloud, monkeypatch):
+    """A project whose cloud this is."""
+    chosen = settings.load()
+    where = next(iter(chosen.cloud.environments.values())).model_copy(update={"project": "a-project", "bucket": "bucket"})
+    own = chosen.cloud.model_copy(update={"region": "europe-west4", "environments": {"dev": where}})
+    monkeypatch.setattr(settings, "load", lambda: chosen.model_copy(update={"name": "animals", "cloud": own}))
+    monkeypatch.delenv("ENVIRONMENT", raising=False)
+    monkeypatch.setenv("RUNNER", "vertex")
+    return cloud
+
+
+def test_status_and_rollback_of_the_clouds_registry(in_project, monkeypatch, capsys):
+    """What `make status RUNNER=vertex` and `make rollback VERSION=1 RUNNER=vertex` do."""
+    in_project.deploy("run-1", None)
+    in_project.deploy("run-2", 1)
+    monkeypatch.setattr(sys, "argv", ["status"])
+    status.main()
+    out = capsys.readouterr().out
+    assert "Champion: version 2" in out
+    assert f"kept in {in_project.mount}/bucket/storage/registry" in out
+    assert "make serve" not in out
+    monkeypatch.setattr(sys, "argv", ["status", "--rollback", "1"])
+    in_project.vertex.received.clear()
+    monkeypatch.setenv("DRY_RUN", "1")
+    status.main()
+    assert "animals@1" in capsys.readouterr().out
+    assert not in_project.vertex.received
+    monkeypatch.delenv("DRY_RUN")
+    status.main()
+    assert "Version 1 is the champion" in capsys.readouterr().out
+    assert in_project.served == {1: 100}
+    assert open_registry(REGISTRY).champion_number() == 1
+
+
+def test_an_empty_or_lost_registry_in_the_cloud_says_what_to_type_there(in_project, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["status"])
+    status.main()
+    assert "`make level1 RUNNER=vertex` trains" in capsys.readouterr().out
+    in_project.deploy("run-1", None)
+    (in_project.mount / "bucket" / "storage" / "registry" / "versions" / "1" / "version.json").unlink()
+    status.main()
+    assert "make rollback VERSION=N RUNNER=vertex" in capsys.readouterr().out
+
+
+def test_registering_needs_the_image_and_going_back_does_not(cloud):
+    cloud.deploy("run-1", None)
+    cloud.deploy("run-2", 1)
+    without = {name: value for name, value in SERVING.items() if name != "image"}
+    assert deploy.rollback(REGISTRY, 1, without)["champion"]
+    cloud.vertex.received.clear()
+    with pytest.raises(UserError, match="image is missing"):
+        deploy.deploy(REGISTRY, cloud.model("run-3"), {}, "run-3", "better", 1, without)
+    assert not cloud.vertex.received
 
 
 def test_another_deployment_is_waited_for(cloud, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -405,6 +406,18 @@ def test_the_list_has_every_job_with_what_it_costs(run):
     assert "30 minutes" in found["job"]
     assert "in europe-west4" in found["job"]
     assert "they may have changed" in listed
+    assert all(len(line) <= 130 for line in listed.splitlines())
+
+
+def test_what_gcloud_wants_beside_the_file_is_told(run):
+    """It stands on standard error: what is printed is the file."""
+    printed, told = run("l4", SET="cloud.environments.dev.project=lab-12345 train.epochs=7")
+    words = re.search(r"--args='\^;\^(.*)'$", told, re.MULTILINE)
+    train, rows, option, hyperparameters = words[1].split(";")
+    assert (train, rows, option) == ("--train", "gs://BUCKET/train.parquet", "--hyperparameters")
+    assert json.loads(hyperparameters)["epochs"] == 7
+    assert "baseOutputDirectory: {outputUriPrefix: gs://BUCKET/FOLDER}" in told
+    assert "args" not in printed
 
 
 def test_the_list_says_what_the_region_does_not_offer(run):
@@ -417,7 +430,7 @@ def test_the_list_says_what_the_region_does_not_offer(run):
 def test_one_job_is_printed_as_gcloud_takes_it(run):
     printed, noted = run("h100-flex", SET="cloud.environments.dev.project=lab-12345")
     job, name = yaml.safe_load(printed), load("").name
-    assert noted == ""
+    assert "left out" not in noted
     assert job.pop("serviceAccount") == f"{name}-trainer@lab-12345.iam.gserviceaccount.com"
     image = job["workerPoolSpecs"][0]["containerSpec"].pop("imageUri")
     assert image.startswith(f"europe-west4-docker.pkg.dev/lab-12345/{name}/train:")

@@ -341,6 +341,7 @@ def test_an_endpoint_of_another_predictor_is_told(vertex, call, stub):
 def test_an_endpoint_is_told_who_asks(address, call, monkeypatch):
     monkeypatch.delenv("CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM", raising=False)
     with Cloud(address, wrapped=False) as double:
+        monkeypatch.setattr(cloud, "TRUSTED", re.escape(double.address))
         own = f"{double.address}/v1/{ENDPOINT}"  # an endpoint may have a server of its own
         monkeypatch.setattr("google.auth.default", lambda scopes: (Credentials("secret"), None))
         call("single", "--endpoint", own, "[1, 2, null]")
@@ -352,7 +353,24 @@ def test_an_endpoint_is_told_who_asks(address, call, monkeypatch):
         monkeypatch.setattr("google.auth.default", absent)
         with pytest.raises(UserError, match=r"no credentials.*gcloud auth application-default login"):
             call("single", "--endpoint", own, "[1, 2, null]")
+
+
+@pytest.mark.parametrize(
+    "server",
+    [
+        "http://europe-west4-aiplatform.googleapis.com",
+        "https://example.com",
+        "https://europe-west4-aiplatform.googleapis.com.example.com",
+        "https://europe-west4-aiplatform.googleapis.com:8443",
+    ],
+)
+def test_nobody_but_google_is_shown_credentials(server, monkeypatch):
+    monkeypatch.delenv("CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM", raising=False)
+    with pytest.raises(UserError, match="credentials are for Google's alone"):
+        cloud.parse(f"{server}/v1/{ENDPOINT}")
     assert cloud.parse(ENDPOINT) == ("https://europe-west4-aiplatform.googleapis.com", f"/v1/{ENDPOINT}:rawPredict")
+    own = "https://1234.europe-west4-567.prediction.vertexai.goog"
+    assert cloud.parse(f"{own}/v1/{ENDPOINT}") == (own, f"/v1/{ENDPOINT}:rawPredict")
 
 
 def test_a_proxy_that_the_environment_names_is_used(monkeypatch):

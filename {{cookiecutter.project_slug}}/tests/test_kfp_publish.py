@@ -7,7 +7,8 @@ import sys
 import pytest
 import yaml
 
-from launcher import api, kfp_compile, kfp_publish, kfp_submit
+from launcher import api, kfp_compile, kfp_publish, kfp_submit, parameters
+from project import git
 from project.errors import UserError
 from project.settings import load
 from rehearsal.storage import Storage
@@ -41,7 +42,7 @@ def publish(templates, monkeypatch, capsys):
     """The command; what it prints."""
 
     def publish(*options: str, images: object = DIGESTS) -> dict:
-        where = ["--templates", f"{templates.address}/my-project/repository", "--tag", "1A2b-dirty"]
+        where = ["--templates", f"{templates.address}/my-project/repository", "--tag", "v1", "--commit", "1A2b-dirty"]
         monkeypatch.setattr(sys, "argv", ["kfp_publish", "--images", json.dumps(images), *where, *options])
         kfp_publish.main()
         return json.loads(capsys.readouterr().out)
@@ -56,7 +57,7 @@ def read(storage_root, address: str) -> bytes:
 def test_the_registry_and_the_bucket_receive_the_same_pipeline(storage, templates, publish, tmp_path, settings):
     told = publish()
     (uploaded,) = templates.calls("templates.upload")
-    assert uploaded["tags"] == ["1a2b-dirty"]
+    assert uploaded["tags"] == ["v1"]
     assert told["sha256"] == hashlib.sha256(uploaded["content"]).hexdigest()
     assert told["template"] == f"{templates.address}/my-project/repository/train-and-register/sha256:{told['sha256']}"
     folder = f"gs://my-project-{settings.name}-storage/templates/train-and-register/{told['version']}"
@@ -73,7 +74,9 @@ def test_the_registry_and_the_bucket_receive_the_same_pipeline(storage, template
 
 
 def test_the_parameters_are_those_of_the_settings(storage, publish, tmp_path):
-    values = json.loads(read(tmp_path, publish()["parameters"]))
+    document = json.loads(read(tmp_path, publish()["parameters"]))
+    assert document["labels"] == {"commit": "1A2b-dirty"}
+    values = document["parameters"]
     chosen = load()
     assert values["csv"] == "gs://rows/rows.csv"
     assert values["threshold"] == chosen.gate.threshold
@@ -102,7 +105,8 @@ def test_what_is_published_can_be_started(storage, publish, monkeypatch, capsys)
         given = ["--template", told["pipeline"], "--parameters", told["parameters"], "--event", "a push"]
         monkeypatch.setattr(sys, "argv", ["kfp_submit", *given, *where])
         kfp_submit.main()
-        assert len(vertex.calls("pipelineJobs.create")) == 1
+        (job,) = vertex.calls("pipelineJobs.create")
+        assert job.labels["commit"] == "1a2b-dirty"  # the model will tell from which code it came
 
 
 def test_again_changes_nothing_and_another_setting_goes_to_another_place(storage, publish, monkeypatch, tmp_path):
@@ -133,14 +137,31 @@ def test_a_dry_run_sends_nothing_and_shows_what_would_be_published(storage, temp
     assert storage.received == templates.received == []
     written = (tmp_path / "new" / "out" / "parameters.json").read_text()
     assert capsys.readouterr().out == written
-    assert json.loads(written)["csv"] == "gs://rows/rows.csv"
+    assert json.loads(written)["parameters"]["csv"] == "gs://rows/rows.csv"
     assert json.loads((tmp_path / "new" / "out" / "pipeline.json").read_text())["pipelineInfo"]["name"] == "train-and-register"
 
 
 def test_rows_of_this_machine_are_left_to_the_event(storage, publish, monkeypatch, tmp_path):
     monkeypatch.setenv("SET", CLOUD.split(maxsplit=1)[0])
-    assert "csv" not in json.loads(read(tmp_path, publish()["parameters"]))
-    assert json.loads(read(tmp_path, publish("--csv", "gs://a/b.csv")["parameters"]))["csv"] == "gs://a/b.csv"
+    assert "csv" not in json.loads(read(tmp_path, publish()["parameters"]))["parameters"]
+    assert json.loads(read(tmp_path, publish("--csv", "gs://a/b.csv")["parameters"]))["parameters"]["csv"] == "gs://a/b.csv"
+
+
+def test_the_code_must_be_known(storage, templates, publish, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(git, "version", lambda: "unknown")
+    output = tmp_path / "out"
+    with pytest.raises(UserError, match=r"--commit: nobody could tell from which code .* --commit 1a2b3c"):
+        publish("--commit", "", "--output", str(output))
+    assert storage.received == templates.received == []
+    assert not output.exists()
+    assert publish("--commit", "", "--dry-run")["labels"] == {}
+    monkeypatch.setattr(git, "version", lambda: "3c4d")
+    assert publish("--commit", "", "--dry-run")["labels"] == {"commit": "3c4d"}
+
+
+def test_the_tag_is_the_commit_where_none_is_given(storage, templates, publish):
+    publish("--tag", "")
+    assert templates.calls("templates.upload")[0]["tags"] == ["1a2b-dirty"]
 
 
 @pytest.mark.parametrize(
@@ -148,17 +169,18 @@ def test_rows_of_this_machine_are_left_to_the_event(storage, publish, monkeypatc
     [
         ({"train": "example.com/train:latest"}, "--images: train must be named, as ADDRESS@sha256:"),
         ({"predict": "example.com/predict@sha256:12"}, "--images: predict must be named"),
+        (["train"], "--images: wants a JSON object"),
         ({"deploy": None}, "--images: deploy: wants an image's address"),
     ],
 )
 def test_an_image_without_a_digest_is_refused(storage, templates, publish, change, told):
     with pytest.raises(UserError) as caught:
-        publish(images={**DIGESTS, **change})
+        publish(images={**DIGESTS, **change} if isinstance(change, dict) else change)
     assert told in str(caught.value)
     assert storage.received == templates.received == []
 
 
-@pytest.mark.parametrize("missing", kfp_compile.CLOUD_IMAGES)
+@pytest.mark.parametrize("missing", parameters.STEP_IMAGES)
 def test_compiling_refuses_an_image_without_a_digest(missing, tmp_path):
     images = {**DIGESTS, missing: "example.com/image:latest"}
     with pytest.raises(UserError, match=rf"the image of {missing}_container is 'example\.com/image:latest': it must be"):

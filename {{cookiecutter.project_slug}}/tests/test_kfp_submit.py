@@ -2,21 +2,24 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import yaml
 
-from launcher import api, kfp_compile, kfp_follow, kfp_submit, kfp_template
+from launcher import api, kfp_compile, kfp_follow, kfp_submit, kfp_template, parameters
 from project.errors import UserError
 from project.storage import write
 from rehearsal.storage import Storage
 from rehearsal.templates import Templates
 from rehearsal.vertex import Vertex
 
-IMAGES = {name: f"example.com/{name}@sha256:{'a' * 64}" for name in kfp_compile.CLOUD_IMAGES}
+IMAGES = {name: f"example.com/{name}@sha256:{'a' * 64}" for name in parameters.STEP_IMAGES}
 VALUES = {
     "csv": "gs://rows/rows.csv",
     "label": "digit",
@@ -71,7 +74,8 @@ def test_what_is_received_is_what_was_asked_for(vertex, submit, template, capsys
     submit(*options, "--name", "digit-reader")
     (job,) = vertex.calls("pipelineJobs.create")
     identity = job.name.split("/")[-1]
-    assert identity.startswith("digit-reader-")
+    assert identity.startswith("train-and-register-")
+    assert job.display_name == "digit-reader"
     assert job.service_account == account
     assert job.encryption_spec.kms_key_name == key
     assert job.runtime_config.gcs_output_directory == "gs://root/runs"
@@ -111,11 +115,25 @@ def test_the_same_event_starts_one_run_another_attempt_or_event_another(vertex, 
     assert identities[1] == f"{identities[0]}-a2"
 
 
-def test_the_same_event_with_other_parameters_is_told(vertex, submit):
+def test_an_event_that_comes_late_with_other_parameters_is_a_success_with_a_note(vertex, submit, capsys):
+    """The pipeline may have been published anew since its event was first told."""
     submit()
-    with pytest.raises(UserError, match=r"was started before, with another template or other parameters: https.*\n.*--attempt 2"):
-        submit("--set", "threshold=0.5")
+    first = capsys.readouterr()
+    submit("--set", "threshold=0.5", "--name", "anything")
+    told = capsys.readouterr()
     assert len(vertex.calls("pipelineJobs.create")) == 1
+    assert told.out == first.out.replace("started", "already started")
+    assert re.fullmatch(r"note: it was started with another template or other parameters.*--attempt 2\.\n", told.err)
+    assert first.err == ""
+
+
+def test_what_was_published_beside_the_parameters_labels_the_run(vertex, submit, tmp_path):
+    path = tmp_path / "parameters.json"
+    path.write_text(json.dumps({"labels": {"commit": "1A2b", "source": "main"}, "parameters": VALUES}))
+    submit("--parameters", str(path), "--labels", "source=mine")
+    (job,) = vertex.calls("pipelineJobs.create")
+    assert (job.labels["commit"], job.labels["source"]) == ("1a2b", "mine")
+    assert json.loads(type(job).to_json(job))["runtimeConfig"]["parameterValues"]["csv"] == VALUES["csv"]
 
 
 def test_many_at_once_start_one_run(vertex, template):
@@ -175,9 +193,10 @@ def test_single_parameters_are_set_over_the_others(vertex, submit):
         (["--region", "Europe"], "--region 'Europe': wants a region"),
         (["--pipeline-root", "root/runs"], "--pipeline-root 'root/runs': wants a folder in a bucket"),
         (["--key", "mine"], "--key 'mine': wants projects/"),
-        (["--parameters", "nowhere.json"], "the parameters nowhere.json cannot be read: No such file"),
-        (["--parameters", "{"], "the parameters are no JSON"),
-        (["--template", "nowhere.json"], "the template nowhere.json cannot be read: No such file"),
+        (["--parameters", "nowhere.json"], "--parameters nowhere.json: cannot be read: No such file"),
+        (["--parameters", "{"], "--parameters: wants JSON, or a file or gs:// address with JSON"),
+        (["--parameters", "[]"], "--parameters: wants a JSON object"),
+        (["--template", "nowhere.json"], "--template nowhere.json: cannot be read: No such file"),
         (["--template", "project.yaml"], "project.yaml is no compiled pipeline"),
         (["--event", " "], "--event ' ': wants some words"),
     ],
@@ -186,6 +205,15 @@ def test_a_wrong_option_is_told_before_anything_is_sent(vertex, submit, options,
     with pytest.raises(UserError) as caught:
         submit(*options)
     assert told in str(caught.value)
+    assert vertex.received == []
+
+
+@pytest.mark.parametrize("attempt", ["0", "-1", "two"])
+def test_an_attempt_that_is_none_is_told_in_words(vertex, submit, capsys, attempt):
+    with pytest.raises(SystemExit) as ended:
+        submit(f"--attempt={attempt}")
+    assert ended.value.code == 2
+    assert f"argument --attempt: wants 1, 2, 3 …; it is '{attempt}'\n" in capsys.readouterr().err
     assert vertex.received == []
 
 
@@ -223,6 +251,57 @@ def test_a_followed_run_tells_its_steps_and_ends_as_it_ends(vertex, submit, caps
     with pytest.raises(UserError, match=r"the run failed: step 'vertex-train': row 3 is wrong"):
         submit("--wait", "--poll", "0", event="another")
     assert "✗ vertex-train" in capsys.readouterr().out
+
+
+def test_an_outage_while_a_run_is_followed_is_survived(vertex, submit, monkeypatch):
+    submit()
+    monkeypatch.setattr(api, "PATIENCE", 0.001)  # another call's patience would end at once
+    vertex.fail("pipelineJobs.get", times=5)
+    assert kfp_follow.follow(vertex.calls("pipelineJobs.create")[0].name, 0).state == "SUCCEEDED"
+
+
+@pytest.mark.parametrize(("options", "told"), [((), "the run goes on"), (("--cancel-on-exit",), "the run is cancelled")])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_while_the_run_is_being_started(vertex, submit, monkeypatch, capsys, number, options, told):
+    """The double sends the signal while this process waits for its answer."""
+    carry_out, before = vertex.handle, signal.getsignal(number)
+
+    def handle(asked):
+        if asked.method == "POST" and asked.path.endswith("/pipelineJobs"):
+            os.kill(os.getpid(), number)
+            time.sleep(0.1)
+        return carry_out(asked)
+
+    monkeypatch.setattr(vertex, "handle", handle)
+    with pytest.raises(SystemExit) as ended:
+        submit("--wait", "--poll", "0", *options)
+    assert ended.value.code == 128 + number
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith("started train-and-register-")
+    assert out[1] == f"stopped; {told}"
+    assert len(vertex.calls("pipelineJobs.create")) == 1
+    assert len(vertex.calls("pipelineJobs.cancel")) == len(options)
+    assert signal.getsignal(number) is before
+
+
+def test_stopped_where_no_run_could_be_started(vertex, submit, monkeypatch, capsys):
+    carry_out = vertex.handle
+
+    def handle(asked):
+        vertex.fail("pipelineJobs.create", status=403)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return carry_out(asked)
+
+    monkeypatch.setattr(vertex, "handle", handle)
+    with pytest.raises(SystemExit):
+        submit("--wait", "--cancel-on-exit")
+    assert capsys.readouterr().out == "stopped; no run goes on\n"
+
+
+@pytest.mark.parametrize("code", [400, 404, 409])
+def test_what_has_ended_or_is_not_there_need_not_be_cancelled(vertex, code):
+    vertex.fail("pipelineJobs.cancel", status=code)
+    assert not kfp_follow.cancel_run("projects/my-project/locations/europe-west4/pipelineJobs/x")
 
 
 def test_what_steps_wrote_about_their_outputs_is_seen(vertex, submit):

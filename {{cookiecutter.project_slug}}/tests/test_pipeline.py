@@ -13,7 +13,7 @@ import pytest
 import yaml
 from kfp import dsl
 
-from launcher import kfp_compile, kfp_run
+from launcher import kfp_compile, kfp_run, parameters
 from project import notebooks, runs, status
 from project.errors import UserError
 from project.registry import LocalRegistry
@@ -224,7 +224,7 @@ def test_the_train_step_can_be_exchanged_and_nothing_else_changes(pipeline_proje
 
 
 def test_the_clouds_train_step_gets_the_jobs_and_the_runs_own_name(pipeline_project, tmp_path):
-    images = {name: f"example.com/{name}@sha256:{'0' * 64}" for name in kfp_compile.CLOUD_IMAGES}
+    images = {name: f"example.com/{name}@sha256:{'0' * 64}" for name in parameters.STEP_IMAGES}
     spec = kfp_compile.compile_for_cloud(images, tmp_path / "cloud.yaml")
     given = spec.root.dag.tasks["vertex-train"].inputs
     assert given.parameters["jobs"].component_input_parameter == "jobs"

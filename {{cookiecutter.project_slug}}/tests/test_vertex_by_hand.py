@@ -73,11 +73,11 @@ def test_rows_go_there_and_the_model_comes_here(cloud, monkeypatch, capsys, trai
 
 def test_the_same_rows_are_not_sent_twice(cloud, monkeypatch):
     train(monkeypatch)
-    (address,) = cloud.storage.root.glob("some-bucket/data/train-*.parquet")
+    (address,) = cloud.storage.root.glob("some-bucket/data/*/train.parquet")
     before = address.stat().st_mtime_ns
     shutil.rmtree(runs.runs_folder() / NAME)
     train(monkeypatch)
-    assert list(cloud.storage.root.glob("some-bucket/data/train-*.parquet")) == [address]
+    assert list(cloud.storage.root.glob("some-bucket/data/*/train.parquet")) == [address]
     assert address.stat().st_mtime_ns == before
 
 
@@ -105,7 +105,7 @@ def test_a_dry_run_prints_the_jobs_and_sends_nothing(cloud, monkeypatch, capsys)
     train(monkeypatch, "--dry-run")
     first, second = yaml.safe_load_all(capsys.readouterr().out)
     assert [job["jobSpec"]["scheduling"]["strategy"] for job in (first, second)] == ["SPOT", "STANDARD"]
-    assert first["jobSpec"]["workerPoolSpecs"][0]["containerSpec"]["args"][1].startswith("gs://some-bucket/data/train-")
+    assert first["jobSpec"]["workerPoolSpecs"][0]["containerSpec"]["args"][1].startswith("gs://some-bucket/data/")
     assert cloud.received == []
     assert cloud.storage.received == []
     assert not runs.runs_folder().exists()

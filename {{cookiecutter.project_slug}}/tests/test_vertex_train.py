@@ -15,7 +15,8 @@ from kfp import dsl
 from kfp.dsl import Dataset, Model
 
 from launcher import api, kfp_compile, vertex_step, vertex_train
-from launcher.vertex_train import Jobs, Request, Stop, train
+from launcher.stopping import Stop
+from launcher.vertex_train import Jobs, Request, train
 from project import manifest
 from project.errors import UserError
 from project.settings import project_root
@@ -322,8 +323,35 @@ def test_a_job_that_somebody_cancelled_ends_it_and_a_restart_sends_another(verte
     assert (len(jobs_in(vertex, "CANCELLED")), len(jobs_in(vertex, "SUCCEEDED"))) == (1, 1)
 
 
+def cancel(name):
+    api.client("JobService", "europe-west4").cancel_custom_job(name=name)
+
+
+def test_a_restart_waits_for_the_end_of_a_job_that_is_being_cancelled_and_sends_another(vertex, bucket, capsys):
+    """Both write to the same folder."""
+    service = api.client("JobService", "europe-west4")
+    (message,) = request().messages()
+    first = service.create_custom_job(parent=PLACE, custom_job=message)
+    cancel(first.name)
+    second = train(request(), QUICK)["job"]
+    assert jobs_in(vertex, "CANCELLED") == [first.name]
+    assert jobs_in(vertex, "SUCCEEDED") == [second]
+    assert received(vertex).index("customJobs.get") < len(received(vertex)) - 1 - received(vertex)[::-1].index(
+        "customJobs.create"
+    )
+    assert f"waiting for the end of {first.name}, which is being cancelled" in capsys.readouterr().out
+
+
+def test_a_job_that_is_being_cancelled_does_not_end_a_younger_one_that_runs(vertex, bucket):
+    service = api.client("JobService", "europe-west4")
+    older, younger = (service.create_custom_job(parent=PLACE, custom_job=message) for message in request().messages() * 2)
+    cancel(older.name)
+    assert train(request(), QUICK)["job"] == younger.name
+    assert [call.name for call in vertex.calls("customJobs.cancel")] == [older.name]
+
+
 def test_when_nobody_answers_it_says_what_remains(vertex, bucket, monkeypatch):
-    monkeypatch.setattr(vertex_train, "WATCH", 0.05)
+    monkeypatch.setattr(api, "WATCH", 0.05)
     vertex.fail("customJobs.get", times=10_000)
     with pytest.raises(UserError, match="The job may still run: ") as told:
         train(request(), QUICK)
@@ -434,8 +462,30 @@ def test_a_dry_run_prints_what_would_be_sent_and_sends_nothing(vertex):
 
 
 @pytest.mark.parametrize(
-    ("jobs", "problem"), [("nowhere.json", "No such file"), ("[1]", "JSON list of jobs"), ("{", "JSON list")]
+    ("jobs", "problem"),
+    [
+        ("nowhere.json", "--jobs nowhere.json: cannot be read: No such file"),
+        ("[1]", "--jobs: should be a JSON list of jobs"),
+        ("{", "--jobs: wants JSON, or a file"),
+        ('[{"replicaCount": NaN}]', "--jobs: wants JSON.*NaN is no JSON number"),
+    ],
 )
 def test_jobs_that_cannot_be_read_are_told(jobs, problem):
     with pytest.raises(UserError, match=problem):
         vertex_train.read_jobs(jobs)
+
+
+def test_jobs_are_read_from_a_file_and_from_a_bucket(tmp_path, monkeypatch):
+    monkeypatch.setenv("GCS_MOUNT", str(tmp_path))
+    (tmp_path / "bucket").mkdir()
+    (tmp_path / "bucket" / "jobs.json").write_text(json.dumps(job()))
+    assert vertex_train.read_jobs(str(tmp_path / "bucket" / "jobs.json")) == [job()]
+    assert vertex_train.read_jobs("gs://bucket/jobs.json") == [job()]
+
+
+@pytest.mark.parametrize("label", ["commit", "=a"])
+def test_a_label_without_a_key_or_a_value_is_told_and_nothing_is_sent(vertex, label):
+    done = command("--label", label)
+    assert done.returncode == 2
+    assert done.stderr == f"error: --label {label}: is not KEY=VALUE, such as commit=1a2b3c.\n"
+    assert vertex.received == []

@@ -5,25 +5,22 @@
         …
         vertex.calls("customJobs.create")  # what was received
 
-By hand: python -m rehearsal.vertex --port 8090
+By hand: python -m rehearsal
 """
 
-import argparse
 import itertools
 import re
-import signal
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from rehearsal import wire
 from rehearsal.containers import Containers
 from rehearsal.server import Double, Refused, Request, Response
 from rehearsal.vertex_endpoints import Endpoints
 from rehearsal.vertex_jobs import GOING, CustomJobs, Outcome, PipelineJobs
 from rehearsal.vertex_models import Models
-from rehearsal.wire import PLACE, now, written
+from rehearsal.wire import PLACE, now, place_of, written
 
 TYPES = "type.googleapis.com/google.cloud.aiplatform.v1."
 EMPTY = "type.googleapis.com/google.protobuf.Empty"
@@ -31,13 +28,18 @@ EMPTY = "type.googleapis.com/google.protobuf.Empty"
 
 @dataclass
 class Operation:
-    """Something that takes its time: `apply` carries it out after so many looks, and when `server` is ready."""
+    """Something that takes its time: `apply` carries it out after so many looks, and when `server` is ready.
+
+    Attributes:
+        about: what it makes, for those that must not be begun twice.
+    """
 
     name: str
     metadata: str
     apply: Callable[[], Any]
     looks: int
     server: Any = None
+    about: Any = None
     began: Any = field(default_factory=now)
     result: dict[str, Any] | None = None
 
@@ -57,6 +59,14 @@ class Operation:
             return
         typed = {"@type": EMPTY} if message is None else {"@type": f"{TYPES}{type(message).__name__}", **written(message)}
         self.result = {"response": typed}
+
+    def cancel(self) -> None:
+        """Let it end without having been carried out."""
+        if self.result is not None:
+            return
+        if self.server is not None:
+            self.server.stop()
+        self.result = {"error": {"code": 1, "message": "The operation was cancelled"}}
 
     def written(self) -> dict[str, Any]:
         """As JSON."""
@@ -96,6 +106,8 @@ class Vertex(Double):
         self.routes += [
             ("GET", operation, "operations.get", self._look),
             ("POST", f"{operation}:wait", "operations.wait", self._wait),
+            ("POST", f"{operation}:cancel", "operations.cancel", self._cancel),
+            ("GET", rf"{PLACE}(?P<resource>(?:/\w+/[^/:]+)?)/operations", "operations.list", self._list),
         ]
 
     def __exit__(self, *what: object) -> None:
@@ -133,9 +145,9 @@ class Vertex(Double):
         """A number that nothing has yet."""
         return str(next(self._ids) * 10 ** (digits - 10))
 
-    def operate(self, resource: str, metadata: str, apply: Callable[[], Any], server: Any = None) -> Response:
+    def operate(self, resource: str, metadata: str, apply: Callable[[], Any], server: Any = None, about: Any = None) -> Response:
         """Begin an operation; what fails at once is refused at once."""
-        operation = Operation(f"{resource}/operations/{self.new_id()}", metadata, apply, self.slow_operations, server)
+        operation = Operation(f"{resource}/operations/{self.new_id()}", metadata, apply, self.slow_operations, server, about)
         if self.slow_operations == 0 and server is None:
             message = apply()
             operation.apply = lambda: message
@@ -148,6 +160,10 @@ class Vertex(Double):
         for operation in self.operations.values():
             operation.look()
 
+    def under_way(self, about: Any) -> bool:
+        """Whether an operation that makes this is not done."""
+        return any(operation.about == about for operation in self.operations.values() if operation.result is None)
+
     def _find(self, found: re.Match[str]) -> Operation:
         if found["id"] not in self.operations:
             raise Refused(404, f"The Operation does not exist: {found['id']}")
@@ -158,30 +174,22 @@ class Vertex(Double):
         operation.look()
         return None, Response(operation.written())
 
+    def _cancel(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
+        self._find(found).cancel()
+        return None, Response()
+
+    def _list(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
+        start = int(request.query.get("pageToken") or 0)
+        size = int(request.query.get("pageSize") or wire.PAGE)
+        here = f"{place_of(found)}{found['resource']}/operations/"
+        chosen = [operation for name, operation in self.operations.items() if operation.name == f"{here}{name}"]
+        body: dict[str, Any] = {"operations": [operation.written() for operation in chosen[start : start + size]]}
+        if start + size < len(chosen):
+            body["nextPageToken"] = str(start + size)
+        return None, Response(body)
+
     def _wait(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
         operation = self._find(found)
         operation.looks = 0
         operation.look()
         return None, Response(operation.written())
-
-
-def main() -> None:
-    """Serve until Ctrl-C or SIGTERM; print each call."""
-    parser = argparse.ArgumentParser(prog="python -m rehearsal.vertex", description="A double of Vertex AI on loopback.")
-    parser.add_argument("--port", type=int, default=8090)
-    parser.add_argument("--containers", type=Path, metavar="STORAGE_ROOT", help="really run jobs and models; buckets lie there")
-    parser.add_argument("--storage", default="", metavar="ADDRESS", help="the double of Cloud Storage, for deployed models")
-    arguments = parser.parse_args()
-    containers = Containers(arguments.containers, storage_address=arguments.storage) if arguments.containers else None
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with Vertex(arguments.port, containers) as vertex:
-        vertex.log = lambda line: print(line, flush=True)
-        print(f"export CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM={vertex.address}/", flush=True)
-        try:
-            signal.pause()
-        except KeyboardInterrupt:
-            sys.exit(0)
-
-
-if __name__ == "__main__":
-    main()

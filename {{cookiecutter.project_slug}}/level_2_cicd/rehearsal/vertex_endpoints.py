@@ -171,8 +171,11 @@ class Endpoints:
             return types.DeployModelResponse(deployed_model=deployed)
 
         check()
+        about = (endpoint.name, deployed.id)
+        if self.vertex.under_way(about):
+            raise Refused(409, f"The DeployedModel {deployed.id} is being deployed to {endpoint.name} already")
         server = None if self.vertex.containers is None else self.vertex.containers.start_server(model, deployed)
-        return asked, self.vertex.operate(endpoint.name, "DeployModelOperationMetadata", apply, server)
+        return asked, self.vertex.operate(endpoint.name, "DeployModelOperationMetadata", apply, server, about)
 
     def undeploy(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
         """Take a deployed model away: one without traffic, or the last."""

@@ -14,6 +14,7 @@ from rehearsal.server import Refused, Request, Response
 PLACE = r"/(?:v1|v1beta1|ui)/(?P<parent>projects/(?P<project>[^/:]+)/locations/(?P<region>[^/:]+))"
 SYSTEM = {"alt", "$alt", "key", "fields", "prettyPrint", "quotaUser"}  # every call of Google's takes these
 LABEL_KEY, LABEL_VALUE = r"[a-z][a-z0-9_-]{0,62}", r"[a-z0-9_-]{0,63}"
+PAGE = 100  # items of a list, if nothing is said
 SORTABLE = ("create_time", "update_time", "display_name")
 
 
@@ -116,7 +117,7 @@ def page(messages: Iterable[Any], asked: Any, field: str, lookup: Callable[[Any,
     if asked.page_token and not asked.page_token.isdigit():
         raise Refused(400, f"page_token: {asked.page_token!r} is none of this list's")
     start = int(asked.page_token or 0)
-    end = start + (asked.page_size or 100)
+    end = start + (asked.page_size or PAGE)
     body: dict[str, Any] = {field: [written(message) for message in chosen[start:end]]}
     if end < len(chosen):
         body["nextPageToken"] = str(end)

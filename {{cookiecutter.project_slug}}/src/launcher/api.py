@@ -16,6 +16,7 @@ from project.errors import UserError
 
 DEADLINE = 60.0  # seconds for one call
 PATIENCE = 300.0  # seconds for a call with all its repetitions
+WATCH = 3600.0  # seconds for which what runs there is not given up while nobody answers
 LONGEST_OPERATION = 3600.0  # seconds for a long operation, such as the deployment of a model
 FIRST_WAIT, LONGEST_WAIT = 0.2, 20.0  # seconds between repetitions; each wait is twice the last
 
@@ -77,17 +78,33 @@ def call(method: Callable[..., Any], request: Any, what: str, *, repeatable: boo
         raise explain(error, what) from error
 
 
+def cancel(method: Callable[..., Any], name: str, what: str, patience: float | None = None) -> bool:
+    """Ask for the end of what runs; False if it has ended already, or there is none.
+
+    Raises:
+        ApiError: it was refused, or nobody answers.
+    """
+    try:
+        call(method, {"name": name}, what, patience=patience)
+    except ApiError as error:
+        if error.code not in {400, 404, 409}:
+            raise
+        return False
+    return True
+
+
 def once(find: Callable[[], Found | None], create: Callable[[], Found]) -> Found:
     """Make something that must not be made twice: look whether it is there, make it, and after a lost answer look again.
 
     Raises:
-        ApiError: it was refused, or PATIENCE has ended.
+        ApiError: it was refused, or PATIENCE has ended since it was first attempted; to look may take its time.
     """
-    began, wait = time.monotonic(), FIRST_WAIT
+    began, wait = None, FIRST_WAIT
     while True:
         found = find()
         if found is not None:
             return found
+        began = began or time.monotonic()
         try:
             return create()
         except ApiError as error:
@@ -112,6 +129,40 @@ def finish(operation: Any, what: str) -> Any:
     except Exception as error:
         told = explain(error, what)
         raise ApiError(str(told), told.code, transient=False) from error
+
+
+def going_on(service: Any, name: str) -> list[Any]:
+    """The long operations on a resource that are not done, whoever began them."""
+    found, request = [], {"name": name}
+    while True:
+        try:
+            page = call(service.list_operations, request, "looking for what goes on")
+        except ApiError as error:
+            if error.code == 404:  # there is no such resource yet
+                return []
+            raise
+        found += [operation for operation in page.operations if not operation.done]
+        if not page.next_page_token:
+            return found
+        request = {"name": name, "page_token": page.next_page_token}
+
+
+def outwait(service: Any, name: str, what: str) -> bool:
+    """Wait until all that goes on on a resource has ended, well or not; returns whether anything did.
+
+    What was begun before an answer was lost, or before its process died, comes about all the same.
+
+    Raises:
+        ApiError: it took longer than LONGEST_OPERATION.
+    """
+    operations, began, wait = going_on(service, name), time.monotonic(), FIRST_WAIT
+    for operation in operations:
+        while not call(service.get_operation, {"name": operation.name}, what).done:
+            if time.monotonic() - began > LONGEST_OPERATION:
+                raise ApiError(f"{what} failed: {operation.name} does not end. Type the same again later.", 0, transient=False)
+            time.sleep(wait)
+            wait = min(2 * wait, LONGEST_WAIT)
+    return bool(operations)
 
 
 def is_transient(error: Exception) -> bool:

@@ -302,15 +302,16 @@ def make(container: Container, chosen: settings.Settings, registry: str | None) 
     """
     name, began = image(container, chosen.name), time.monotonic()
     if exists(name):
-        lines = [f"= {container.name:<10} unchanged   {name}"]
+        lines = [f"= {container.name:<12} unchanged   {name}"]
     else:
-        print(f"▶ {container.name:<10} building …  (log: {LOGS / container.name}.log)", flush=True)
+        print(f"▶ {container.name:<12} building …  (log: {LOGS / container.name}.log)", flush=True)
         build(container, name, chosen)
         size = int(docker("image", "inspect", "--format", "{{.Size}}", name)) / 1e6
-        lines = [f"✓ {container.name:<10} {time.monotonic() - began:6.1f} s    {name}  ({size:,.0f} MB)"]
+        lines = [f"✓ {container.name:<12} {time.monotonic() - began:6.1f} s    {name}  ({size:,.0f} MB)"]
     if registry:
+        print(f"▶ {container.name:<12} pushing …  (log: {LOGS / container.name}.push.log)", flush=True)
         name = push(container, name, registry)
-        lines.append(f"↑ {container.name:<10} pushed      {name}")
+        lines.append(f"↑ {container.name:<12} pushed      {name}")
     return lines, name
 
 

@@ -21,19 +21,34 @@ The decision comes before the traffic: the other way round, a crash could leave 
 import argparse
 import json
 import signal
-import sys
 import tempfile
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from launcher.endpoint import Endpoint, deploy_request, share_requests
+from launcher.endpoint import Endpoint, deploy_request, share_requests, tell
 from launcher.vertex_registry import Lease, Serving, VertexRegistry, overtaken, upload_request
 from project import manifest, storage
 from project.errors import UserError, run_command
 from project.registry import LocalRegistry, Overtaken, open_registry
 
 
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM, as Ctrl-C, is an exception: who ends a deployment, also in a pipeline, finds served what was served."""
+    if threading.current_thread() is not threading.main_thread():  # which alone hears signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@interruptible()
 def deploy(
     registry: str,
     model: Path,
@@ -70,6 +85,7 @@ def deploy(
     return _outcome(number, lambda: models.promote(number, reason, replaces))
 
 
+@interruptible()
 def rollback(registry: str, number: int, serving: Mapping[str, Any]) -> dict[str, Any]:
     """Make a version of the cloud's registry the champion again, whatever its scores; returns what `deploy` does.
 
@@ -114,8 +130,8 @@ def _serve(cloud: VertexRegistry, lease: Lease, number: int, reason: str, replac
             lease.check()
             cloud.promote(number, reason, replaces)
             tell(f"version {number} answers, and is the champion")
-    except (UserError, KeyboardInterrupt) as error:
-        _return(cloud, lease, endpoint, str(error) or "Interrupted.")
+    except BaseException as error:
+        _return(cloud, lease, endpoint, str(error) or f"It was ended by {type(error).__name__}.")
         raise
     _settle(cloud, lease, endpoint)
 
@@ -147,20 +163,34 @@ def preview(serving: Serving, model: Path, run: str, address: str | None) -> dic
     Raises:
         UserError: the model is damaged, or in no bucket.
     """
+    request = upload_request(serving, model, run, address)
+    return {"models.upload": request, **preview_of_serving(serving, "VERSION", manifest.example(manifest.read(model)["schema"]))}
+
+
+def preview_of_rollback(number: int, serving: Mapping[str, Any]) -> str:
+    """What a rollback sends, as JSON; nothing is asked, so the rows of the version are not known.
+
+    Raises:
+        UserError: `serving` is wrong.
+    """
+    return shown(preview_of_serving(Serving.parse(serving), str(number), "AN EXAMPLE OF ITS ROWS"))
+
+
+def shown(requests: Mapping[str, Any]) -> str:
+    """Requests as a person reads them."""
+    return json.dumps(requests, indent=2, ensure_ascii=False)
+
+
+def preview_of_serving(serving: Serving, version: str, instance: Any) -> dict[str, Any]:
+    """The same of steps 2 to 5 alone, as in a rollback."""
     endpoint = f"{serving.parent}/endpoints/{serving.endpoint}"
-    traffic = share_requests("VERSION", "CHAMPION", serving.canary_percent)
+    traffic = share_requests(version, "CHAMPION", serving.canary_percent)
     return {
-        "models.upload": upload_request(serving, model, run, address),
-        "endpoints.deployModel": deploy_request(serving, endpoint, "VERSION"),
+        "endpoints.deployModel": deploy_request(serving, endpoint, version),
         "endpoints.patch": {"endpoint": {"name": endpoint, "traffic_split": traffic}, "update_mask": "traffic_split"},
-        "endpoints.predict": {"endpoint": endpoint, "instances": [manifest.example(manifest.read(model)["schema"])]},
-        "models.mergeVersionAliases": {"name": f"{serving.model}@VERSION", "version_aliases": ["champion", "default"]},
+        "endpoints.predict": {"endpoint": endpoint, "instances": [instance]},
+        "models.mergeVersionAliases": {"name": f"{serving.model}@{version}", "version_aliases": ["champion", "default"]},
     }
-
-
-def tell(line: str) -> None:
-    """A line of progress."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -179,16 +209,21 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Command line: the gate is not asked; who types this decides."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # who ends it, as with Ctrl-C, finds served what was served
     arguments = parser().parse_args()
     serving = read_json(arguments.serving, "--serving") if arguments.serving else {}
-    outcome: dict[str, Any] | None
-    if arguments.rollback is not None:
-        outcome = rollback(arguments.registry, arguments.rollback, serving)
-    else:
-        outcome = _deploy(arguments, serving)
+    outcome = _deploy(arguments, serving) if arguments.rollback is None else _rollback(arguments, serving)
     if outcome is not None:
         print(f"version {outcome['version']}" + ("; it is the champion" if outcome["champion"] else f": {outcome['problem']}"))
+
+
+def _rollback(arguments: argparse.Namespace, serving: dict[str, Any]) -> dict[str, Any] | None:
+    """The same for --rollback."""
+    if not arguments.registry.startswith("gs://"):
+        raise UserError(f"--rollback is for the cloud's registry. On this machine: make rollback VERSION={arguments.rollback}")
+    if arguments.dry_run:
+        print(preview_of_rollback(arguments.rollback, serving))
+        return None
+    return rollback(arguments.registry, arguments.rollback, serving)
 
 
 def _deploy(arguments: argparse.Namespace, serving: dict[str, Any]) -> dict[str, Any] | None:
@@ -200,7 +235,7 @@ def _deploy(arguments: argparse.Namespace, serving: dict[str, Any]) -> dict[str,
     with tempfile.TemporaryDirectory() as folder:
         model = storage.fetch(arguments.model_dir, Path(folder))
         if arguments.dry_run:
-            print(json.dumps(preview(Serving.parse(serving), model, arguments.run, address), indent=2, ensure_ascii=False))
+            print(shown(preview(Serving.parse(serving), model, arguments.run, address)))
             return None
         champion = open_registry(arguments.registry).champion_number()
         return deploy(arguments.registry, model, metrics, arguments.run, arguments.reason, champion, serving, address)

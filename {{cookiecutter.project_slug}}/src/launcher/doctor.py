@@ -235,7 +235,12 @@ def act_as(cloud: Cloud) -> str:
         except Refused as refused:
             if refused.status != 404:
                 raise Unchecked(str(refused)) from None
-            mend = enable(["compute.googleapis.com"], where.project) if where.by_hand else "Terraform makes it, at level 2"
+            mend = (
+                enable(["compute.googleapis.com"], where.project)
+                if where.by_hand
+                else f"by hand, name your bucket in cloud.environments.{where.environment}.bucket of {settings.FILE}, and "
+                "Google's own account acts; at level 2 Terraform makes this one"
+            )
             raise Missing(f"{account} is not there", mend) from None
         if lacking:
             mend = (
@@ -256,13 +261,27 @@ def jobs(cloud: Cloud) -> str:
 
 
 def quota(cloud: Cloud) -> str:
-    """The quotas for the first of the jobs; what of them is in use is not known here."""
-    name, where = cloud.chosen.cloud.train.jobs[0], cloud.place
-    page = f"https://console.cloud.google.com/iam-admin/quotas?project={where.project}"
+    """Whether one of the jobs has the quotas that it needs; what of them is in use is not known here."""
+    names = cloud.chosen.cloud.train.jobs
     try:
-        wanted = needed(gpu_jobs.chosen_jobs(cloud.chosen, cloud.root, where, "")[0])
+        resolved = gpu_jobs.chosen_jobs(cloud.chosen, cloud.root, cloud.place, "")
     except UserError:
         raise Unchecked("the jobs of cloud.train.jobs must be right first") from None
+    lacking: list[Missing] = []
+    for name, job in zip(names, resolved, strict=True):
+        try:
+            enough = quota_of(cloud, name, needed(job))
+        except Missing as missing:
+            lacking.append(missing)
+        else:
+            return "; ".join([*map(str, lacking), enough])
+    raise Missing("; ".join(map(str, lacking)), lacking[-1].mend)
+
+
+def quota_of(cloud: Cloud, name: str, wanted: Mapping[str, int]) -> str:
+    """Whether a job has the quotas that it needs."""
+    where = cloud.place
+    page = f"https://console.cloud.google.com/iam-admin/quotas?project={where.project}"
     if not wanted:
         raise Unchecked(f"which quota '{name}' draws on is not known here. See {page}")
     for metric, amount in wanted.items():

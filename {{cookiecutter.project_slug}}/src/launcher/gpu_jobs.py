@@ -175,7 +175,7 @@ def _expense(row: Row) -> tuple[float, str]:
 
 
 LEGEND = f"""
-USD: {machines.AS_OF}, with Vertex AI's share; they may have changed, and differ by region.
+USD: list prices with Vertex AI's share, {machines.AS_OF}; they may have changed, and some are only believed.
 <: less than that, because Spot and Flex-start are cheaper than STANDARD. ≈: Spot, which changes daily. ?: not known here.
 in REGION: whether Google offers the GPU there; whether one is free shows only when a job asks.
 tried: has this file ever run on such a machine? never: its fields are checked, no more."""
@@ -205,6 +205,12 @@ def show(name: str, chosen: Settings, root: Path) -> str:
         )
     elif place.key:
         print(f"# Its key is no part of this file: add --kms-key={place.key}", file=sys.stderr)
+    arguments = f"^;^--train;gs://BUCKET/train.parquet;--hyperparameters;{chosen.train.to_json()}"
+    print(
+        f"# What differs from training to training is not in this file: add --args='{arguments}'\n"
+        "# and the folder that the model goes to, as baseOutputDirectory: {outputUriPrefix: gs://BUCKET/FOLDER}.",
+        file=sys.stderr,
+    )
     return yaml.safe_dump(job, sort_keys=False, width=200)
 
 

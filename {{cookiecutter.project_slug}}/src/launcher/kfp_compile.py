@@ -13,10 +13,10 @@ from google.protobuf import json_format
 from kfp import compiler
 from kfp.pipeline_spec.pipeline_spec_pb2 import PipelineSpec
 
+from launcher.parameters import STEP_IMAGES
 from project.errors import UserError
 from project.settings import project_root
 
-CLOUD_IMAGES = ("train", "deploy", "vertex_train")  # what the cloud's steps run in
 DIGEST = r"[^\s@]+@sha256:[0-9a-f]{64}"
 
 
@@ -55,7 +55,7 @@ def compile_for_cloud(images: Mapping[str, str], path: Path) -> PipelineSpec:
     """
     from launcher import vertex_step
 
-    for name in CLOUD_IMAGES:
+    for name in STEP_IMAGES:
         if not re.fullmatch(DIGEST, images.get(name, "")):
             raise UserError(
                 f"the image of {name}_container is '{images.get(name, '')}': it must be ADDRESS@sha256:… (64 digits). "

@@ -1,13 +1,12 @@
 """A run in the cloud, followed: its steps as they end, its result, and what its gate and its registry said."""
 
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from launcher import api, kfp_template
+from launcher.stopping import stoppable
 from launcher.story import Step, show
 from project.errors import UserError
 
@@ -42,14 +41,14 @@ class Seen:
     facts: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
 
 
-def look(name: str) -> Seen:
-    """Ask for a run by its resource name.
+def look(name: str, patience: float | None = None) -> Seen:
+    """Ask for a run by its resource name; `patience` as in api.call.
 
     Raises:
         ApiError: there is no such run, or nobody answers.
     """
     client = api.client("PipelineService", name.split("/")[3])
-    return read(api.call(client.get_pipeline_job, {"name": name}, "looking at the run"))
+    return read(api.call(client.get_pipeline_job, {"name": name}, "looking at the run", patience=patience))
 
 
 def read(job: Any) -> Seen:
@@ -102,7 +101,7 @@ def follow(name: str, poll: float, tell: Callable[[Step], None] = show, changed:
     """
     told: dict[str, str] = {}
     while True:
-        seen = look(name)
+        seen = look(name, api.WATCH)
         for step in seen.steps:
             if told.get(step.name) != step.state:
                 told[step.name] = step.state
@@ -113,40 +112,43 @@ def follow(name: str, poll: float, tell: Callable[[Step], None] = show, changed:
         time.sleep(poll)
 
 
-def follow_until_stopped(name: str, poll: float, cancel: bool) -> None:
-    """Follow a run, and end as it ends; stopped by a signal, leave it running, or cancel it.
+def start_and_follow(start: Callable[[], Any], name: str, poll: float, cancel: bool) -> None:
+    """Start a run, follow it, and end as it ends; stopped by a signal, leave it running, or cancel it.
+
+    Args:
+        start: starts the run. A signal waits meanwhile: else nobody would know of a run that comes into being a moment later.
 
     Raises:
+        ApiError: the run could not be started, or for long nobody answered.
         UserError: the run failed, or was cancelled.
         SystemExit: this was stopped; the code is 128 + the signal's number.
     """
-
-    def stop(number: int, _: FrameType | None) -> NoReturn:
-        signal.signal(number, signal.SIG_IGN)
-        if cancel:
-            cancel_run(name)
-        print("stopped; the run is cancelled" if cancel else "stopped; the run goes on", flush=True)
-        raise SystemExit(128 + number)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-    seen = follow(name, poll)
+    started = False
+    with stoppable() as stop:
+        try:
+            with stop.held():
+                start()
+                started = True
+            seen = follow(name, poll)
+        except SystemExit:
+            stop.holding = True  # it is ending already
+            if cancel:
+                print("stopped; the run is cancelled" if cancel_run(name) else "stopped; no run goes on", flush=True)
+            else:
+                print("stopped; the run goes on" if started else "stopped before a run was seen to start", flush=True)
+            raise
     require_success(seen)
     print("succeeded", flush=True)
 
 
-def cancel_run(name: str) -> None:
-    """Ask Vertex AI to cancel a run; one that has ended already stays as it is.
+def cancel_run(name: str) -> bool:
+    """Ask Vertex AI to cancel a run; False if it has ended already, or there is none.
 
     Raises:
         ApiError: it was refused, or nobody answers.
     """
     client = api.client("PipelineService", name.split("/")[3])
-    try:
-        api.call(client.cancel_pipeline_job, {"name": name}, "cancelling the run")
-    except api.ApiError as error:
-        if error.code != 400:  # it has ended
-            raise
+    return api.cancel(client.cancel_pipeline_job, name, "cancelling the run")
 
 
 def require_success(seen: Seen) -> None:

@@ -3,7 +3,8 @@
 python -m launcher.kfp_publish --images '{"train": "ADDRESS@sha256:…", …}'          kfp_compile_container runs it
 
 It works in the project's folder. It prints one line of JSON: where the template and its parameters are. Their folder is
-named by their content, so what was published is never changed, and the same again is the same place.
+named by their content, so what was published is never changed, and the same again is the same place. The commit stands
+beside the parameters: each run with them bears it as a label, and each model as its code's version.
 """
 
 import argparse
@@ -18,12 +19,11 @@ from typing import Any
 
 import yaml
 
-from launcher import kfp_template, parameters
+from launcher import command_line, kfp_template, parameters
+from launcher.parameters import IMAGES
 from project import cloud, git, manifest, settings, storage
 from project.cloud import Place
 from project.errors import UserError, run_command
-
-IMAGES = ("train", "deploy", "vertex_train", "predict")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Publication:
     Attributes:
         name: the pipeline's.
         template: the compiled pipeline, as YAML, for the registry; pipeline: the same as JSON, for the bucket.
-        values: its parameters, as JSON.
+        values: its parameters and its labels, as JSON; see kfp_template.read_parameters.
     """
 
     name: str
@@ -47,11 +47,12 @@ class Publication:
         return hashlib.sha256(self.pipeline + b"\n" + self.values).hexdigest()[:16]
 
 
-def make(chosen: settings.Settings, place: Place, images: Mapping[str, str], csv: str) -> Publication:
+def make(chosen: settings.Settings, place: Place, images: Mapping[str, str], csv: str, commit: str) -> Publication:
     """Compile the pipeline, and put its parameters beside it.
 
     Args:
         csv: the rows' gs:// address; empty when only an event will tell it.
+        commit: the code's version; empty: none is known.
 
     Raises:
         UserError: an image is not named by its digest, a job is none, the pipeline has a mistake, or the parameters do not
@@ -71,7 +72,8 @@ def make(chosen: settings.Settings, place: Place, images: Mapping[str, str], csv
         template = path.read_bytes()
     spec = yaml.safe_load(template)
     kfp_template.check_parameters(spec, {"csv": "given by the event", **values, "run": "given at the start"})
-    return Publication(spec["pipelineInfo"]["name"], template, _json(spec), _json(values))
+    document = {"labels": {"commit": commit} if commit else {}, "parameters": values}
+    return Publication(spec["pipelineInfo"]["name"], template, _json(spec), _json(document))
 
 
 def _json(document: Any) -> bytes:
@@ -83,7 +85,7 @@ def publish(made: Publication, place: Place, templates: str, tag: str) -> dict[s
 
     Args:
         templates: the registry's address; empty: there is none (level 1).
-        tag: the code's version.
+        tag: the template's, in the registry.
 
     Returns:
         template: its address, by hash; sha256: that; pipeline, parameters: their gs:// addresses; version: their folder's.
@@ -124,6 +126,21 @@ def registry_tag(version: str) -> str:
     return re.sub(r"[^a-z0-9._-]+", "-", version.lower()).strip("-._")[:128] or "unknown"
 
 
+def version_of_code(given: str, needed: bool) -> str:
+    """The commit that was given, or that git tells, or nothing.
+
+    Raises:
+        UserError: it is needed, and nobody knows it.
+    """
+    commit = given or git.version().removesuffix("unknown")
+    if needed and not commit:
+        raise UserError(
+            "--commit: nobody could tell from which code a published pipeline came, because git knows no commit here. Commit the "
+            "project first, or name one: --commit 1a2b3c."
+        )
+    return commit
+
+
 def write_once(address: str, content: bytes) -> None:
     """Write an object that is there already only if it is the same.
 
@@ -139,12 +156,14 @@ def write_once(address: str, content: bytes) -> None:
 
 
 def read_images(text: str) -> dict[str, str]:
-    """Container → its image, from JSON or a file with JSON.
+    """Container → its image, from JSON or where it is.
 
     Raises:
-        UserError: it is neither.
+        UserError: it is something else.
     """
-    images = kfp_template.read_parameters(text)
+    images = command_line.read_json(text, "--images")
+    if not isinstance(images, dict):
+        raise UserError('--images: wants a JSON object, such as {"train": "ADDRESS@sha256:…"}.')
     wrong = [name for name, image in images.items() if not isinstance(image, str)]
     if wrong:
         raise UserError(f"--images: {', '.join(wrong)}: wants an image's address.")
@@ -166,13 +185,15 @@ def main() -> None:
     parser.add_argument("--environment", help="of project.yaml; otherwise the first one")
     parser.add_argument("--csv", default="", help="the rows' gs:// address; otherwise data.source, or each event tells it")
     parser.add_argument("--templates", help="the template registry's address; otherwise it follows from project.yaml")
-    parser.add_argument("--tag", default="", help="the code's version; otherwise git tells it")
+    parser.add_argument("--commit", default="", help="the code's version, which every run bears; otherwise git tells it")
+    parser.add_argument("--tag", default="", help="of the template in its registry; otherwise the commit")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="also write pipeline.json and parameters.json there")
     parser.add_argument("--dry-run", action="store_true", help="compile and check, print the parameters, publish nothing")
     asked = parser.parse_args()
     chosen = settings.load()
     place = cloud.place(chosen, asked.environment)
-    made = make(chosen, place, read_images(asked.images), rows(chosen, asked.csv))
+    commit = version_of_code(asked.commit, needed=not asked.dry_run)
+    made = make(chosen, place, read_images(asked.images), rows(chosen, asked.csv), commit)
     if asked.output:
         asked.output.mkdir(parents=True, exist_ok=True)
         manifest.write_bytes(asked.output / "pipeline.json", made.pipeline)
@@ -181,7 +202,7 @@ def main() -> None:
         print(made.values.decode(), end="")
         return
     templates = asked.templates if asked.templates is not None else "" if place.by_hand else place.templates
-    print(json.dumps(publish(made, place, templates, asked.tag or git.version())))
+    print(json.dumps(publish(made, place, templates, asked.tag or commit)))
 
 
 if __name__ == "__main__":

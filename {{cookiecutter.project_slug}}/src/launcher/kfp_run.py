@@ -14,15 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from launcher import containers, kfp_compile, kfp_docker, parameters
+from launcher import containers, kfp_compile, kfp_docker, parameters, rows
 from launcher.story import Step, Story, begin, show, summary
 from project import git, notebooks, runs, settings
 from project.errors import UserError, run_command
 from project.manifest import write_json
 from project.registry import LocalRegistry
 from project.runs import Run
-from trainer.csv_file import check_header
-from trainer.data import find_csv
 
 COLOUR = re.compile(r"\x1b\[\d+m")
 STARTED = re.compile(r"INFO - Executing task '([^']+)'")
@@ -36,10 +34,7 @@ def arguments(chosen: settings.Settings, run: Run, registry: Path) -> dict[str, 
     Raises:
         UserError: there is no such file, or no such column.
     """
-    data = chosen.data
-    csv = find_csv(data.source, settings.project_root() / "data").resolve()
-    check_header(csv, data.label, data.ignore, data.categorical)
-    return {**parameters.from_settings(chosen, str(csv), str(registry)), "run": run.name}
+    return {**parameters.from_settings(chosen, str(rows.find(chosen)), str(registry)), "run": run.name}
 
 
 RUNNERS = {"local": "in this environment", "docker": "in containers", "vertex": "in the cloud"}

@@ -3,7 +3,8 @@
 python -m launcher.kfp_submit --template gs://…/pipeline.json --parameters gs://…/parameters.json --event EVENT \\
     --project PROJECT --region REGION --pipeline-root gs://…           kfp_run_container runs it
 
-The run's id is made of the event, so Vertex AI itself refuses a second run of the same event: that is success here too.
+The run's id is made of the event and the pipeline's name, so Vertex AI itself refuses a second run of the same event: that is
+success here too, also when the event comes late, and the pipeline has been published anew meanwhile.
 The request holds the pipeline itself and not only its address: what was checked is what runs, caching can be switched for
 each run, and a template in a bucket is as good as one in a registry. Only the standard library is imported until all is
 checked.
@@ -14,11 +15,12 @@ import gc
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from launcher import kfp_template
+from launcher import command_line, kfp_template
 from project.errors import UserError, run_command
 
 LONGEST_NAME = 90  # of the 128 characters of an id
@@ -49,7 +51,7 @@ class Submission:
         parameters: values for all that it asks for, but `run`: that is the run's id where nobody gives another.
         event: what happened; the same event gives the same id.
         attempt: 2 and more for a deliberate rerun of the same event.
-        name: what the id begins with; the pipeline's own name if empty.
+        name: what the run is called where people look; its id if empty.
         cache: whether a step with inputs that were seen before may be left out.
     """
 
@@ -65,7 +67,7 @@ class Submission:
     @property
     def identity(self) -> str:
         """The run's id: ^[a-z][-a-z0-9]{0,127}$."""
-        name = re.sub(r"[^a-z0-9]+", "-", (self.name or self.spec["pipelineInfo"]["name"]).lower()).strip("-")
+        name = re.sub(r"[^a-z0-9]+", "-", self.spec["pipelineInfo"]["name"].lower()).strip("-")
         name = name if name[:1].isalpha() else f"run-{name}"
         attempt = f"-a{self.attempt}" if self.attempt > 1 else ""
         return f"{name[:LONGEST_NAME]}-{hashlib.sha256(self.event.encode()).hexdigest()[:16]}{attempt}"
@@ -73,10 +75,17 @@ class Submission:
 
 @dataclass(frozen=True)
 class Started:
-    """A run in the cloud: its resource name, and whether this call started it."""
+    """A run in the cloud.
+
+    Attributes:
+        name: its resource name.
+        new: whether this call started it.
+        same: whether it has the template and the parameters that were asked for.
+    """
 
     name: str
     new: bool
+    same: bool = True
 
     @property
     def link(self) -> str:
@@ -96,7 +105,7 @@ def request(asked: Submission, target: Target) -> dict[str, Any]:
         values.setdefault("run", asked.identity)
     kfp_template.check_parameters(asked.spec, values)
     job: dict[str, Any] = {
-        "displayName": asked.identity,
+        "displayName": (asked.name or asked.identity)[:128],
         "pipelineSpec": with_caching(asked.spec, asked.cache),
         "runtimeConfig": {"gcsOutputDirectory": target.root, "parameterValues": values},
         "labels": labels(asked, values),
@@ -134,7 +143,7 @@ def submit(sent: Mapping[str, Any]) -> Started:
 
     Raises:
         ApiError: it was refused, or not answered.
-        UserError: it was started with other parameters or another template; there are no credentials.
+        UserError: there are no credentials.
     """
     from google.cloud.aiplatform_v1 import types
     from google.protobuf import json_format
@@ -153,21 +162,29 @@ def submit(sent: Mapping[str, Any]) -> Started:
     else:
         return Started(name, new=True)
     there = api.call(client.get_pipeline_job, {"name": name}, "looking at the run")
-    if there.labels.get("content") != sent["pipelineJob"]["labels"]["content"]:
-        raise UserError(
-            f"the run of this event was started before, with another template or other parameters: {Started(name, False).link}\n"
-            "       For a deliberate rerun add --attempt 2."
+    return Started(name, new=False, same=there.labels.get("content") == sent["pipelineJob"]["labels"]["content"])
+
+
+def start(sent: Mapping[str, Any]) -> None:
+    """Start the run, and tell in one line what became of it, and its page.
+
+    Raises:
+        UserError: see `submit`.
+    """
+    gc.disable()  # while Google's packages are loaded, which make much that stays: a fifth of the time
+    started = submit(sent)
+    gc.enable()
+    print(f"{'started' if started.new else 'already started'} {started.name.rpartition('/')[2]}: {started.link}", flush=True)
+    if not started.same:
+        print(
+            "note: it was started with another template or other parameters. For a deliberate rerun add --attempt 2.",
+            file=sys.stderr,
+            flush=True,
         )
-    return Started(name, new=False)
-
-
-def tell(started: Started) -> str:
-    """One line: what became of it, and its page."""
-    return f"{'started' if started.new else 'already started'} {started.name.rpartition('/')[2]}: {started.link}"
 
 
 # ── command line ────────────────────────────────────────────────────────────────────────────────────────────────────
-def command_line() -> argparse.ArgumentParser:
+def options() -> argparse.ArgumentParser:
     """What can be asked."""
     parser = argparse.ArgumentParser(prog="python -m launcher.kfp_submit", description="Start a run of a published pipeline.")
     add = parser.add_argument
@@ -176,8 +193,8 @@ def command_line() -> argparse.ArgumentParser:
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="one parameter, over those; hyperparameters.epochs=50")
     add("--event", required=True, help="what happened; the same event never starts two runs")
     add("--attempt", type=_positive, default=1, help="2 and more: run the same event once again")
-    add("--name", default="", help="what the run's id begins with; otherwise the pipeline's name")
-    add("--labels", action="append", default=[], metavar="KEY=VALUE", help="such as commit=…, actor=…")
+    add("--name", default="", help="what the run is called in the console; otherwise its id")
+    add("--labels", action="append", default=[], metavar="KEY=VALUE", help="such as actor=…; over those beside the parameters")
     add("--project", required=True, help="Google Cloud's id of the project")
     add("--region", required=True, help="such as europe-west4")
     add("--pipeline-root", required=True, help="the gs:// folder below which the steps write")
@@ -192,17 +209,9 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
-
-
-def _label(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise UserError(f"--labels {text}: is not KEY=VALUE, such as commit=1a2b3c.")
-    return key, value
+    if not re.fullmatch(r"[1-9]\d{0,5}", text):
+        raise argparse.ArgumentTypeError(f"wants 1, 2, 3 …; it is '{text}'")
+    return int(text)
 
 
 def check(asked: argparse.Namespace) -> None:
@@ -227,25 +236,25 @@ def check(asked: argparse.Namespace) -> None:
 
 def main() -> None:
     """Check, start, and follow if asked to."""
-    asked = command_line().parse_args()
+    asked = options().parse_args()
     check(asked)
-    given = dict(_label(label) for label in asked.labels)
+    given = command_line.pairs(asked.labels, "--labels")
     spec = kfp_template.read(asked.template)
-    values = kfp_template.override(spec, kfp_template.read_parameters(asked.parameters), asked.set)
-    submission = Submission(spec, values, asked.event, asked.template, asked.attempt, asked.name, given, asked.cache)
+    published, own = kfp_template.read_parameters(asked.parameters)
+    values = kfp_template.override(spec, published, asked.set)
+    submission = Submission(spec, values, asked.event, asked.template, asked.attempt, asked.name, own | given, asked.cache)
     target = Target(asked.project, asked.region, asked.pipeline_root, asked.service_account, asked.key)
     sent = request(submission, target)
     if asked.dry_run:
         print(json.dumps(sent, indent=2, ensure_ascii=False))
         return
-    gc.disable()  # while Google's packages are loaded, which make much that stays: a fifth of the time
-    started = submit(sent)
-    gc.enable()
-    print(tell(started), flush=True)
-    if asked.wait:
-        from launcher import kfp_follow
+    if not asked.wait:
+        start(sent)
+        return
+    from launcher import kfp_follow
 
-        kfp_follow.follow_until_stopped(started.name, asked.poll, cancel=asked.cancel_on_exit)
+    name = f"{sent['parent']}/pipelineJobs/{sent['pipelineJobId']}"
+    kfp_follow.start_and_follow(lambda: start(sent), name, asked.poll, cancel=asked.cancel_on_exit)
 
 
 if __name__ == "__main__":

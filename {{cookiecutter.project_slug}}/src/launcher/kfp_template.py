@@ -6,11 +6,10 @@ Only the standard library is imported at the top: a mistake in a parameter is to
 import difflib
 import json
 import math
-import tempfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
+from launcher.command_line import parse, read_json, read_text
 from project.errors import UserError
 
 
@@ -40,7 +39,10 @@ def read(address: str) -> dict[str, Any]:
     Raises:
         UserError: it cannot be had, or is no pipeline.
     """
-    content = read_text(address, "the template")
+    if address.startswith(("https://", "http://")):
+        content = str(ask_registry("GET", address, f"reading the template {address}").text)
+    else:
+        content = read_text(address, "--template")
     try:
         spec = parse(content) if content.lstrip().startswith("{") else _parse_yaml(content)
     except ValueError as error:
@@ -48,27 +50,6 @@ def read(address: str) -> dict[str, Any]:
     if not isinstance(spec, dict) or not {"pipelineInfo", "root", "components", "deploymentSpec"} <= spec.keys():
         raise UserError(f"{address} is no compiled pipeline: launcher.kfp_publish makes one.")
     return spec
-
-
-def read_text(address: str, what: str) -> str:
-    """The text of a file, of an object in a bucket or of a version in a template registry.
-
-    Raises:
-        UserError: it cannot be had.
-    """
-    if address.startswith(("https://", "http://")):
-        return str(ask_registry("GET", address, f"reading {what} {address}").text)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(address)
-        if address.startswith("gs://"):
-            from project import storage
-
-            path = storage.fetch(address, Path(folder))
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"{what} {address} cannot be read: {reason}.") from None
 
 
 def ask_registry(method: str, address: str, what: str, **options: Any) -> Any:
@@ -110,19 +91,6 @@ def ask_registry(method: str, address: str, what: str, **options: Any) -> Any:
         raise api.explain(error, what) from error
 
 
-def parse(text: str) -> Any:
-    """JSON without what only Python knows.
-
-    Raises:
-        ValueError: it is no JSON, or holds NaN or Infinity.
-    """
-
-    def refuse(name: str) -> Any:
-        raise ValueError(f"{name} is no JSON number")
-
-    return json.loads(text, parse_constant=refuse)
-
-
 def _parse_yaml(text: str) -> Any:
     import yaml
 
@@ -153,20 +121,22 @@ def signature(spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return declared
 
 
-def read_parameters(source: str) -> dict[str, Any]:
-    """Parameters from JSON text, or from a file or object that holds it.
+def read_parameters(source: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Parameters, and the labels that every run with them bears.
+
+    Args:
+        source: JSON, or a file or gs:// address with JSON: what launcher.kfp_publish wrote, {"labels": …, "parameters": …},
+            or the parameters alone, which bring no labels.
 
     Raises:
         UserError: it is no JSON object.
     """
-    text = source if source.lstrip().startswith("{") else read_text(source, "the parameters")
-    try:
-        values = parse(text)
-    except ValueError as error:
-        raise UserError(f"the parameters are no JSON: {error}.") from None
-    if not isinstance(values, dict):
-        raise UserError('the parameters are no JSON object such as {"csv": "gs://…"}.')
-    return values
+    document = read_json(source, "--parameters")
+    published = document if isinstance(document, dict) and set(document) == {"labels", "parameters"} else None
+    values, labels = (published["parameters"], published["labels"]) if published else (document, {})
+    if not isinstance(values, dict) or not isinstance(labels, dict):
+        raise UserError('--parameters: wants a JSON object, such as {"csv": "gs://…"}.')
+    return values, {key: str(value) for key, value in labels.items()}
 
 
 def override(spec: Mapping[str, Any], values: Mapping[str, Any], assignments: list[str]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 DRY_RUN=1 prints what would be sent: nothing is built, uploaded or started.
 """
 
-import contextlib
 import json
 import os
 import tempfile
@@ -11,17 +10,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from launcher import containers, kfp_compile, kfp_follow, kfp_submit, kfp_template, parameters, story, vertex_by_hand
+from launcher import containers, kfp_compile, kfp_follow, kfp_submit, kfp_template, parameters, rows, story, vertex_by_hand
 from launcher.kfp_submit import Started, Submission, Target
+from launcher.parameters import IMAGES
 from launcher.story import Story
-from project import cloud, git, manifest, runs, settings, storage
+from project import cloud, git, runs, settings
 from project.cloud import Place
 from project.registry import open_registry
 from project.settings import Settings
-from trainer.csv_file import check_header
-from trainer.data import find_csv
 
-IMAGES = ["train", "deploy", "vertex_train", "predict"]
 POLL = 10.0  # seconds between two looks at a run
 UNKNOWN = f"@sha256:{64 * '0'}"  # stands for a digest: an image has one when it is pushed
 
@@ -43,11 +40,12 @@ def run(chosen: Settings, dry_run: bool) -> None:
         return
     vertex_by_hand.check_image(sent["pipelineJob"]["runtimeConfig"]["parameterValues"]["jobs"])
     told = story.begin(this.name)
-    images = containers.make_all(containers.find(settings.project_root(), IMAGES), chosen, place.images)
+    images = containers.make_all(containers.find(settings.project_root(), list(IMAGES)), chosen, place.images)
     this.start(chosen)
     started = None
     try:
-        upload(csv, place)
+        if not csv.startswith("gs://"):
+            rows.upload(place, Path(csv))
         sent = request(chosen, place, images, rows_address(csv, place), this.name, this.folder)
         told.job = f"{place.parent}/pipelineJobs/{sent['pipelineJobId']}"
         told.write(this.folder)
@@ -79,29 +77,12 @@ def find_rows(chosen: Settings) -> str:
     Raises:
         UserError: there is no such file, or no such column.
     """
-    data = chosen.data
-    if data.source.startswith("gs://"):
-        return data.source
-    csv = find_csv(data.source, settings.project_root() / "data").resolve()
-    check_header(csv, data.label, data.ignore, data.categorical)
-    return str(csv)
+    return chosen.data.source if chosen.data.source.startswith("gs://") else str(rows.find(chosen))
 
 
 def rows_address(csv: str, place: Place) -> str:
-    """Where the rows are for the cloud: a file's place is named by its content, so the same rows are sent once."""
-    return csv if csv.startswith("gs://") else f"{place.data}/{manifest.sha256(Path(csv))[:32]}/{Path(csv).name}"
-
-
-def upload(csv: str, place: Place) -> None:
-    """Send the rows, unless they are in the cloud already.
-
-    Raises:
-        UserError: they cannot be written.
-    """
-    if csv.startswith("gs://"):
-        return
-    with contextlib.suppress(storage.Conflict):  # they are there: the address is made of the content
-        storage.upload(Path(csv), rows_address(csv, place), if_generation_match=0)
+    """Where the rows are for the cloud."""
+    return csv if csv.startswith("gs://") else rows.address(place, Path(csv))
 
 
 def request(chosen: Settings, place: Place, images: dict[str, str], csv: str, name: str, folder: Path) -> dict[str, Any]:
@@ -113,7 +94,7 @@ def request(chosen: Settings, place: Place, images: dict[str, str], csv: str, na
     values = {**parameters.for_cloud(chosen, place, images, csv), "run": name}
     spec = compiled(images, folder)
     labels = {"commit": git.version(), "actor": os.environ.get("USER") or "somebody", "project": chosen.name}
-    asked = Submission(spec, values, event=f"by hand {name}", name=chosen.name, labels=labels)
+    asked = Submission(spec, values, event=f"by hand {name}", name=f"{chosen.name} {name}", labels=labels)
     return kfp_submit.request(
         asked, Target(place.project, place.region, place.pipeline_root, place.account("pipeline"), place.key)
     )

@@ -11,7 +11,7 @@ Something new, or wrong here? Change it here: nothing else knows of machines.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-AS_OF = "list prices of us-central1, as known in November 2026; some are believed, see docs/gpu-jobs.md of the template"
+AS_OF = "us-central1, November 2026"  # some are believed: see docs/gpu-jobs.md of the template
 FEE = 1.15  # Vertex AI takes 15 % more than Compute Engine for a machine in a training job
 
 STANDARD, SPOT, FLEX_START = "STANDARD", "SPOT", "FLEX_START"

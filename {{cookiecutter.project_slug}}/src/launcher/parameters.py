@@ -7,6 +7,9 @@ from typing import Any
 from project.cloud import Place
 from project.settings import Settings, project_root
 
+STEP_IMAGES = ("train", "deploy", "vertex_train")  # what the cloud's steps run in
+IMAGES = (*STEP_IMAGES, "predict")  # and what serves the model
+
 
 def from_settings(
     chosen: Settings,
@@ -56,8 +59,12 @@ def for_cloud(chosen: Settings, place: Place, images: Mapping[str, str], csv: st
     return from_settings(chosen, csv, place.registry, jobs, serving(chosen, place, images["predict"]))
 
 
-def serving(chosen: Settings, place: Place, image: str) -> dict[str, Any]:
-    """The endpoint and its machines, as the pipeline's last step takes them; see launcher.deploy."""
+def serving(chosen: Settings, place: Place, image: str = "") -> dict[str, Any]:
+    """The endpoint and its machines, as the pipeline's last step takes them; see launcher.deploy.
+
+    Args:
+        image: the predictor's; a rollback needs none.
+    """
     serve = chosen.cloud.serve
     return {
         "project": place.project,

@@ -9,21 +9,19 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from launcher import containers, gpu_jobs
+from launcher import containers, gpu_jobs, rows
 from launcher.vertex_train import Request, machine, train
 from project import cloud, git, manifest, notebooks, runs, settings, storage
 from project.cloud import Place
 from project.errors import UserError, run_command
 from project.runs import Run
-from trainer.csv_file import check_header
-from trainer.data import find_csv, prepare
+from trainer.data import prepare
 
 REQUEST = "request.json"  # in the run's folder, before anything is sent
 PLATFORM = "linux/amd64"  # what Vertex AI's machines are
@@ -35,9 +33,7 @@ def prepare_rows(chosen: settings.Settings, train_data: Path, test_data: Path) -
     Raises:
         UserError: see trainer.data.
     """
-    data = chosen.data
-    csv = find_csv(data.source, settings.project_root() / "data")
-    check_header(csv, data.label, data.ignore, data.categorical)
+    data, csv = chosen.data, rows.find(chosen)
     options: dict[str, Any] = {"ignore": data.ignore, "categorical": data.categorical}
     prepare(csv, data.label, train_data, test_data, **options, test_share=data.test_share, split_seed=data.split_seed)
 
@@ -63,25 +59,12 @@ def publish_image(chosen: settings.Settings, where: Place) -> str:
     return containers.make_all(training, chosen, where.images)["train"]
 
 
-def rows_address(where: Place, rows: Path) -> str:
-    """Where the rows go: a name that follows from their content."""
-    return f"{where.data}/train-{manifest.sha256(rows)[:32]}.parquet"
-
-
-def upload_rows(where: Place, rows: Path) -> str:
-    """Send the rows, unless they are there; returns their address."""
-    address = rows_address(where, rows)
-    with suppress(storage.Conflict):  # the same rows are there already
-        storage.upload(rows, address, if_generation_match=0)
-    return address
-
-
-def make_request(chosen: settings.Settings, where: Place, run: str, jobs: Sequence[dict[str, Any]], rows: str) -> Request:
-    """What is asked of Vertex AI; `rows` is the training rows' address."""
+def make_request(chosen: settings.Settings, where: Place, run: str, jobs: Sequence[dict[str, Any]], address: str) -> Request:
+    """What is asked of Vertex AI; `address` is the training rows'."""
     return Request(
         run=f"{where.parent}/runs/{run}",
         jobs=jobs,
-        args=["--train", rows, "--hyperparameters", chosen.train.to_json()],
+        args=["--train", address, "--hyperparameters", chosen.train.to_json()],
         output=f"{where.pipeline_root}/runs/{run}/model",
         labels={"project": chosen.name, "commit": git.version(), "run": run},
         key=where.key,
@@ -103,9 +86,9 @@ def dry_run(chosen: settings.Settings, where: Place, name: str | None) -> str:
     image = containers.image(containers.find(settings.project_root(), ["train"])[0], where.images)
     jobs = find_jobs(chosen, where, name, image)
     with tempfile.TemporaryDirectory() as folder:
-        rows = Path(folder, "train.parquet")
-        prepare_rows(chosen, rows, Path(folder, "test.parquet"))
-        request = make_request(chosen, where, "DRY-RUN", jobs, rows_address(where, rows))
+        train_rows = Path(folder, "train.parquet")
+        prepare_rows(chosen, train_rows, Path(folder, "test.parquet"))
+        request = make_request(chosen, where, "DRY-RUN", jobs, rows.address(where, train_rows))
     request.messages()
     return yaml.safe_dump_all((request.custom_job(number) for number in range(1, len(jobs) + 1)), sort_keys=False, width=200)
 
@@ -119,14 +102,14 @@ def begin(chosen: settings.Settings, where: Place, name: str | None) -> tuple[Ru
     check_image(find_jobs(chosen, where, name, ""))
     notebooks.require_in_step()
     with tempfile.TemporaryDirectory() as folder:
-        rows, test_rows = Path(folder, "train.parquet"), Path(folder, "test.parquet")
-        prepare_rows(chosen, rows, test_rows)
-        address = upload_rows(where, rows)  # a mistake in the data, or of the bucket, is told before an image is built
+        train_rows, test_rows = Path(folder, "train.parquet"), Path(folder, "test.parquet")
+        prepare_rows(chosen, train_rows, test_rows)
+        address = rows.upload(where, train_rows)  # a mistake in the data, or of the bucket, is told before an image is built
         image = publish_image(chosen, where)
         run = runs.new()
         request = make_request(chosen, where, run.name, find_jobs(chosen, where, name, image), address)
         run.start(chosen)
-        shutil.copy(rows, run.train_data)
+        shutil.copy(train_rows, run.train_data)
         shutil.copy(test_rows, run.test_data)
     manifest.write_json(run.folder / REQUEST, asdict(request))
     return run, request

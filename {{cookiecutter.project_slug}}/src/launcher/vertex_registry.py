@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -39,7 +39,7 @@ class Serving:
 
     Attributes:
         endpoint: the endpoint's display name, and the id of the model in Vertex AI's registry.
-        image: the predictor's container, by digest.
+        image: the predictor's container, by digest; needed only to register.
         replicas: fewest and most.
         canary_percent: a new version's share of the requests until it has proved itself.
         service_account, key: empty where a person made everything by hand.
@@ -48,10 +48,10 @@ class Serving:
     project: str
     region: str
     endpoint: str
-    image: str
     machine: str
     replicas: tuple[int, int]
     canary_percent: int
+    image: str = ""
     service_account: str = ""
     key: str = ""
 
@@ -63,7 +63,7 @@ class Serving:
             UserError: names what is missing, unknown or wrong.
         """
         known = cls.__dataclass_fields__
-        missing = [name for name in known if name not in document and name not in {"service_account", "key"}]
+        missing = [name for name, field in known.items() if name not in document and field.default is MISSING]
         unknown = [name for name in document if name not in known]
         if missing or unknown:
             problems = [f"{name} is missing" for name in missing] + [f"there is no {name}" for name in unknown]
@@ -219,24 +219,23 @@ class VertexRegistry(Reader):
             ApiError: Google refused.
         """
         request = upload_request(self.serving, model, run, address)
-        alias = request["model"]["version_aliases"][0]
-        models = api.client("ModelService", self.serving.region)
+        models, what = api.client("ModelService", self.serving.region), "registering the model"
 
-        def find(version: str = f"@{alias}") -> Any:
-            try:
-                return api.call(models.get_model, {"name": self.serving.model + version}, "looking for the model")
-            except api.ApiError as error:
-                if error.code == 404:
-                    return None
-                raise
+        def find() -> int | None:
+            number = self._registered(models, request["model"])
+            if number is None and api.outwait(models, self.serving.model, what):
+                number = self._registered(models, request["model"])
+            return number
 
-        def upload() -> Any:
-            which = {"parent_model": self.serving.model} if find("") else {"model_id": self.serving.endpoint}
-            operation = api.call(models.upload_model, {**request, **which}, "registering the model", repeatable=False)
-            api.finish(operation, "registering the model")
+        def upload() -> int | None:
+            there = self._look_up(models, self.serving.model)
+            which = {"parent_model": self.serving.model} if there else {"model_id": self.serving.endpoint}
+            api.finish(api.call(models.upload_model, {**request, **which}, what, repeatable=False), what)
             return find()
 
-        number = int(api.once(find, upload).version_id)
+        number = api.once(find, upload)
+        if number is None:
+            raise UserError(f"{self.serving.model} was uploaded, and is not to be found yet. Type the same again.")
         self._describe(number, model, metrics, run, request["model"]["artifact_uri"])
         return self.version(number)
 
@@ -296,6 +295,25 @@ class VertexRegistry(Reader):
             raise UserError(f"the registry {self.where} is in the cloud; say how a model is served, with --serving.")
         return self._serving
 
+    def _registered(self, models: Any, model: Mapping[str, Any]) -> int | None:
+        """The number under which a run's model is registered: the lowest, should an answer that was lost have made two."""
+        aliased = self._look_up(models, f"{self.serving.model}@{model['version_aliases'][0]}")
+        if aliased is None:
+            return None
+        own = " AND ".join(f'labels.{name}="{model["labels"][name]}"' for name in ("run", "manifest"))
+        request, what = {"name": self.serving.model, "filter": own}, "looking for the model's versions"
+        found = api.call(lambda **how: list(models.list_model_versions(**how)), request, what)
+        return min(int(version.version_id) for version in [aliased, *found])
+
+    def _look_up(self, models: Any, name: str) -> Any:
+        """A model or its version; None when there is none."""
+        try:
+            return api.call(models.get_model, {"name": name}, "looking for the model")
+        except api.ApiError as error:
+            if error.code == 404:
+                return None
+            raise
+
     def _describe(self, number: int, model: Path, metrics: Mapping[str, float], run: str, address: str) -> None:
         """Write version.json, after which the version is there."""
         held = read(self._file(number))
@@ -338,7 +356,7 @@ def overtaken(number: int, compared: int | None, champion: int | None) -> Overta
     """The challenger was compared with a champion that is none any more."""
     return Overtaken(
         f"it was compared with champion {compared or 'none'}, and meanwhile another run made {champion or 'none'} the champion; "
-        f"to choose it all the same: make rollback VERSION={number}"
+        f"to choose it all the same: make rollback VERSION={number} RUNNER=vertex"
     )
 
 
@@ -346,8 +364,10 @@ def upload_request(serving: Serving, model: Path, run: str, address: str | None 
     """What is sent to register a saved model, but for whether it is the first version.
 
     Raises:
-        UserError: the model is damaged, or in no bucket.
+        UserError: the model is damaged, or in no bucket; nobody said in which image it answers.
     """
+    if not serving.image:
+        raise UserError("serving: image is missing. To register a model, name the predictor's container there, by digest.")
     document = manifest.read(model)
     address = (address or storage.address(model)).rstrip("/")
     if not address.startswith("gs://"):
@@ -355,12 +375,19 @@ def upload_request(serving: Serving, model: Path, run: str, address: str | None 
             f"the model in {model} is in no bucket. Type: gcloud storage cp {model} gs://BUCKET/FOLDER/ --recursive; "
             "then name that address."
         )
-    data, code = document.get("data_sha256", "unknown"), document.get("code_version", "unknown")
+    digest = manifest.sha256(model / manifest.NAME)
+    # A label has at most 63 characters, a hash 64: half of it says enough.
+    labels = {
+        "run": run,
+        "manifest": digest[:32],
+        "data": document.get("data_sha256", "unknown")[:32],
+        "commit": document.get("code_version", "unknown"),
+    }
     return {
         "parent": serving.parent,
         "model": {
             "display_name": serving.endpoint,
-            "version_aliases": [version_alias(run, manifest.sha256(model / manifest.NAME))],
+            "version_aliases": [version_alias(run, digest)],
             "version_description": f"run {run}",
             "artifact_uri": address,
             "container_spec": {
@@ -369,7 +396,7 @@ def upload_request(serving: Serving, model: Path, run: str, address: str | None 
                 "health_route": HEALTH,
                 "ports": [{"container_port": PORT}],
             },
-            "labels": {"run": label(run), "data": label(data), "commit": label(code)},
+            "labels": {name: api.label(value) for name, value in labels.items()},
             **serving.encryption,
         },
     }
@@ -378,11 +405,6 @@ def upload_request(serving: Serving, model: Path, run: str, address: str | None 
 def version_alias(run: str, digest: str) -> str:
     """A version's alias: a run's model has the same one however often it is registered."""
     return f"v-{re.sub('[^a-z0-9]+', '-', run.lower()).strip('-')[:80]}-{digest[:12]}"
-
-
-def label(value: str) -> str:
-    """A label's value as Google allows it: lower case, digits, - and _, at most 63 characters."""
-    return re.sub("[^a-z0-9_-]+", "-", value.lower())[:63]
 
 
 def _line(change: Mapping[str, Any]) -> bytes:

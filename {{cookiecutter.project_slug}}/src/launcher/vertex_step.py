@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from kfp import dsl
 from kfp.dsl import Dataset, Input, Model, Output
+
+from launcher import kfp_step
 
 
 def vertex_train(
@@ -24,4 +25,4 @@ def vertex_train(
 
 def component(image: str) -> Any:
     """The step, in the image of vertex_train_container."""
-    return dsl.component(base_image=image, install_kfp_package=False)(vertex_train)
+    return kfp_step.component(vertex_train, image)

@@ -14,28 +14,26 @@ import hashlib
 import json
 import re
 import shlex
-import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from launcher import api
+from launcher import api, command_line
 from launcher.api import ApiError
+from launcher.stopping import Stop, stoppable
 from project import manifest, storage
 from project.errors import UserError, run_command
 
 FIRST_WAIT, LONGEST_WAIT = 5.0, 60.0  # seconds between looks at a job; each wait is longer than the last
-WATCH = 3600.0  # seconds for which a job is not given up when nobody answers
 LAST_CALLS = 20.0  # seconds for each call that cancels: who sent SIGTERM does not wait for long
-ALIVE = {"QUEUED", "PENDING", "RUNNING", "CANCELLING", "PAUSED", "UPDATING"}
-SUCCEEDED, CANCELLED = "SUCCEEDED", "CANCELLED"
+ALIVE = {"QUEUED", "PENDING", "RUNNING", "PAUSED", "UPDATING"}
+SUCCEEDED, CANCELLING, CANCELLED = "SUCCEEDED", "CANCELLING", "CANCELLED"
 OUT_OF_RESOURCES = 8  # google.rpc.Code.RESOURCE_EXHAUSTED
 
 
@@ -146,44 +144,6 @@ def machine(spec: Mapping[str, Any]) -> str:
     return f"{words}{f', {nodes} of them' if nodes > 1 else ''}{f', {strategy}' if strategy else ''}"
 
 
-# ── stopping ────────────────────────────────────────────────────────────────────────────────────────────────────────
-class Stop:
-    """SIGTERM and Ctrl-C end the program with 143 or 130; while `held`, afterwards."""
-
-    def __init__(self) -> None:
-        self.code = 0
-        self.holding = False
-
-    def __call__(self, number: int, _: object) -> None:
-        """The signals' handler."""
-        self.code = 128 + number
-        if not self.holding:
-            raise SystemExit(self.code)
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """What must not be interrupted."""
-        self.holding = True
-        try:
-            yield
-        finally:
-            self.holding = False
-            if self.code:
-                raise SystemExit(self.code)
-
-
-@contextmanager
-def stoppable() -> Iterator[Stop]:
-    """Catch the signals, and give them back."""
-    stop = Stop()
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 # ── a request's jobs ────────────────────────────────────────────────────────────────────────────────────────────────
 def state(job: Any) -> str:
     """SUCCEEDED for JOB_STATE_SUCCEEDED."""
@@ -212,12 +172,28 @@ class Jobs:
         )
         return sorted((job for job in found if state(job) != CANCELLED), key=age)
 
-    def find(self, attempt: int) -> Any | None:
-        """The job that counts: the oldest that lives or has succeeded, or else the one of this or a later attempt that failed."""
-        found = self.all()
-        good = [job for job in found if state(job) in ALIVE or state(job) == SUCCEEDED]
-        failed = [job for job in found if attempt_of(job) >= attempt]
-        return good[0] if good else max(failed, key=attempt_of, default=None)
+    def find(self, attempt: int, waits: tuple[float, float]) -> Any | None:
+        """The job that counts: the oldest that lives or has succeeded, or else the one of this or a later attempt that failed.
+
+        Where there is only one that is being cancelled, its end is waited for: until then it may write where the next one does.
+        """
+        while True:
+            found = self.all()
+            good = [job for job in found if state(job) in ALIVE or state(job) == SUCCEEDED]
+            ending = [job for job in found if state(job) == CANCELLING]
+            if good or not ending:
+                failed = [job for job in found if attempt_of(job) >= attempt]
+                return good[0] if good else max(failed, key=attempt_of, default=None)
+            self.outlast(ending[0], waits)
+
+    def outlast(self, job: Any, waits: tuple[float, float]) -> None:
+        """Wait until a job that is being cancelled has ended."""
+        print(f"waiting for the end of {job.name}, which is being cancelled", flush=True)
+        wait = waits[0]
+        while state(job) == CANCELLING:
+            time.sleep(wait)
+            wait = min(1.5 * wait, waits[1])
+            job = self.get(job.name)
 
     def send(self, attempt: int) -> Any:
         """Start a job."""
@@ -229,11 +205,11 @@ class Jobs:
 
     def get(self, name: str) -> Any:
         """A job as it is now; waits long for an answer."""
-        return api.call(self.service.get_custom_job, {"name": name}, "watching the job", patience=WATCH)
+        return api.call(self.service.get_custom_job, {"name": name}, "watching the job", patience=api.WATCH)
 
     def keep_oldest(self, job: Any) -> Any:
         """The job to follow: this one, unless an older one of the request lives. All others are cancelled."""
-        known = {job.name: job, **{other.name: other for other in self.all(WATCH)}}
+        known = {job.name: job, **{other.name: other for other in self.all(api.WATCH)}}
         alive = sorted((other for other in known.values() if state(other) in ALIVE), key=age)
         succeeded = [other for other in known.values() if state(other) == SUCCEEDED]
         kept: Any = (succeeded or alive or [job])[0]
@@ -245,13 +221,7 @@ class Jobs:
 
     def cancel(self, name: str, patience: float | None = None) -> bool:
         """Ask for a job's end; False if it has ended already."""
-        try:
-            api.call(self.service.cancel_custom_job, {"name": name}, "cancelling the job", patience=patience)
-        except ApiError as error:
-            if error.code not in {400, 404, 409}:
-                raise
-            return False
-        return True
+        return api.cancel(self.service.cancel_custom_job, name, "cancelling the job", patience)
 
     def cancel_all(self) -> None:
         """Cancel what lives; if that fails, say what remains."""
@@ -347,7 +317,7 @@ def first_with_a_machine(jobs: Jobs, waits: tuple[float, float]) -> Any:
     attempt, count = 1, len(jobs.messages)
     while True:
         try:
-            job = find_or_send(jobs, attempt)
+            job = find_or_send(jobs, attempt, waits)
             attempt = attempt_of(job)
             job = follow(jobs, job, waits)
             if not lacked_machine(job):
@@ -367,10 +337,10 @@ def first_with_a_machine(jobs: Jobs, waits: tuple[float, float]) -> Any:
         attempt += 1
 
 
-def find_or_send(jobs: Jobs, attempt: int) -> Any:
+def find_or_send(jobs: Jobs, attempt: int, waits: tuple[float, float]) -> Any:
     """The job of this attempt, or of a later one that an earlier process has reached; sent only if there is none."""
     try:
-        job = api.once(lambda: jobs.find(attempt), lambda: jobs.send(attempt))
+        job = api.once(lambda: jobs.find(attempt, waits), lambda: jobs.send(attempt))
     except ApiError as error:
         if not error.transient or error.code == 429:
             raise
@@ -398,7 +368,7 @@ def follow(jobs: Jobs, job: Any, waits: tuple[float, float]) -> Any:
                 if (kept := jobs.keep_oldest(job)).name != job.name:
                     job = kept
                     continue
-            if state(job) not in ALIVE:
+            if state(job) not in {*ALIVE, CANCELLING}:
                 return job
             time.sleep(wait)
             wait = min(1.5 * wait, waits[1])
@@ -429,15 +399,12 @@ def verify(output: str, job: str) -> None:
 
 
 def read_jobs(text: str) -> list[dict[str, Any]]:
-    """Resolved jobs, from JSON or a file of it: one, or a list.
+    """Resolved jobs, from JSON or where it is: one, or a list.
 
     Raises:
         UserError: it is neither.
     """
-    try:
-        found = json.loads(text if text.lstrip()[:1] in {"[", "{"} else Path(text).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--jobs: should be a JSON list of jobs, or a file of it: {error}.") from None
+    found = command_line.read_json(text, "--jobs")
     found = [found] if isinstance(found, dict) else found
     if not isinstance(found, list) or not all(isinstance(job, dict) for job in found):
         raise UserError("--jobs: should be a JSON list of jobs, as `make gpu-job JOB=…` prints them.")
@@ -450,14 +417,14 @@ def main() -> None:
         prog="python -m launcher.vertex_train", description="Train on a machine that Vertex AI rents out for it."
     )
     parser.add_argument("--run", required=True, help="whose training it is: projects/P/locations/R/pipelineJobs/ID or …/runs/ID")
-    parser.add_argument("--jobs", required=True, help="resolved jobs as JSON, or a file of it; tried in order")
+    parser.add_argument("--jobs", required=True, help="resolved jobs as JSON, or a file or gs:// address of it; tried in order")
     parser.add_argument("--output", required=True, help="gs://BUCKET/…/model, where the saved model goes")
     parser.add_argument("--label", action="append", default=[], metavar="KEY=VALUE", help="for the job; may be repeated")
     parser.add_argument("--key", default="", help="the Cloud KMS key that encrypts what the job writes to its disk")
     parser.add_argument("--dry-run", action="store_true", help="print what would be sent, and send nothing")
     parser.add_argument("args", nargs="*", metavar="ARGUMENT", help="after --: what trainer.train is told")
     given = parser.parse_args()
-    labels = dict(label.partition("=")[::2] for label in given.label)
+    labels = command_line.pairs(given.label, "--label")
     request = Request(given.run, read_jobs(given.jobs), given.args, given.output, labels, given.key)
     if given.dry_run:
         request.messages()

@@ -17,6 +17,8 @@ import urllib3
 from project.errors import UserError
 
 NAME = r"projects/[^/]+/locations/(?P<region>[a-z0-9-]+)/endpoints/[^/:?#]+"
+# Whom the credentials are shown: Google's API, and the servers that endpoints have of their own.
+TRUSTED = r"https://([a-z0-9-]+-aiplatform\.googleapis\.com|[a-z0-9.-]+\.prediction\.vertexai\.goog)"
 SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 LOGIN = "Type: gcloud auth application-default login"
 # The HTTP status of Google's own refusals → what a person can do.
@@ -31,12 +33,20 @@ def parse(text: str) -> tuple[str, str] | None:
     """The server's address and the path of an endpoint's predictions; None where it is no endpoint's name.
 
     It may stand after an address, because an endpoint may have a server of its own ("dedicated").
+
+    Raises:
+        UserError: the server is not Google's.
     """
     found = re.fullmatch(rf"(?:(?P<server>https?://[^/]+)/v1/)?(?P<name>{NAME})", text.strip("/"))
     if not found:
         return None
     override = os.environ.get("CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM", "").rstrip("/")
     server = found["server"] or override or f"https://{found['region']}-aiplatform.googleapis.com"
+    if not override and not re.fullmatch(TRUSTED, server):
+        raise UserError(
+            f"--endpoint names the server {server}, and your credentials are for Google's alone: "
+            "REGION-aiplatform.googleapis.com, or ….prediction.vertexai.goog, over https."
+        )
     return server, f"/v1/{found['name']}:rawPredict"
 
 

@@ -267,7 +267,8 @@ def decide(scores: Mapping[str, Any], metric: str, threshold: float, margin: flo
     reached = f"{metric} {value:.4f} reaches the threshold {threshold:.4f}"
     if scores.get("champion_predicts"):
         other_question = f"champion {number} predicts '{scores['champion_predicts']}', another column, for those who ask it"
-        return Decision(False, f"{reached}, but {other_question}; to begin anew, move the folder registry/ away")
+        anew = "to begin anew, move the registry away: here the folder registry/, in the cloud that in the bucket"
+        return Decision(False, f"{reached}, but {other_question}; {anew}")
     if scores["champion_problem"]:
         return Decision(True, f"{reached}; champion {number} cannot be compared: {scores['champion_problem']}")
     if scores["champion"] is None:

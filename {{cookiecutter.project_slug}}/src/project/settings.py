@@ -4,7 +4,7 @@ import difflib
 import os
 import shlex
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -209,6 +209,15 @@ def _override(document: dict[str, Any], overrides: str) -> None:
             raise UserError(f"SET: the value of '{assignment}' is not valid YAML. {hint}") from None
 
 
+# What a key must be, where a pattern would say it less well.
+MEANT = {
+    "project": "should be a project's id, such as my-project-123: not its name, and not its number",
+    "bucket": "should be a bucket's name alone, without gs://",
+    "registry": "should be an address such as localhost:5000/demo, without https://",
+    "base_images": "should be an address such as mirror.example.com/docker, without https://",
+}
+
+
 def _explain(detail: Any) -> str:
     path = ".".join(str(part) for part in detail["loc"])
     if detail["type"] in UNKNOWN_KEY:
@@ -219,6 +228,10 @@ def _explain(detail: Any) -> str:
     rule = detail["msg"].removeprefix("Value error, ").replace("Input should", "should")
     if detail["type"] == "value_error":
         return f"{path}.{rule}." if path else f"{rule}."
+    if detail["type"] == "string_pattern_mismatch":
+        rule = MEANT.get(path.rpartition(".")[2], rule)
+    if detail["type"] == "tuple_type":
+        rule = "should be a list, such as [a, b]"
     quote = "; write it in quotes" if detail["type"] == "string_type" else ""
     return f"{path}: {rule} (it is {detail['input']!r}{quote})."
 
@@ -227,6 +240,9 @@ def _keys(location: tuple[Any, ...]) -> list[str]:
     """The keys that the block at this path may have."""
     block: Any = Settings
     for part in location:
+        if get_origin(block) is dict:  # environments: the part is a name of the user's
+            block = get_args(block)[1]
+            continue
         field = getattr(block, "model_fields", {}).get(part)
         block = field.annotation if field else None
     return list(getattr(block, "model_fields", None) or getattr(block, "__dataclass_fields__", {}))

@@ -3,29 +3,37 @@
 python -m project.status                   the champion, and the last runs
 python -m project.status --run ID          one run's story; ID may be that of a run in the cloud
 python -m project.status --rollback N      make version N the champion again
+
+With RUNNER=vertex, of the cloud's registry.
 """
 
 import argparse
+import os
 from typing import Any
 
 from project import cloud, runs, settings
 from project.errors import UserError, run_command
-from project.registry import LocalRegistry, Version
+from project.registry import LocalRegistry, Reader, Version, open_registry
 
 LAST_RUNS = 8
 
 
-def overview(registry: LocalRegistry) -> str:
+def overview(registry: Reader) -> str:
     """The champion and why it is; the versions; the last runs of the pipeline."""
     champion, lost = _champion(registry)
     change, lines = registry.last_change(), []
+    more = " RUNNER=vertex" if in_cloud() else ""
     if lost:
-        lines.append(f"The champion is lost: {lost} Choose another: make rollback VERSION=N")
+        lines.append(f"The champion is lost: {lost} Choose another: make rollback VERSION=N{more}")
     elif champion is None or change is None:
-        lines.append("Champion: none yet. `make level1` trains a model and registers it if it is good enough.")
+        lines.append(f"Champion: none yet. `make level1{more}` trains a model and registers it if it is good enough.")
     else:
         lines.append(f"Champion: version {champion.number}, since {change['time']}, because {change['reason']}.")
-        lines.append("`make serve` serves it; a running server takes it by itself.")
+        lines.append(
+            f"The endpoint serves it; it is kept in {registry.where}."
+            if in_cloud()
+            else "`make serve` serves it; a running server takes it by itself."
+        )
     versions = registry.versions()
     if versions:
         lines.append("\nversion  accuracy  macro F1  run                    created")
@@ -37,11 +45,11 @@ def overview(registry: LocalRegistry) -> str:
     if stories:
         lines.append("\nrun                    state      gate")
         lines += [f"{story['run']:<21}  {story['state']:<9}  {_gate(story)}" for story in stories[-LAST_RUNS:][::-1]]
-        lines.append("\nOne run's story: make status RUN=ID · another champion: make rollback VERSION=N")
+        lines.append(f"\nOne run's story: make status RUN=ID · another champion: make rollback VERSION=N{more}")
     return "\n".join(lines)
 
 
-def story(run: runs.Run, registry: LocalRegistry) -> str:
+def story(run: runs.Run, registry: Reader) -> str:
     """Event → run → steps → gate and reason → version → the champion."""
     told = _told(run)
     lines = [f"event    {told['event']}, {told['started']}", f"run      {told['run']}: {told['state']}"]
@@ -85,7 +93,7 @@ def _told(run: runs.Run) -> dict[str, Any]:
     return kfp_vertex.story_of(run.name)
 
 
-def _champion(registry: LocalRegistry) -> tuple[Version | None, str]:
+def _champion(registry: Reader) -> tuple[Version | None, str]:
     """The champion, or why it is not to be had."""
     try:
         return registry.champion(), ""
@@ -108,19 +116,44 @@ def rollback(registry: LocalRegistry, number: int) -> str:
     return f"Version {number} is the champion. A running server takes it within a second."
 
 
+def in_cloud() -> bool:
+    """Whether the cloud's registry is meant: the RUNNER variable says so."""
+    return os.environ.get("RUNNER") == "vertex"
+
+
+def rollback_in_cloud(number: int) -> str:
+    """The same in the cloud, where a version must answer before it gets all requests; DRY_RUN=1 shows what would be sent.
+
+    Raises:
+        UserError: there is no such version, or it does not answer.
+    """
+    from launcher import deploy, parameters
+
+    chosen = settings.load()
+    place = cloud.place(chosen)
+    serving = parameters.serving(chosen, place)
+    if os.environ.get("DRY_RUN"):
+        return deploy.preview_of_rollback(number, serving)
+    outcome = deploy.rollback(place.registry, number, serving)
+    if outcome["problem"]:
+        raise UserError(outcome["problem"])
+    return f"Version {number} is the champion, and gets all requests of endpoint {place.name}."
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m project.status", description=__doc__.splitlines()[0])
     parser.add_argument("--run", help="a run's id")
     parser.add_argument("--rollback", metavar="VERSION", help="the version to serve again")
     asked = parser.parse_args()
-    registry = LocalRegistry(runs.registry_folder())
     if asked.rollback is not None:
         if not asked.rollback.isdecimal():
             raise UserError(f"VERSION={asked.rollback!r} is not a version's number. `make status` lists them.")
-        print(rollback(registry, int(asked.rollback)))
-    else:
-        print(story(runs.Run(runs.runs_folder() / asked.run), registry) if asked.run else overview(registry))
+        number = int(asked.rollback)
+        print(rollback_in_cloud(number) if in_cloud() else rollback(LocalRegistry(runs.registry_folder()), number))
+        return
+    registry = open_registry(cloud.place(settings.load()).registry) if in_cloud() else LocalRegistry(runs.registry_folder())
+    print(story(runs.Run(runs.runs_folder() / asked.run), registry) if asked.run else overview(registry))
 
 
 if __name__ == "__main__":

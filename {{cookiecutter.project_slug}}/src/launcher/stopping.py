@@ -1,0 +1,42 @@
+"""SIGTERM and Ctrl-C: a program that watches something in the cloud ends in an orderly way, and says what goes on."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Stop:
+    """SIGTERM and Ctrl-C end the program with 143 or 130; while `held`, afterwards."""
+
+    def __init__(self) -> None:
+        self.code = 0
+        self.holding = False
+
+    def __call__(self, number: int, _: object) -> None:
+        """The signals' handler."""
+        self.code = 128 + number
+        if not self.holding:
+            raise SystemExit(self.code)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """What must not be interrupted."""
+        self.holding = True
+        try:
+            yield
+        finally:
+            self.holding = False
+            if self.code:
+                raise SystemExit(self.code)
+
+
+@contextmanager
+def stoppable() -> Iterator[Stop]:
+    """Catch the signals, and give them back."""
+    stop = Stop()
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
