@@ -4,13 +4,19 @@ ENVIRONMENT chooses among cloud.environments; without it, the first one is meant
 """
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import get_args
 
 from project.errors import UserError
-from project.settings import FILE, Settings
+from project.settings import FILE, Actor, Environment, Root, Settings
 
 # Who acts, each with a service account of its own: NAME-ACTOR@PROJECT.iam.gserviceaccount.com, made by Terraform.
-ACTORS = ("trainer", "pipeline", "build", "infra", "function", "trigger", "deployer", "predictor", "ingestion")
+ACTORS: tuple[str, ...] = get_args(Actor)
+# Pub/Sub's topics: requests for a run; what happens to files below `incoming`; what nobody could deliver.
+TOPICS = ("requests", "data", "dead-letters")
+# Three roots, each a bucket with this behind PROJECT-NAME: 61 characters at most, and Google allows 63.
+BUCKETS: dict[Root, str] = {"pipeline_root": "pipelines", "storage": "storage", "data": "data"}
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,8 @@ class Place:
         images: the repository of images; templates: the one of compiled pipelines, an https:// address.
         key: the Cloud KMS key for Vertex AI; empty where Google's own keys are used.
         by_hand: made by a person with one bucket (level 1): there are no service accounts and no keys of its own.
+        promote_from: the environment whose images are run here; empty: they are built here.
+        accounts: those service accounts that were there before, by actor.
     """
 
     environment: str
@@ -37,6 +45,8 @@ class Place:
     templates: str
     key: str
     by_hand: bool
+    promote_from: str = ""
+    accounts: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def parent(self) -> str:
@@ -48,6 +58,31 @@ class Place:
         """The model registry's address, as `project.registry.open_registry` takes it."""
         return f"{self.storage}/registry"
 
+    @property
+    def incoming(self) -> str:
+        """The folder whose new files start a run; rows that a run brings itself lie beside it."""
+        return f"{self.data}/incoming"
+
+    @property
+    def builds(self) -> str:
+        """The folder of what builds leave: the sources that they were sent, and the images' digests."""
+        return f"{self.storage}/builds"
+
+    @property
+    def terraform_state(self) -> str:
+        """The bucket of Terraform's state, one for each environment."""
+        return f"{self.project}-{self.name}-terraform"
+
+    def topic(self, kind: str) -> str:
+        """A topic of Pub/Sub: projects/PROJECT/topics/NAME-requests.
+
+        Raises:
+            KeyError: there is no such topic.
+        """
+        if kind not in TOPICS:
+            raise KeyError(kind)
+        return f"projects/{self.project}/topics/{self.name}-{kind}"
+
     def account(self, actor: str) -> str:
         """The service account of an actor; empty by hand, where Google's default one acts.
 
@@ -56,7 +91,9 @@ class Place:
         """
         if actor not in ACTORS:
             raise KeyError(actor)
-        return "" if self.by_hand else f"{self.name}-{actor}@{self.project}.iam.gserviceaccount.com"
+        if self.by_hand:
+            return ""
+        return self.accounts.get(actor) or f"{self.name}-{actor}@{self.project}.iam.gserviceaccount.com"
 
 
 def names_a_project(chosen: Settings) -> bool:
@@ -80,21 +117,32 @@ def place(chosen: Settings, environment: str | None = None) -> Place:
             f"cloud.environments.{name}.project in {FILE} is empty. Write the id of your Google Cloud project there; "
             "`gcloud projects list` shows those that you have."
         )
-    own = f"gs://{where.project}-{chosen.name}"
+    if where.bucket:
+        roots = {str(root): f"gs://{where.bucket}/{root.replace('_', '-')}" for root in BUCKETS}
+    else:
+        own = f"{where.project}-{chosen.name}"
+        roots = {root: f"gs://{where.existing.buckets.get(root) or f'{own}-{suffix}'}" for root, suffix in BUCKETS.items()}
     return Place(
         environment=name,
         name=chosen.name,
         project=where.project,
         region=cloud.region,
-        pipeline_root=f"gs://{where.bucket}/pipeline-root" if where.bucket else f"{own}-pipeline-root",
-        storage=f"gs://{where.bucket}/storage" if where.bucket else f"{own}-storage",
-        data=f"gs://{where.bucket}/data" if where.bucket else f"{own}-data",
-        images=chosen.containers.registry or f"{cloud.region}-docker.pkg.dev/{where.project}/{chosen.name}",
+        **roots,
+        images=chosen.containers.registry or _images(chosen, where),
         templates=f"https://{cloud.region}-kfp.pkg.dev/{where.project}/{chosen.name}-templates",
-        key=_key(where.project, chosen) if cloud.encryption == "customer-managed" and not where.bucket else "",
+        key=_key(chosen, where) if cloud.encryption == "customer-managed" and not where.bucket else "",
         by_hand=bool(where.bucket),
+        promote_from=where.promote_from,
+        accounts={str(actor): address for actor, address in where.existing.accounts.items()},
     )
 
 
-def _key(project: str, chosen: Settings) -> str:
-    return f"projects/{project}/locations/{chosen.cloud.region}/keyRings/{chosen.name}/cryptoKeys/vertex"
+def _images(chosen: Settings, where: Environment) -> str:
+    own = f"projects/{where.project}/locations/{chosen.cloud.region}/repositories/{chosen.name}"
+    _, project, _, region, _, name = (where.existing.images or own).split("/")
+    return f"{region}-docker.pkg.dev/{project}/{name}"
+
+
+def _key(chosen: Settings, where: Environment) -> str:
+    ring = where.existing.key_ring or f"projects/{where.project}/locations/{chosen.cloud.region}/keyRings/{chosen.name}"
+    return where.existing.keys.get("vertex") or f"{ring}/cryptoKeys/vertex"

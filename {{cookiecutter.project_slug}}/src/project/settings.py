@@ -80,16 +80,96 @@ class Mirrors(Block):
     certificates: str = ""
 
 
+PROJECT_ID = r"[a-z][a-z0-9-]{4,28}[a-z0-9]"
+BUCKET = r"[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]"
+ACCOUNT = r"[a-z0-9][a-z0-9-]*@[a-z0-9.-]+\.gserviceaccount\.com"
+IN_REGION = r"projects/[^/]+/locations/[^/]+"
+
+# Who acts, each with a service account of its own.
+Actor = Literal["trainer", "pipeline", "build", "infra", "function", "trigger", "deployer", "predictor", "ingestion"]
+# What the three buckets are for.
+Root = Literal["pipeline_root", "storage", "data"]
+# What customer-managed keys are for, one each.
+KeyUse = Literal["storage", "registry", "vertex", "pubsub", "run", "secrets", "airflow"]
+
+
+class Existing(Block):
+    """What is there already, and is used where Terraform would make its own: ids as Google's APIs write them.
+
+    Attributes:
+        network, subnetwork: of the private mode; build_pool: a private pool of Cloud Build.
+        key_ring, keys: of customer-managed encryption; who may use such a key is its owner's business.
+        images: a repository of images; buckets: names without gs://; accounts: e-mail addresses.
+    """
+
+    network: Annotated[str, Field(pattern=r"^(projects/[^/]+/global/networks/[^/]+)?$")] = ""
+    subnetwork: Annotated[str, Field(pattern=r"^(projects/[^/]+/regions/[^/]+/subnetworks/[^/]+)?$")] = ""
+    build_pool: Annotated[str, Field(pattern=rf"^({IN_REGION}/workerPools/[^/]+)?$")] = ""
+    key_ring: Annotated[str, Field(pattern=rf"^({IN_REGION}/keyRings/[^/]+)?$")] = ""
+    keys: dict[KeyUse, Annotated[str, Field(pattern=rf"^{IN_REGION}/keyRings/[^/]+/cryptoKeys/[^/]+$")]] = Field(
+        default_factory=dict
+    )
+    images: Annotated[str, Field(pattern=rf"^({IN_REGION}/repositories/[^/]+)?$")] = ""
+    buckets: dict[Root, Annotated[str, Field(pattern=rf"^{BUCKET}$")]] = Field(default_factory=dict)
+    accounts: dict[Actor, Annotated[str, Field(pattern=rf"^{ACCOUNT}$")]] = Field(default_factory=dict)
+
+
 class Environment(Block):
     """One Google Cloud project.
 
     Attributes:
         project: its id; empty until you go there.
-        bucket: one bucket for everything, made by hand (level 1); empty: the three that Terraform makes (level 2).
+        bucket: one bucket for everything, made by hand (level 1); empty: those that Terraform makes (level 2).
+        promote_from: the environment whose images are run here, and approval is wanted; empty: images are built here.
+        existing: what is there already, and is used instead of being made.
     """
 
-    project: Annotated[str, Field(pattern=r"^([a-z][a-z0-9-]{4,28}[a-z0-9])?$")]
-    bucket: Annotated[str, Field(pattern=r"^([a-z0-9][a-z0-9._-]{1,61}[a-z0-9])?$")] = ""
+    project: Annotated[str, Field(pattern=rf"^({PROJECT_ID})?$")]
+    bucket: Annotated[str, Field(pattern=rf"^({BUCKET})?$")] = ""
+    promote_from: str = ""
+    existing: Existing = Existing()
+
+
+class Repository(Block):
+    """Where the code is kept: whose pushes may start a build.
+
+    Attributes:
+        name: OWNER/NAME on GitHub, GROUP/NAME on GitLab, organisation/project/service connection on Azure DevOps; for
+            Cloud Build alone the linked repository, projects/…/locations/…/connections/…/repositories/….
+        id: what nobody else can have after a rename: GitHub's or GitLab's number, Azure DevOps' organisation GUID.
+        host: a GitLab of your own; empty: gitlab.com.
+        branch: a push to this one trains and deploys.
+    """
+
+    name: str = ""
+    id: Annotated[str, Field(strict=True, pattern=r"^([0-9]+|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})?$")] = ""
+    host: Annotated[str, Field(pattern=r"^(https://[a-z0-9.-]+)?$")] = ""
+    branch: str = "main"
+
+
+class Events(Block):
+    """What starts a run, beside a push.
+
+    Attributes:
+        schedule: cron's five fields, in UTC; empty: never by the clock.
+        fold_minutes: files that arrive within so many minutes start one run, at their end; 0: one run each.
+    """
+
+    schedule: Annotated[str, Field(pattern=r"^(\S+( \S+){4})?$")] = ""
+    fold_minutes: Annotated[int, Field(strict=True, ge=0, le=360)] = 0
+
+
+class Budget(Block):
+    """An amount each month, in the billing account's currency, whose use is told by e-mail; 0: none."""
+
+    monthly: Annotated[int, Field(strict=True, ge=0)] = 0
+    billing_account: Annotated[str, Field(pattern=r"^([0-9A-F]{6}(-[0-9A-F]{6}){2})?$")] = ""
+
+    @model_validator(mode="after")
+    def _payable(self) -> "Budget":
+        if self.monthly and not self.billing_account:
+            raise ValueError("billing_account: is needed for a budget; `gcloud billing accounts list` shows it")
+        return self
 
 
 class TrainJobs(Block):
@@ -113,17 +193,39 @@ class Serve(Block):
 
 
 class Cloud(Block):
-    """Level 2."""
+    """Google Cloud: level 1 by hand, and level 2.
 
-    region: str
+    Attributes:
+        private: machines without external addresses, in a network of your own; builds in a private pool.
+        workbench: a machine with Jupyter in the cloud, which bills while it runs.
+    """
+
+    region: Annotated[str, Field(pattern=r"^[a-z]+-[a-z]+[0-9]+$")]
     ci: Literal["github-actions", "gitlab", "azure-devops", "cloud-build"]
+    repository: Repository = Repository()
     data_ingestion: Literal["scheduled-job", "managed-airflow", "none"]
     encryption: Literal["google-managed", "customer-managed"]
+    private: Annotated[bool, Field(strict=True)] = False
     environments: Annotated[dict[str, Environment], Field(min_length=1)]
     train: TrainJobs
     serve: Serve
+    events: Events = Events()
+    workbench: Annotated[bool, Field(strict=True)] = False
+    budget: Budget = Budget()
     alerts: str
     mirrors: Mirrors = Mirrors()
+
+    @model_validator(mode="after")
+    def _promoted(self) -> "Cloud":
+        for name, environment in self.environments.items():
+            source = environment.promote_from
+            if source and (source == name or source not in self.environments or self.environments[source].promote_from):
+                builders = [other for other, found in self.environments.items() if other != name and not found.promote_from]
+                raise ValueError(
+                    f"environments.{name}.promote_from: '{source}' is none that builds images; "
+                    f"allowed: {', '.join(builders) or 'nothing, because there is no other'}"
+                )
+        return self
 
 
 class Settings(Block):
@@ -213,8 +315,24 @@ def _override(document: dict[str, Any], overrides: str) -> None:
 MEANT = {
     "project": "should be a project's id, such as my-project-123: not its name, and not its number",
     "bucket": "should be a bucket's name alone, without gs://",
+    "region": "should be a region, such as europe-west4",
+    "id": "should be the repository's number, or the organisation's GUID; see docs/level-2.md of the template",
+    "host": "should be an address such as https://gitlab.example.com",
+    "schedule": "should be cron's five fields, such as '0 4 * * 1', or empty",
+    "billing_account": "should be like 01ABCD-23EF45-678901; `gcloud billing accounts list` shows it",
+    "network": "should be like projects/PROJECT/global/networks/NAME",
+    "subnetwork": "should be like projects/PROJECT/regions/REGION/subnetworks/NAME",
+    "build_pool": "should be like projects/PROJECT/locations/REGION/workerPools/NAME",
+    "key_ring": "should be like projects/PROJECT/locations/REGION/keyRings/NAME",
+    "images": "should be like projects/PROJECT/locations/REGION/repositories/NAME",
     "registry": "should be an address such as localhost:5000/demo, without https://",
     "base_images": "should be an address such as mirror.example.com/docker, without https://",
+}
+# The same for the values of a map, whose keys are many.
+MEANT_IN = {
+    "keys": "should be like projects/PROJECT/locations/REGION/keyRings/RING/cryptoKeys/NAME",
+    "buckets": "should be a bucket's name alone, without gs://",
+    "accounts": "should be like NAME@PROJECT.iam.gserviceaccount.com",
 }
 
 
@@ -229,7 +347,7 @@ def _explain(detail: Any) -> str:
     if detail["type"] == "value_error":
         return f"{path}.{rule}." if path else f"{rule}."
     if detail["type"] == "string_pattern_mismatch":
-        rule = MEANT.get(path.rpartition(".")[2], rule)
+        rule = MEANT.get(path.rpartition(".")[2], MEANT_IN.get(path.split(".")[-2], rule))
     if detail["type"] == "tuple_type":
         rule = "should be a list, such as [a, b]"
     quote = "; write it in quotes" if detail["type"] == "string_type" else ""
