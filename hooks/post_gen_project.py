@@ -18,6 +18,11 @@ from fnmatch import fnmatch
 
 # Answer → value → the files and folders that only this value needs; a value without any needs no line.
 ONLY_FOR: dict[str, dict[str, list[str]]] = {
+    "ci": {
+        "github-actions": [".github"],
+        "gitlab": [".gitlab-ci.yml"],
+        "azure-devops": ["level_2_cicd/azure-pipelines.yml", "level_2_cicd/azure-submit.yml"],
+    },
     "license": {
         "Apache-2.0": ["LICENSE-Apache-2.0"],
         "MIT": ["LICENSE-MIT"],

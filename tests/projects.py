@@ -25,6 +25,9 @@ RENDERED = {
 
 # Files and folders that only this value needs: post_gen's table once more, so that a slip there shows.
 ONLY_FOR = {
+    ("ci", "github-actions"): {".github"},
+    ("ci", "gitlab"): {".gitlab-ci.yml"},
+    ("ci", "azure-devops"): {"level_2_cicd/azure-pipelines.yml", "level_2_cicd/azure-submit.yml"},
     ("license", "Apache-2.0"): {"LICENSE-Apache-2.0"},
     ("license", "MIT"): {"LICENSE-MIT"},
     ("license", "Proprietary"): {"LICENSE-Proprietary"},

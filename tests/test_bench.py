@@ -2,6 +2,8 @@
 
 import importlib
 import math
+import os
+import shutil
 
 import pytest
 
@@ -15,6 +17,8 @@ def test_a_benchmark_measures(name: str, request: pytest.FixtureRequest) -> None
     module = importlib.import_module(f"tests.bench.{name}")
     if getattr(module, "NEEDS_DOCKER", False):
         request.getfixturevalue("docker")
+    if getattr(module, "NEEDS_GCLOUD", False) and not shutil.which("gcloud"):
+        (pytest.fail if os.environ.get("REQUIRE_DOCKER") else pytest.skip)("this test needs gcloud")
     figures = list(module.measure(small=True))
     assert figures
     for figure in figures:

@@ -30,7 +30,7 @@ from trainer.runtime import load_checkpoint
 
 pytestmark = pytest.mark.heavy
 
-NAMES = ["deploy", "kfp_compile", "kfp_run", "predict", "train", "vertex_train"]
+NAMES = ["deploy", "kfp_compile", "kfp_run", "predict", "train", "trigger_function", "vertex_train"]
 BASE = "python:3.11-slim"
 REMOTE = "https://git.example.com/team/digits.git"
 MEGABYTE = 1_000_000
@@ -255,6 +255,9 @@ def test_an_image_runs_under_any_user_and_says_what_it_is(images: dict[str, str]
     done = run("docker", "run", "--rm", *ANY_USER, image)
     if name == "predict":
         assert "AIP_STORAGE_URI" in one_line(done)
+    elif name == "trigger_function":
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: the function's environment variables are wrong:\n  PROJECT=")
     else:
         assert done.returncode == 0, done.stderr
         assert "usage: python -m" in done.stdout
@@ -271,6 +274,7 @@ def test_the_predictor_is_small_and_holds_nothing_to_train_with(images: dict[str
         "vertex_train": "trainer kfp launcher",  # of the trainer its hyperparameters only
         "kfp_compile": "trainer kfp launcher",
         "kfp_run": "launcher",
+        "trigger_function": "trainer launcher",
     }
     size, base = (int(str(inspect(image, ".Size"))) for image in (images["predict"], BASE))
     assert 50 * MEGABYTE < size - base <= 220 * MEGABYTE

@@ -172,7 +172,7 @@ AT_THE_ROOT = [
         ".dockerignore",
         ".gitattributes",
         ".pre-commit-config.yaml",
-        ".gitlab-ci.yml",
+        ".probe.yml",
     ),
     *("conftest.py", "probe.sh", "probe.txt"),
 ]

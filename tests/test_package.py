@@ -147,7 +147,7 @@ def test_what_the_code_imports_is_declared(project: Path, modules: set[str]) -> 
     parts = [package["dependencies"], *package["optional-dependencies"].values()]
     declared = {re.split("[=>]", requirement)[0] for part in parts for requirement in part}
     # What comes with others: fastapi's, pydantic's, kfp's.
-    allowed = {names.get(name, name) for name in declared} | {"starlette", "pydantic_core", "google"}
+    allowed = {names.get(name, name.replace("-", "_")) for name in declared} | {"starlette", "pydantic_core", "google"}
     own = {module.split("/")[0] for module in modules} | set(sys.stdlib_module_names)
     imported = {name.split(".")[0] for module in modules for name in imports(project / "src" / module)}
     assert imported - own <= allowed

@@ -80,7 +80,7 @@ def test_an_unknown_runner_and_an_engine_that_does_not_answer_are_told(project: 
     done = level1(RUNNER="podman")
     assert (done.returncode, done.stderr) == (
         2,
-        "error: RUNNER=podman: there are local, docker; for example make level1 RUNNER=docker\n",
+        "error: RUNNER=podman: there are local, docker, vertex; for example make level1 RUNNER=docker\n",
     )
     done = level1(RUNNER="docker", DOCKER_HOST="unix:///nowhere.sock")
     assert done.returncode == 2

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -103,7 +104,9 @@ def history(run: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -
     make_older(project)
     run(sys.executable, "-m", "project.notebooks", "sync", "--from", "module", cwd=project)
     older = commit_all(repository, "older")
-    git("rm", "--quiet", "-r", ".", cwd=repository)
+    for path in repository.iterdir():  # git leaves folders that hold what it ignores
+        if path.is_dir() and path.name != ".git":
+            shutil.rmtree(path)
     copy_template(repository)
     return Template(repository, older, commit_all(repository, "newer"))
 

@@ -7,7 +7,18 @@ import inspect
 from tests.bench import report
 
 # In this order: the quick ones first.
-NAMES = ["generation", "training", "pipeline", "server", "commands", "containers", "preprocessing", "submission"]
+NAMES = [
+    "generation",
+    "training",
+    "pipeline",
+    "server",
+    "commands",
+    "containers",
+    "preprocessing",
+    "submission",
+    "events",
+    "builds",
+]
 
 
 def main() -> None:

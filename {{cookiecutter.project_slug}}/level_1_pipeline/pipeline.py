@@ -73,15 +73,18 @@ def evaluate(registry: str, test_data: Input[Dataset], model: Input[Model], scor
     scores.metadata["accuracy"] = challenger["accuracy"]
 
 
-def gate(metric: str, threshold: float, margin: float, scores: Input[Artifact], decision: Output[Metrics]) -> bool:
-    """Good enough to be served? The reason goes into `decision`."""
+def gate(
+    metric: str, threshold: float, margin: float, register: bool, scores: Input[Artifact], decision: Output[Metrics]
+) -> bool:
+    """Good enough to be served? The reason goes into `decision`; a run that does not register answers no, whatever it finds."""
     import json
     from pathlib import Path
 
     from project.manifest import write_json
-    from project.registry import decide
+    from project.registry import decide, only_tested
 
     decided = decide(json.loads(Path(scores.path).read_text()), metric, threshold, margin)
+    decided = decided if register else only_tested(decided)
     write_json(Path(decision.path), decided.to_json())
     decision.metadata.update(decided.to_json())
     print(decided.reason)
@@ -145,6 +148,7 @@ def make_pipeline(
         registry: str,
         run: str,
         serving: dict,  # type: ignore[type-arg]
+        register: bool = True,
     ) -> None:
         rows = preprocess_step(
             csv=csv, label=label, ignore=ignore, categorical=categorical, test_share=test_share, split_seed=split_seed
@@ -153,7 +157,7 @@ def make_pipeline(
         rented = {name: value for name, value in for_cloud.items() if name in train_step.component_spec.inputs}
         model = train_step(hyperparameters=hyperparameters, train_data=rows.outputs["train_data"], **rented).outputs["model"]
         scores = evaluate_step(registry=registry, test_data=rows.outputs["test_data"], model=model).output
-        passed = gate_step(metric=metric, threshold=threshold, margin=margin, scores=scores)
+        passed = gate_step(metric=metric, threshold=threshold, margin=margin, register=register, scores=scores)
         # On this machine kfp runs a condition only on a step's sole, unnamed value: see docs/gotchas.md of the template.
         with dsl.If(passed.outputs["Output"] == True, name="the gate is open"):  # noqa: E712 (kfp reads the comparison)
             decision = passed.outputs["decision"]

@@ -88,7 +88,7 @@ def examine(chosen, capsys):
 def test_nothing_is_missing(chosen, overridden, capsys):
     ready, said = examine(chosen, capsys)
     assert ready
-    assert list(said) == ["credentials", *doctor.CHECKS]
+    assert list(said) == ["credentials", *doctor.LEVEL_1.checks]
     assert {sign for sign, _ in said.values()} == {"✓"}
     assert f"engine 29.0.0; knows how to log in to {HOST}" in said["docker"][1]
     assert f"you may act as {COMPUTE}" in said["actAs"][1]
@@ -415,7 +415,7 @@ def test_a_person(chosen, google, tokens, machine, monkeypatch, capsys):
 
 # ── the command ─────────────────────────────────────────────────────────────────────────────────────────────────────
 def test_what_there_is_no_level_for(monkeypatch):
-    for level, said in (("0", "make doctor"), ("2", "comes later"), ("3", "LEVEL=3: there is LEVEL=1")):
+    for level, said in (("0", "make doctor"), ("3", "LEVEL=3: there are 1 and 2")):
         monkeypatch.setattr(doctor.sys, "argv", ["doctor", level])
         with pytest.raises(UserError, match=said):
             doctor.main()

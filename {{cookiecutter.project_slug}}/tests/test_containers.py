@@ -27,20 +27,28 @@ def tags(root: Path) -> dict[str, str]:
     return {container.name: container.tag() for container in containers.find(root)}
 
 
-ALL = {"train", "predict", "deploy", "vertex_train", "kfp_compile", "kfp_run"}
+ALL = {"train", "predict", "deploy", "vertex_train", "kfp_compile", "kfp_run", "trigger_function"}
 REBUILT = [
     ("src/trainer/model.py", {"train"}),
     ("src/trainer/csv_file.py", {"train"}),
-    ("src/predictor/app.py", {"train", "predict"}),  # a model is evaluated as it will be served
-    ("src/trainer/hyperparameters.py", {"train", "vertex_train", "kfp_compile"}),
-    ("src/project/registry.py", ALL - {"kfp_run"}),
+    ("src/predictor/app.py", {"predict"}),
+    ("src/predictor/predict.py", {"train", "predict"}),  # a model is evaluated as it will be served
+    ("src/trainer/hyperparameters.py", {"train", "vertex_train", "kfp_compile", "trigger_function"}),
+    ("src/project/registry.py", ALL - {"kfp_run", "trigger_function"}),
     ("src/project/errors.py", ALL),
     ("src/launcher/deploy.py", {"deploy"}),
     ("src/launcher/kfp_run.py", set()),
-    ("src/launcher/kfp_submit.py", {"kfp_run"}),
+    ("src/launcher/kfp_submit.py", {"kfp_run", "trigger_function"}),
+    ("src/launcher/trigger.py", {"trigger_function"}),
+    ("src/launcher/request_message.py", {"trigger_function"}),
+    ("src/launcher/request_run.py", set()),
+    ("src/launcher/published.py", {"kfp_compile", "trigger_function"}),
+    ("level_2_cicd/trigger_function_container/main.py", {"trigger_function"}),
+    ("level_2_cicd/trigger_function_container/request.avsc", {"trigger_function"}),
+    ("requirements/trigger.txt", {"trigger_function"}),
     ("src/launcher/kfp_publish.py", {"kfp_compile"}),
     ("src/launcher/kfp_step.py", {"kfp_compile"}),
-    ("src/launcher/command_line.py", {"kfp_compile", "kfp_run", "vertex_train"}),
+    ("src/launcher/command_line.py", {"kfp_compile", "kfp_run", "trigger_function", "vertex_train"}),
     ("src/launcher/stopping.py", {"kfp_run", "vertex_train"}),
     ("src/launcher/vertex_step.py", {"kfp_compile"}),  # the pipeline's own text holds the step
     ("requirements/train.txt", {"train"}),

@@ -93,6 +93,19 @@ def test_a_worse_model_a_tie_and_a_damaged_champion(registry, capsys, monkeypatc
     assert "champion 2 cannot be compared" in newest_story()["gate"]["reason"]
 
 
+def test_a_run_that_only_tests_runs_all_steps_and_leaves_the_champion(registry, monkeypatch):
+    kfp_run.main()
+    given = parameters.from_settings
+    monkeypatch.setattr(parameters, "from_settings", lambda *those: {**given(*those), "register": False})
+    kfp_run.main()
+    assert [version.number for version in registry.versions()] == [1]
+    assert registry.champion().number == 1
+    told = newest_story()
+    assert [step["name"] for step in told["steps"]] == ["preprocess", "train", "evaluate", "gate"]
+    assert told["gate"]["passed"] is False
+    assert told["gate"]["reason"].startswith("this run only tests, and registers nothing; otherwise: accuracy")
+
+
 def test_a_wrong_column_is_told_before_anything_runs(registry, monkeypatch):
     monkeypatch.setenv("SET", "data.label=plant")
     with pytest.raises(UserError, match="no label column 'plant'"):

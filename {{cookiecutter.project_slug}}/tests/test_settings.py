@@ -40,6 +40,7 @@ CHANGES = {
     "unknown key of an environment": ("cloud.environments.dev.buket", "x", ["dev.buket", "did you mean 'bucket'"]),
     "a bucket's address": ("cloud.environments.dev.bucket", "gs://b", ["dev.bucket", "without gs://"]),
     "a project's number": ("cloud.environments.dev.project", "123456789", ["dev.project", "not its number"]),
+    "files gathered without rows in a bucket": ("cloud.events.fold_minutes", 30, ["fold_minutes", "gs://", "Allowed here: 0"]),
     "no list": ("cloud.train.jobs", "cpu", ["cloud.train.jobs", "a list, such as [a, b]"]),
     "wrong type": ("train.epochs", "many", ["train.epochs", "valid integer", "'many'"]),
     "a truth value for a number": ("train.epochs", True, ["train.epochs", "True"]),

@@ -22,6 +22,7 @@ class Platform(Double):
             the region "" is for all that are not named.
         repositories: location and name → format, such as {("europe-west4", "digit-reader"): "DOCKER"}.
         buckets: name → location, in capitals as the API gives it.
+        objects: those that are there, as BUCKET/NAME.
         accounts: e-mail addresses of the service accounts that exist.
         permissions: (what, permission) that the caller has; `what` is "project", a bucket's or repository's name, or an
             account's e-mail address.
@@ -34,6 +35,7 @@ class Platform(Double):
         self.quotas: dict[tuple[str, str], int] = {}
         self.repositories: dict[tuple[str, str], str] = {}
         self.buckets: dict[str, str] = {}
+        self.objects: set[str] = set()
         self.accounts: set[str] = set()
         self.permissions: set[tuple[str, str]] = set()
         ours = rf"projects/(?:{re.escape(project)}|{NUMBER})"
@@ -46,6 +48,7 @@ class Platform(Double):
             ("GET", repository, "repositories.get", self._repository),
             ("POST", rf"{repository}:testIamPermissions", "repositories.testIamPermissions", self._repository_permissions),
             ("GET", r"/storage/v1/b/([^/]+)", "buckets.get", self._bucket),
+            ("GET", r"/storage/v1/b/([^/]+)/o/(.+)", "objects.get", self._object),
             ("GET", r"/storage/v1/b/([^/]+)/iam/testPermissions", "buckets.testIamPermissions", self._bucket_permissions),
             ("POST", account, "serviceAccounts.testIamPermissions", self._account_permissions),
             ("POST", rf"/v1/{ours}:testIamPermissions", "projects.testIamPermissions", self._project_permissions),
@@ -93,6 +96,13 @@ class Platform(Double):
         if name not in self.buckets:
             raise Refused(404, "The specified bucket does not exist.")
         return None, Response({"name": name, "location": self.buckets[name], "projectNumber": NUMBER})
+
+    def _object(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
+        self._bucket(request, found)
+        bucket, name = found.groups()
+        if f"{bucket}/{name}" not in self.objects:
+            raise Refused(404, f"No such object: {bucket}/{name}")
+        return None, Response({"bucket": bucket, "name": name})
 
     def _bucket_permissions(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
         self._bucket(request, found)

@@ -16,7 +16,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ Json = dict[str, Any]
 
 BUCKET, OBJECT = r"/storage/v1/b/([^/]+)", r"/storage/v1/b/([^/]+)/o/(.+)"
 UPLOAD = r"/(?:resumable/)?upload/storage/v1/b/([^/]+)/o"
+XML_OBJECT = r"/(?!storage/|download/|upload/|resumable/)([^/]+)/(.+)"  # of the XML interface, with which Go's client reads
 CHUNK = 256 * 1024  # chunks of a resumable upload are multiples of it
 PAGE = 1000  # objects in an answer
 # What a client may say of an object; the rest is the service's.
@@ -100,6 +101,7 @@ class Storage(Double):
             ("GET", rf"(?:/download)?{OBJECT}", "objects.get", self._get),
             ("PATCH", OBJECT, "objects.patch", self._patch),
             ("DELETE", OBJECT, "objects.delete", self._delete),
+            ("GET", XML_OBJECT, "objects.get", self._get_xml),
         ]
 
     # What tests say and ask, without HTTP.
@@ -238,6 +240,9 @@ class Storage(Double):
             raise Refused(500, f"the object is stored, but the notification to {address} failed: {error}") from None
 
     # Objects: reading.
+
+    def _get_xml(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
+        return self._get(replace(request, query={**request.query, "alt": "media"}), found)
 
     def _get(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
         resource = self._existing(found[1], found[2], request.query)

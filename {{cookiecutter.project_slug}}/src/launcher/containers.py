@@ -274,7 +274,7 @@ def build(container: Container, name: str, chosen: settings.Settings) -> None:
     labels = {
         "title": f"{chosen.name}/{container.name}",
         "source": git.remote(),
-        "revision": git.version(),
+        "revision": os.environ.get("COMMIT") or git.version(),  # a build in the cloud is told; git is not there
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     options = [f"--build-arg={key}={value}" for key, value in given.items()]

@@ -100,6 +100,34 @@ def rollback(registry: str, number: int, serving: Mapping[str, Any]) -> dict[str
         return _outcome(number, lambda: _serve(cloud, lease, number, reason, before))
 
 
+def redeploy(registry: str, serving: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Serve the champion with another image of the predictor: the same model as a new version, deployed like any other.
+
+    It may be repeated: a model and an image are one version, and an image that serves already is left alone.
+
+    Returns:
+        What `deploy` does; None where there is no champion, or the image serves it already.
+
+    Raises:
+        UserError: it does not answer with that image; what was served before is served.
+    """
+    cloud = VertexRegistry(registry, Serving.parse(serving))
+    champion = cloud.champion()
+    if champion is None or cloud.image(champion.number) == cloud.serving.image:
+        return None
+    address = cloud.address(champion.number)
+    run = f"{origin(champion.run)}+{cloud.serving.image.rpartition(':')[2][:8]}"
+    reason = f"the model of version {champion.number}, with another image of the predictor"
+    with tempfile.TemporaryDirectory() as folder:
+        model = storage.fetch(address, Path(folder))
+        return deploy(registry, model, champion.metrics, run, reason, champion.number, serving, address)
+
+
+def origin(run: str) -> str:
+    """The run that made a model, however often it was deployed anew."""
+    return run.partition("+")[0]
+
+
 def _outcome(number: int, promote: Any) -> dict[str, Any]:
     try:
         promote()

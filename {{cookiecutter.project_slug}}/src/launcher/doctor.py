@@ -1,4 +1,5 @@
 """make doctor LEVEL=1: is the cloud ready for level 1? Looks before anything is sent, and says what to type where it is not.
+LEVEL=2 asks the same for level 2: see launcher.doctor_level_2.
 
 python -m launcher.doctor 1        exit code 2 when something that is needed is missing
 
@@ -121,7 +122,7 @@ def apis(cloud: Cloud) -> str:
     try:
         answer = cloud.rest.ask("serviceusage", f"/v1/projects/{where.project}/services:batchGet", {"names": names})
     except Refused as refused:
-        raise _no_project(refused, where) from None
+        raise no_project(refused, where) from None
     on = {service["name"].rsplit("/", 1)[1] for service in answer.get("services", []) if service.get("state") == "ENABLED"}
     off = [name for name in wanted if name not in on]
     if off:
@@ -129,7 +130,8 @@ def apis(cloud: Cloud) -> str:
     return ", ".join(name.split(".")[0] for name in wanted)
 
 
-def _no_project(refused: Refused, where: Place) -> Exception:
+def no_project(refused: Refused, where: Place) -> Exception:
+    """What to say of a project that is not to be looked at."""
     if refused.status in (403, 404):
         key = f"cloud.environments.{where.environment}.project"
         mend = f"`gcloud projects list` shows those that you have; write the id into {settings.FILE}: {key}"
@@ -332,18 +334,43 @@ def in_region(answer: Mapping[str, Any], region: str) -> int | None:
     return None
 
 
-CHECKS: dict[str, Callable[[Cloud], str]] = {
-    "gcloud": gcloud,
-    "docker": docker,
-    "jobs": jobs,
-    "APIs": apis,
-    "rights": rights,
-    "bucket": bucket,
-    "repository": repository,
-    "actAs": act_as,
-    "quota": quota,
-}
-LOCAL = ("gcloud", "docker", "jobs")  # these ask nobody
+Check = Callable[[Cloud], str]
+
+
+@dataclass(frozen=True)
+class Level:
+    """What a level needs.
+
+    Attributes:
+        title: what it is called.
+        checks: name → what looks at it; local: those that ask nobody.
+        then: what to type when nothing is missing.
+    """
+
+    number: int
+    title: str
+    checks: Mapping[str, Check]
+    local: tuple[str, ...]
+    then: str
+
+
+LEVEL_1 = Level(
+    1,
+    "Level 1 in the cloud",
+    {
+        "gcloud": gcloud,
+        "docker": docker,
+        "jobs": jobs,
+        "APIs": apis,
+        "rights": rights,
+        "bucket": bucket,
+        "repository": repository,
+        "actAs": act_as,
+        "quota": quota,
+    },
+    local=("gcloud", "docker", "jobs"),
+    then="make gpu-jobs · make train · make level1 RUNNER=vertex",
+)
 
 
 # ── the report ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -359,7 +386,7 @@ def tell(name: str, find: Callable[[], str]) -> bool:
     return True
 
 
-def report(chosen: settings.Settings, root: Path) -> bool:
+def report(chosen: settings.Settings, root: Path, level: Level = LEVEL_1) -> bool:
     """Look at everything at once, and tell it in order; False when something that is needed is missing.
 
     Raises:
@@ -367,7 +394,7 @@ def report(chosen: settings.Settings, root: Path) -> bool:
     """
     where = place(chosen)
     ends = time.monotonic() + PATIENCE
-    print(f"Level 1 in the cloud: environment {where.environment}, project {where.project}, {where.region}")
+    print(f"{level.title}: environment {where.environment}, project {where.project}, {where.region}")
     problem: Missing | Unchecked | None = None
     found, whose = None, ""
     try:
@@ -381,8 +408,8 @@ def report(chosen: settings.Settings, root: Path) -> bool:
             raise problem
         return whose
 
-    pool = ThreadPoolExecutor(max_workers=len(CHECKS))
-    running = {name: pool.submit(check, cloud) for name, check in CHECKS.items() if name in LOCAL or not problem}
+    pool = ThreadPoolExecutor(max_workers=len(level.checks))
+    running = {name: pool.submit(check, cloud) for name, check in level.checks.items() if name in level.local or not problem}
 
     def result(name: str) -> str:
         future: Future[str] | None = running.get(name)
@@ -395,7 +422,7 @@ def report(chosen: settings.Settings, root: Path) -> bool:
         except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
             raise Unchecked(f"something of another form was found: {type(error).__name__}: {error}") from None
 
-    told = [tell("credentials", identity), *(tell(name, partial(result, name)) for name in CHECKS)]
+    told = [tell("credentials", identity), *(tell(name, partial(result, name)) for name in level.checks)]
     pool.shutdown(wait=False, cancel_futures=True)  # what has no answer yet ends by itself, within CALL seconds
     return all(told)
 
@@ -406,13 +433,18 @@ def main() -> None:
     Raises:
         UserError: there is no such level.
     """
-    level = sys.argv[1] if len(sys.argv) == 2 else ""
-    if level != "1":
-        told = {"0": "Level 0 needs no cloud: make doctor looks at this machine.", "2": "Level 2 comes later, with Terraform."}
-        raise UserError(told.get(level, f"LEVEL={level}: there is LEVEL=1 alone; make doctor without it looks at this machine."))
-    ready = report(settings.load(), settings.project_root())
-    print("\nNothing that level 1 needs is missing." if ready else "\nSomething that level 1 needs is missing (✗).")
-    print("Next: make gpu-jobs · make train · make level1 RUNNER=vertex" if ready else "Mend it, then: make doctor LEVEL=1")
+    asked = sys.argv[1] if len(sys.argv) == 2 else ""
+    if asked not in ("1", "2"):
+        told = {"0": "Level 0 needs no cloud: make doctor looks at this machine."}
+        raise UserError(told.get(asked, f"LEVEL={asked}: there are 1 and 2; make doctor without it looks at this machine."))
+    level = LEVEL_1
+    if asked == "2":
+        from launcher.doctor_level_2 import LEVEL_2
+
+        level = LEVEL_2
+    ready = report(settings.load(), settings.project_root(), level)
+    print(f"\n{'Nothing' if ready else 'Something'} that level {asked} needs is missing{'.' if ready else ' (✗).'}")
+    print(f"Next: {level.then}" if ready else f"Mend it, then: make doctor LEVEL={asked}")
     if not ready:
         sys.exit(2)
 

@@ -21,6 +21,10 @@ class Unfit(UserError):
     """A new version does not answer as it should."""
 
 
+class NotThere(UserError):
+    """There is no endpoint, and it is not this program's to make."""
+
+
 class Endpoint:
     """This project's endpoint. Nothing else is deployed to it: a version that is not the champion or its challenger is removed.
 
@@ -32,7 +36,8 @@ class Endpoint:
         """Find the endpoint; by hand (level 1), make it if there is none.
 
         Raises:
-            UserError: there is none, and Terraform makes it; or there are several, or it serves another model.
+            NotThere: there is none, and Terraform makes it.
+            UserError: there are several, or it serves another model.
         """
         self.serving = serving
         self._endpoints = api.client("EndpointService", serving.region)
@@ -156,7 +161,7 @@ class Endpoint:
 
     def _create(self) -> Any:
         if self.serving.service_account:
-            raise UserError(
+            raise NotThere(
                 f"there is no endpoint {self.serving.endpoint} in {self.serving.parent}. Terraform makes it; has it run?"
             )
         request = {

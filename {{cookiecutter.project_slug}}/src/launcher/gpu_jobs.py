@@ -73,8 +73,12 @@ def resolve(name: str, root: Path, place: Place | None, image: str) -> dict[str,
     for pool in filled["workerPoolSpecs"]:
         container = {"imageUri": image, "command": list(COMMAND)} if image else {"command": list(COMMAND)}
         pool["containerSpec"] = container | pool.get("containerSpec", {})
-    account = place.account("trainer") if place else ""
-    return {**({"serviceAccount": account} if account else {}), **filled}
+    account, attachment = (place.account("trainer"), place.network_attachment) if place else ("", "")
+    return {
+        **({"serviceAccount": account} if account else {}),
+        **({"pscInterfaceConfig": {"networkAttachment": attachment}} if attachment else {}),
+        **filled,
+    }
 
 
 def chosen_jobs(chosen: Settings, root: Path, place: Place | None, image: str) -> list[dict[str, Any]]:
@@ -214,10 +218,10 @@ def show(name: str, chosen: Settings, root: Path) -> str:
     return yaml.safe_dump(job, sort_keys=False, width=200)
 
 
-def _minutes(text: str) -> float:
+def minutes_of(text: str) -> float:
     minutes = float(text) if re.fullmatch(r"\d{1,6}(\.\d+)?", text) else 0.0
     if not minutes:
-        raise UserError(f"MINUTES={text}: how many? For example: make gpu-jobs MINUTES=30")
+        raise UserError(f"MINUTES={text}: how many? For example: MINUTES=30")
     return minutes
 
 
@@ -233,7 +237,7 @@ def main() -> None:
     if given.name:
         print(show(given.name, chosen, root), end="")
         return
-    print(table(root, chosen.cloud.region, _minutes(given.minutes) if given.minutes is not None else None))
+    print(table(root, chosen.cloud.region, minutes_of(given.minutes) if given.minutes is not None else None))
     print(LEGEND)
 
 

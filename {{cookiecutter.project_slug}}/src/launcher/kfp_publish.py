@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from launcher import command_line, kfp_template, parameters
+from launcher import command_line, kfp_template, parameters, published
 from launcher.parameters import IMAGES
 from project import cloud, git, manifest, settings, storage
 from project.cloud import Place
@@ -97,11 +97,37 @@ def publish(made: Publication, place: Place, templates: str, tag: str) -> dict[s
     if templates:
         version = upload(made, templates, tag)
         told = {"template": f"{templates}/{made.name}/{version}", "sha256": version.removeprefix("sha256:")}
-    folder = f"{place.storage}/templates/{made.name}/{made.version}"
+    folder = f"{templates_folder(place)}/{made.version}"
     for name, content in (("pipeline", made.pipeline), ("parameters", made.values)):
         told[name] = f"{folder}/{name}.json"
         write_once(f"{folder}/{name}.json", content)
     return {**told, "version": made.version}
+
+
+def templates_folder(place: Place) -> str:
+    """The gs:// folder of the published versions, and of current.json."""
+    return f"{place.storage}/templates/{published.NAME}"
+
+
+def read_current(place: Place) -> dict[str, Any] | None:
+    """What is told of the version that events start: what `publish` returned for it, and the commit; None: there is none yet.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    return published.read_pointer(templates_folder(place))
+
+
+def write_current(place: Place, told: Mapping[str, Any]) -> None:
+    """Let events start another version from now on.
+
+    Args:
+        told: what `publish` returned, and the commit.
+
+    Raises:
+        UserError: a field is missing, or it cannot be written.
+    """
+    published.write_pointer(templates_folder(place), told)
 
 
 def upload(made: Publication, templates: str, tag: str) -> str:

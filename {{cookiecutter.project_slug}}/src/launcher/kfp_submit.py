@@ -33,6 +33,7 @@ class Target:
     Attributes:
         root: the gs:// folder below which its steps write.
         service_account, key: empty for Google's own.
+        network_attachment: where the steps reach into a network of your own; empty: they do not.
     """
 
     project: str
@@ -40,6 +41,13 @@ class Target:
     root: str
     service_account: str = ""
     key: str = ""
+    network_attachment: str = ""
+
+
+def target_of(place: Any) -> Target:
+    """Where an environment's runs take place: of a `project.cloud.Place`, whose module is not in every image."""
+    account = place.account("pipeline")
+    return Target(place.project, place.region, place.pipeline_root, account, place.key, place.network_attachment)
 
 
 @dataclass(frozen=True)
@@ -114,6 +122,8 @@ def request(asked: Submission, target: Target) -> dict[str, Any]:
         job["serviceAccount"] = target.service_account
     if target.key:
         job["encryptionSpec"] = {"kmsKeyName": target.key}
+    if target.network_attachment:
+        job["pscInterfaceConfig"] = {"networkAttachment": target.network_attachment}
     if asked.template.startswith("https://"):
         job["templateUri"] = asked.template
     parent = f"projects/{target.project}/locations/{target.region}"
@@ -136,10 +146,13 @@ def labels(asked: Submission, values: Mapping[str, Any]) -> dict[str, str]:
     return api.labels({**asked.labels, "event": asked.event, "content": hashlib.sha256(told).hexdigest()[:16]})
 
 
-def submit(sent: Mapping[str, Any]) -> Started:
+def submit(sent: Mapping[str, Any], patience: float | None = None) -> Started:
     """Start the run, or find that it was started already.
 
     It may be repeated as often as need be: Vertex AI knows a run by its id.
+
+    Args:
+        patience: seconds for each call with its repetitions; otherwise api.PATIENCE.
 
     Raises:
         ApiError: it was refused, or not answered.
@@ -155,13 +168,13 @@ def submit(sent: Mapping[str, Any]) -> Started:
     client = api.client("PipelineService", sent["parent"].split("/")[3])
     name = f"{sent['parent']}/pipelineJobs/{sent['pipelineJobId']}"
     try:
-        api.call(client.create_pipeline_job, message, "starting the run")
+        api.call(client.create_pipeline_job, message, "starting the run", patience=patience)
     except api.ApiError as error:
         if error.code != 409:
             raise
     else:
         return Started(name, new=True)
-    there = api.call(client.get_pipeline_job, {"name": name}, "looking at the run")
+    there = api.call(client.get_pipeline_job, {"name": name}, "looking at the run", patience=patience)
     return Started(name, new=False, same=there.labels.get("content") == sent["pipelineJob"]["labels"]["content"])
 
 
@@ -200,6 +213,7 @@ def options() -> argparse.ArgumentParser:
     add("--pipeline-root", required=True, help="the gs:// folder below which the steps write")
     add("--service-account", default="", help="as whom the steps act")
     add("--key", default="", help="a Cloud KMS key: projects/…/cryptoKeys/…")
+    add("--network-attachment", default="", help="where the steps reach into your network: projects/…/networkAttachments/…")
     add("--cache", action=argparse.BooleanOptionalAction, default=False, help="leave out steps that were done before")
     add("--wait", action="store_true", help="follow the run, and end as it ends")
     add("--poll", type=float, default=10.0, help="seconds between two looks at the run")
@@ -226,6 +240,7 @@ def check(asked: argparse.Namespace) -> None:
         "region": (r"[a-z]+-[a-z]+\d+", "a region, such as europe-west4"),
         "pipeline_root": (r"gs://[a-z0-9][^\s]+", "a folder in a bucket, such as gs://BUCKET/pipeline-root"),
         "service_account": (r"([^@\s]+@[^@\s]+)?", "an address such as NAME@PROJECT.iam.gserviceaccount.com"),
+        "network_attachment": (r"(projects/[^/]+/regions/[^/]+/networkAttachments/[^/]+)?", "projects/…/networkAttachments/NAME"),
         "key": (r"(projects/[^/]+/locations/[^/]+/keyRings/[^/]+/cryptoKeys/[^/]+)?", "projects/…/cryptoKeys/NAME"),
     }
     for name, (pattern, wanted) in rules.items():
@@ -243,7 +258,7 @@ def main() -> None:
     published, own = kfp_template.read_parameters(asked.parameters)
     values = kfp_template.override(spec, published, asked.set)
     submission = Submission(spec, values, asked.event, asked.template, asked.attempt, asked.name, own | given, asked.cache)
-    target = Target(asked.project, asked.region, asked.pipeline_root, asked.service_account, asked.key)
+    target = Target(asked.project, asked.region, asked.pipeline_root, asked.service_account, asked.key, asked.network_attachment)
     sent = request(submission, target)
     if asked.dry_run:
         print(json.dumps(sent, indent=2, ensure_ascii=False))

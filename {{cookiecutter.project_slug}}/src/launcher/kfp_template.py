@@ -43,6 +43,18 @@ def read(address: str) -> dict[str, Any]:
         content = str(ask_registry("GET", address, f"reading the template {address}").text)
     else:
         content = read_text(address, "--template")
+    return parse_spec(content, address)
+
+
+def parse_spec(content: str, address: str) -> dict[str, Any]:
+    """A compiled pipeline, from its text.
+
+    Args:
+        address: where it came from, for the message.
+
+    Raises:
+        UserError: it is none.
+    """
     try:
         spec = parse(content) if content.lstrip().startswith("{") else _parse_yaml(content)
     except ValueError as error:
@@ -147,21 +159,46 @@ def override(spec: Mapping[str, Any], values: Mapping[str, Any], assignments: li
     """
     changed: dict[str, Any] = json.loads(json.dumps(values))
     for assignment in assignments:
-        path, equals, text = assignment.partition("=")
-        *parents, key = path.split(".")
-        if not equals or not all([*parents, key]):
-            raise UserError(f"--set {assignment}: is not KEY=VALUE, such as threshold=0.9 or hyperparameters.epochs=50.")
-        block = changed
-        for parent in parents:
-            block = block.setdefault(parent, {}) if isinstance(block, dict) else {}
-        if not isinstance(block, dict):
-            raise UserError(f"--set {assignment}: '{'.'.join(parents)}' is no mapping.")
-        is_text = not parents and signature(spec).get(key, {}).get("parameterType") == "STRING"
-        try:
-            block[key] = text if is_text else parse(text)
-        except ValueError:
-            raise UserError(f"--set {assignment}: the value is no JSON; a text in a mapping wants quotes: '\"text\"'.") from None
+        path, value = assigned(spec, assignment)
+        put(changed, path, value, f"--set {assignment}")
     return changed
+
+
+def assigned(spec: Mapping[str, Any], assignment: str) -> tuple[str, Any]:
+    """KEY=VALUE as the key and the value that it means; see `override`.
+
+    Raises:
+        UserError: it is none, or its value is no JSON where JSON is wanted.
+    """
+    path, equals, text = assignment.partition("=")
+    if not equals:
+        raise UserError(f"--set {assignment}: is not KEY=VALUE, such as threshold=0.9 or hyperparameters.epochs=50.")
+    if signature(spec).get(path, {}).get("parameterType") == "STRING":
+        return path, text
+    try:
+        return path, parse(text)
+    except ValueError:
+        raise UserError(f"--set {assignment}: the value is no JSON; a text in a mapping wants quotes: '\"text\"'.") from None
+
+
+def put(values: dict[str, Any], path: str, value: Any, what: str) -> None:
+    """Set one value; its path may go into a mapping: hyperparameters.epochs.
+
+    Args:
+        what: where this was asked for, for the message.
+
+    Raises:
+        UserError: the path goes into what is no mapping.
+    """
+    *parents, key = path.split(".")
+    if not all([*parents, key]):
+        raise UserError(f"{what}: '{path}' is no key, such as threshold or hyperparameters.epochs.")
+    block: Any = values
+    for parent in parents:
+        block = block.setdefault(parent, {}) if isinstance(block, dict) else None
+    if not isinstance(block, dict):
+        raise UserError(f"{what}: '{'.'.join(parents)}' is no mapping.")
+    block[key] = value
 
 
 def check_parameters(spec: Mapping[str, Any], values: Mapping[str, Any]) -> None:

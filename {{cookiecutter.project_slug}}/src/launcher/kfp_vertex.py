@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import containers, kfp_compile, kfp_follow, kfp_submit, kfp_template, parameters, rows, story, vertex_by_hand
-from launcher.kfp_submit import Started, Submission, Target
+from launcher.kfp_submit import Started, Submission
 from launcher.parameters import IMAGES
 from launcher.story import Story
 from project import cloud, git, runs, settings
@@ -95,9 +95,7 @@ def request(chosen: Settings, place: Place, images: dict[str, str], csv: str, na
     spec = compiled(images, folder)
     labels = {"commit": git.version(), "actor": os.environ.get("USER") or "somebody", "project": chosen.name}
     asked = Submission(spec, values, event=f"by hand {name}", name=f"{chosen.name} {name}", labels=labels)
-    return kfp_submit.request(
-        asked, Target(place.project, place.region, place.pipeline_root, place.account("pipeline"), place.key)
-    )
+    return kfp_submit.request(asked, kfp_submit.target_of(place))
 
 
 def compiled(images: dict[str, str], folder: Path) -> dict[str, Any]:

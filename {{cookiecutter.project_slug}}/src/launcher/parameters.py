@@ -40,6 +40,7 @@ def from_settings(
         "margin": gate.margin,
         "registry": registry,
         "serving": dict(serving or {}),
+        "register": True,  # a build's functional test says False: it tries all steps, and the champion stays
     }
 
 

@@ -271,14 +271,28 @@ class VertexRegistry(Reader):
         request = {"name": f"{self.serving.model}@{change['version']}", "version_aliases": ["champion", "default"]}
         api.call(models.merge_version_aliases, request, "marking the champion")
 
+    def image(self, number: int) -> str:
+        """The predictor's image with which a version is served; empty where Vertex AI has no such version any more."""
+        models = api.client("ModelService", self.serving.region)
+        found = self._look_up(models, f"{self.serving.model}@{number}")
+        return str(found.container_spec.image_uri) if found else ""
+
+    def address(self, number: int) -> str:
+        """Where a version's saved model is in Cloud Storage.
+
+        Raises:
+            UserError: there is no such version.
+        """
+        self.version(number)
+        return str(read(self._file(number)).document["model"])
+
     def document(self, number: int) -> dict[str, Any]:
         """The manifest of a version's saved model.
 
         Raises:
             UserError: there is no such version, or its model is gone.
         """
-        self.version(number)
-        address = read(self._file(number)).document["model"]
+        address = self.address(number)
         document = read(f"{address}/{manifest.NAME}").document
         if "schema" not in document:
             raise UserError(f"the model of version {number} is not in {address} any more: there is no {manifest.NAME}.")

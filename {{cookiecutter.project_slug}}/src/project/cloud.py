@@ -32,6 +32,8 @@ class Place:
         by_hand: made by a person with one bucket (level 1): there are no service accounts and no keys of its own.
         promote_from: the environment whose images are run here; empty: they are built here.
         accounts: those service accounts that were there before, by actor.
+        network_attachment: where Vertex AI's machines reach into a network of your own; empty but in the private mode.
+        build_pool: the private pool that builds; empty: Google's own.
     """
 
     environment: str
@@ -47,6 +49,8 @@ class Place:
     by_hand: bool
     promote_from: str = ""
     accounts: Mapping[str, str] = field(default_factory=dict)
+    network_attachment: str = ""
+    build_pool: str = ""
 
     @property
     def parent(self) -> str:
@@ -133,16 +137,22 @@ def place(chosen: Settings, environment: str | None = None) -> Place:
         key=_key(chosen, where) if cloud.encryption == "customer-managed" and not where.bucket else "",
         by_hand=bool(where.bucket),
         promote_from=where.promote_from,
+        network_attachment=_own(chosen, where, "regions", "networkAttachments") if cloud.private else "",
+        build_pool=where.existing.build_pool or (_own(chosen, where, "locations", "workerPools") if cloud.private else ""),
         accounts={str(actor): address for actor, address in where.existing.accounts.items()},
     )
 
 
+def _own(chosen: Settings, where: Environment, area: str, kind: str) -> str:
+    """The id of something that Terraform makes, and that bears the project's name."""
+    return f"projects/{where.project}/{area}/{chosen.cloud.region}/{kind}/{chosen.name}"
+
+
 def _images(chosen: Settings, where: Environment) -> str:
-    own = f"projects/{where.project}/locations/{chosen.cloud.region}/repositories/{chosen.name}"
-    _, project, _, region, _, name = (where.existing.images or own).split("/")
+    _, project, _, region, _, name = (where.existing.images or _own(chosen, where, "locations", "repositories")).split("/")
     return f"{region}-docker.pkg.dev/{project}/{name}"
 
 
 def _key(chosen: Settings, where: Environment) -> str:
-    ring = where.existing.key_ring or f"projects/{where.project}/locations/{chosen.cloud.region}/keyRings/{chosen.name}"
+    ring = where.existing.key_ring or _own(chosen, where, "locations", "keyRings")
     return where.existing.keys.get("vertex") or f"{ring}/cryptoKeys/vertex"

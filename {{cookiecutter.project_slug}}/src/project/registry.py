@@ -281,6 +281,11 @@ def decide(scores: Mapping[str, Any], metric: str, threshold: float, margin: flo
     return Decision(True, f"{reached}; {compared}")
 
 
+def only_tested(decision: Decision) -> Decision:
+    """The gate's answer in a run that registers nothing: no, and what it would have been."""
+    return Decision(False, f"this run only tests, and registers nothing; otherwise: {decision.reason}")
+
+
 def now() -> str:
     """The time, as the registry writes it."""
     return datetime.now(UTC).isoformat(timespec="seconds")

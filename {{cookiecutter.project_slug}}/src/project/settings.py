@@ -86,7 +86,7 @@ ACCOUNT = r"[a-z0-9][a-z0-9-]*@[a-z0-9.-]+\.gserviceaccount\.com"
 IN_REGION = r"projects/[^/]+/locations/[^/]+"
 
 # Who acts, each with a service account of its own.
-Actor = Literal["trainer", "pipeline", "build", "infra", "function", "trigger", "deployer", "predictor", "ingestion"]
+Actor = Literal["trainer", "pipeline", "build", "infra", "function", "trigger", "checker", "deployer", "predictor", "ingestion"]
 # What the three buckets are for.
 Root = Literal["pipeline_root", "storage", "data"]
 # What customer-managed keys are for, one each.
@@ -134,16 +134,17 @@ class Repository(Block):
     """Where the code is kept: whose pushes may start a build.
 
     Attributes:
-        name: OWNER/NAME on GitHub, GROUP/NAME on GitLab, organisation/project/service connection on Azure DevOps; for
-            Cloud Build alone the linked repository, projects/…/locations/…/connections/…/repositories/….
-        id: what nobody else can have after a rename: GitHub's or GitLab's number, Azure DevOps' organisation GUID.
-        host: a GitLab of your own; empty: gitlab.com.
+        name: OWNER/NAME on GitHub, GROUP/NAME on GitLab; on Azure DevOps what stands behind /sc/ in the service connection's
+            subject identifier; for Cloud Build alone the linked repository, projects/…/locations/…/connections/…/repositories/….
+        id: what nobody else can have after a rename: GitHub's or GitLab's number. Of an older service connection of Azure
+            DevOps, whose subject is sc://NAME, the organisation's GUID.
+        host: a GitLab of your own (empty: gitlab.com); the issuer that Azure DevOps' service connection shows.
         branch: a push to this one trains and deploys.
     """
 
     name: str = ""
     id: Annotated[str, Field(strict=True, pattern=r"^([0-9]+|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})?$")] = ""
-    host: Annotated[str, Field(pattern=r"^(https://[a-z0-9.-]+)?$")] = ""
+    host: Annotated[str, Field(pattern=r"^(https://[a-z0-9.-]+(/[A-Za-z0-9./-]+)?)?$")] = ""
     branch: str = "main"
 
 
@@ -152,10 +153,12 @@ class Events(Block):
 
     Attributes:
         schedule: cron's five fields, in UTC; empty: never by the clock.
+        ingest: the same for the container that brings new data, where cloud.data_ingestion is scheduled-job.
         fold_minutes: files that arrive within so many minutes start one run, at their end; 0: one run each.
     """
 
     schedule: Annotated[str, Field(pattern=r"^(\S+( \S+){4})?$")] = ""
+    ingest: Annotated[str, Field(pattern=r"^\S+( \S+){4}$")] = "0 3 * * *"
     fold_minutes: Annotated[int, Field(strict=True, ge=0, le=360)] = 0
 
 
@@ -240,6 +243,15 @@ class Settings(Block):
     cloud: Cloud
     template: Template
 
+    @model_validator(mode="after")
+    def _folded(self) -> "Settings":
+        if self.cloud.events.fold_minutes and not self.data.source.startswith("gs://"):
+            raise ValueError(
+                "cloud.events.fold_minutes: files can be gathered where each run trains on data.source in a bucket (gs://…); "
+                f"it is '{self.data.source}'. Allowed here: 0"
+            )
+        return self
+
 
 def project_root() -> Path:
     """The nearest folder upwards from the current one that holds project.yaml.
@@ -318,6 +330,7 @@ MEANT = {
     "region": "should be a region, such as europe-west4",
     "id": "should be the repository's number, or the organisation's GUID; see docs/level-2.md of the template",
     "host": "should be an address such as https://gitlab.example.com",
+    "ingest": "should be cron's five fields, such as '0 3 * * *'",
     "schedule": "should be cron's five fields, such as '0 4 * * 1', or empty",
     "billing_account": "should be like 01ABCD-23EF45-678901; `gcloud billing accounts list` shows it",
     "network": "should be like projects/PROJECT/global/networks/NAME",

@@ -152,6 +152,18 @@ def names(address: str) -> list[str]:
         return [f"gs://{bucket}/{blob.name}" for blob in blobs]
 
 
+def generation(address: str) -> int | None:
+    """An object's generation, the number of its last write; None if there is none.
+
+    Raises:
+        UserError: nobody can tell.
+    """
+    bucket, name = _split(address)
+    with _explained(f"looking at {address}"):
+        found = _find(_client().bucket(bucket), name)
+        return None if found is None else int(found.generation)
+
+
 def upload(path: Path, address: str, if_generation_match: int | None = None) -> int:
     """Copy a file to an address; the generation that it has there. See `write`.
 

@@ -1,0 +1,435 @@
+"""The Cloud Build files: their form, their order, who calls them with what; and `gcloud builds submit`, over the wire."""
+
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from launcher import containers, submit_build
+from project import cloud, settings
+from rehearsal import steps
+from rehearsal.cloud_build import CloudBuild, Failed
+from rehearsal.storage import Storage
+
+from tests.push import edit, settings_of_nobody, within
+
+PROJECT = Path(__file__).resolve().parents[1] / "{{cookiecutter.project_slug}}"
+FILES = sorted((PROJECT / "level_2_cicd").glob("cloudbuild*.yaml"))
+NAMES = [path.name for path in FILES]
+
+
+def document(name: str) -> dict[str, Any]:
+    """A Cloud Build file."""
+    return dict(yaml.safe_load((PROJECT / "level_2_cicd" / name).read_text(encoding="utf-8")))
+
+
+@pytest.fixture(scope="module")
+def project(generate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with a Google Cloud project."""
+    folder = generate(tmp_path_factory.mktemp("project"))
+    edit(folder / "project.yaml", 'dev: {project: ""', 'dev: {project: "my-project"')
+    edit(folder / "project.yaml", 'prod: {project: ""', 'prod: {project: "my-prod"')
+    return folder
+
+
+@pytest.fixture
+def here(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """In that project, with a commit."""
+    with within(project), settings_of_nobody():
+        monkeypatch.setenv("COMMIT", "1a2b3c4d")
+        yield project
+
+
+# ── their form ──────────────────────────────────────────────────────────────────────────────────────────
+def test_there_are_four() -> None:
+    assert NAMES == ["cloudbuild.container.yaml", "cloudbuild.image.yaml", "cloudbuild.pr.yaml", "cloudbuild.yaml"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_they_are_what_cloud_builds_schema_wants(path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.cloudbuild", str(path)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_has_limits_logs_and_tags(name: str) -> None:
+    build = document(name)
+    assert build["options"]["logging"] == "CLOUD_LOGGING_ONLY"
+    assert all("timeout" in step for step in build["steps"])
+    assert max(steps.seconds(step["timeout"]) for step in build["steps"]) <= steps.seconds(build["timeout"])
+    limits = [steps.seconds(step["timeout"]) for step in build["steps"]]
+    assert steps.critical_path(build["steps"], limits) <= steps.seconds(build["timeout"]) * 1.2
+    assert "substitutions" not in build, "a default would be taken where a caller forgets one"
+    assert build["tags"][0] == "$_ENVIRONMENT"
+
+
+def test_what_is_pushed_has_a_provenance_and_what_a_pull_request_brings_is_not_pushed() -> None:
+    assert document("cloudbuild.yaml")["options"]["requestedVerifyOption"] == "VERIFIED"
+    image = document("cloudbuild.image.yaml")
+    assert image["options"]["requestedVerifyOption"] == "VERIFIED"
+    assert image["images"] == ["$_IMAGE:$_TAG"]
+    request = document("cloudbuild.pr.yaml")
+    assert "images" not in request
+    words = {word for step in request["steps"] for word in step["args"]}
+    assert "--no-push" in words
+    assert not words & {"images", "apply", "publish", "release", "functional-test", "PUSH=1"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_step_is_told_a_secret(name: str) -> None:
+    text = (PROJECT / "level_2_cicd" / name).read_text(encoding="utf-8")
+    assert not re.search(r"secretEnv|availableSecrets|password|token|private_key", text, re.IGNORECASE)
+
+
+# ── each step ───────────────────────────────────────────────────────────────────────────────────────────
+def targets() -> set[str]:
+    """The targets of the project's Makefile."""
+    text = (PROJECT / "Makefile").read_text(encoding="utf-8")
+    return {name for line in re.findall(r"^\.PHONY: (.*)$", text, re.MULTILINE) for name in line.split()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_step_is_one_make_target_in_the_toolbox(name: str) -> None:
+    for step in document(name)["steps"]:
+        if step["id"] == "toolbox":
+            assert step["args"][0] == "level_2_cicd/toolbox/toolbox.sh"
+            continue
+        assert step["entrypoint"] == "make"
+        assert step["name"] in {"toolbox", "$_TOOLBOX"}
+        target, *values = step["args"]
+        assert target in targets()
+        assert all(re.fullmatch(r"[A-Z_]+=\S*", value) for value in values)
+        assert not any(key in step for key in ("script", "secretEnv", "volumes"))
+
+
+def test_nothing_waits_for_what_it_does_not_need() -> None:
+    build = document("cloudbuild.yaml")
+    waits = {step["id"]: set(step["waitFor"]) for step in build["steps"]}
+    assert waits == {
+        "toolbox": {"-"},
+        "setup": {"toolbox"},
+        "images": {"toolbox"},
+        "lint": {"setup"},
+        "test": {"setup"},
+        "apply": {"lint", "test", "images"},
+        "publish": {"setup", "images"},
+        "sbom": {"images"},
+        "functional-test": {"apply", "publish"},
+        "release": {"functional-test"},
+    }
+    before = {name: needed for name, needed in waits.items()}
+    for name in waits:  # what must have succeeded before, all in all
+        before[name] = before[name].union(*(before[other] for other in before[name] if other != "-"))
+    assert {"lint", "test", "images", "apply", "publish", "functional-test"} <= before["release"]
+    assert {"lint", "test"} <= before["apply"]
+
+
+# ── who calls them ──────────────────────────────────────────────────────────────────────────────────────
+def used(name: str) -> set[str]:
+    """The substitutions that a file uses."""
+    return {found for found in steps.variables(document(name)) if found.startswith("_")}
+
+
+def test_every_caller_gives_every_substitution_and_no_other(here: Path) -> None:
+    chosen = settings.load("")
+    place = cloud.place(chosen)
+    train = containers.find(here, ["train"])[0]
+    assert set(submit_build.substitutions(chosen, place)) == used("cloudbuild.yaml")
+    assert set(submit_build.substitutions_of_pull_request(chosen, place)) == used("cloudbuild.pr.yaml")
+    assert set(submit_build.substitutions_of_image(place, train)) == used("cloudbuild.image.yaml")
+    assert set(submit_build.substitutions_of_container(chosen, place, train)) == used("cloudbuild.container.yaml")
+
+
+def test_terraforms_triggers_give_every_substitution() -> None:
+    """Where Terraform names one of the files, it gives what that file uses."""
+    found = {path.name: path.read_text(encoding="utf-8") for path in (PROJECT / "level_2_cicd" / "terraform").rglob("*.tf")}
+    calling = {name: text for name, text in found.items() if "google_cloudbuild_trigger" in text}
+    assert calling
+    text = "\n".join(calling.values())
+    for name in ("cloudbuild.yaml", "cloudbuild.pr.yaml"):
+        assert name in text
+        assert used(name) <= set(re.findall(r"\b_[A-Z][A-Z0-9_]*\b", text)), name
+
+
+def test_a_substitution_that_is_missing_or_too_many_is_refused() -> None:
+    path = PROJECT / "level_2_cicd" / "cloudbuild.image.yaml"
+    values = dict.fromkeys(used("cloudbuild.image.yaml"), "x")
+    assert steps.read(path, values)["images"] == ["x:x"]
+    with pytest.raises(steps.Invalid, match="_TAG"):
+        steps.read(path, {name: value for name, value in values.items() if name != "_TAG"})
+    with pytest.raises(steps.Invalid, match="_MORE"):
+        steps.read(path, {**values, "_MORE": ""})
+
+
+def test_a_value_with_a_comma_reaches_gcloud_whole() -> None:
+    assert submit_build.as_flag({"_A": "1", "_B": ""}) == "_A=1,_B="
+    assert submit_build.as_flag({"_A": "1,2", "_B": "x|y"}) == "^;^_A=1,2;_B=x|y"
+
+
+# ── gcloud builds submit, over the wire ─────────────────────────────────────────────────────────────────
+@pytest.fixture
+def doubles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[CloudBuild, Storage]]:
+    """Cloud Build and Cloud Storage, to which the real gcloud talks."""
+    if shutil.which("gcloud") is None:
+        (pytest.fail if os.environ.get("REQUIRE_DOCKER") else pytest.skip)("this test needs gcloud")
+    with Storage(tmp_path / "buckets") as storage, CloudBuild() as builds:
+        storage.make("my-project-digit-reader-storage")
+        variables = {
+            "CLOUDSDK_CONFIG": str(tmp_path / "gcloud"),
+            "CLOUDSDK_AUTH_DISABLE_CREDENTIALS": "true",
+            "CLOUDSDK_CORE_DISABLE_PROMPTS": "1",
+            "CLOUDSDK_API_ENDPOINT_OVERRIDES_CLOUDBUILD": f"{builds.address}/",
+            "CLOUDSDK_API_ENDPOINT_OVERRIDES_STORAGE": f"{storage.address}/storage/v1/",
+        }
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        yield builds, storage
+
+
+def make(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A make target of the project in which this is."""
+    environment = {**os.environ, "VENV": sys.prefix, "PYTHONPATH": "src", **variables}
+    return subprocess.run(["make", *words], env=environment, capture_output=True, text=True)
+
+
+SECRETS = {
+    ".env": "PASSWORD=x",
+    ".env.local": "PASSWORD=x",
+    "key.pem": "x",
+    "my-service-account.json": "{}",
+    "level_2_cicd/terraform/secret.auto.tfvars": "x",
+    "level_2_cicd/terraform/.terraform/terraform.tfstate": "{}",
+    "level_2_cicd/terraform/terraform.tfstate.backup": "{}",
+    "application_default_credentials.json": "{}",
+    "data/rows.csv": "x",
+    "runs/one/model/model.onnx": "x",
+    "registry/champion.json": "{}",
+    "scratch/try.py": "x",
+    "build/images.json": "{}",
+    ".venv/bin/python": "x",
+    ".git/config": "x",
+    "src/trainer/__pycache__/model.pyc": "x",
+}
+
+
+def test_submit_sends_what_cloudbuild_yaml_says_and_nothing_secret(here: Path, doubles: tuple[CloudBuild, Storage]) -> None:
+    builds, storage = doubles
+    for name, text in SECRETS.items():
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).write_text(text)
+    (here / "src" / "trainer" / "new.py").write_text("# git does not know it, and it goes along")
+    done = make("submit", JOB_SPEC="l4")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    [build] = builds.calls("builds.create")
+    sent = type(build).to_dict(build, use_integers_for_enums=False)
+    written = document("cloudbuild.yaml")
+    for step, asked in zip(sent["steps"], written["steps"], strict=True):
+        assert {key: step[key] for key in ("id", "name", "entrypoint", "args")} == {
+            key: asked[key] for key in ("id", "name", "entrypoint", "args")
+        }
+        assert step["wait_for"] == asked["waitFor"]
+        assert step["env"] == asked.get("env", [])
+        assert step["timeout"] == asked["timeout"]
+    assert sent["timeout"] == written["timeout"]
+    assert sent["tags"] == written["tags"]
+    assert sent["options"]["logging"] == "CLOUD_LOGGING_ONLY"
+    assert sent["options"]["requested_verify_option"] == "VERIFIED"
+    assert sent["options"]["env"] == written["options"]["env"]
+    assert sent["service_account"] == "projects/my-project/serviceAccounts/digit-reader-build@my-project.iam.gserviceaccount.com"
+    assert sent["substitutions"] == {
+        "_ENVIRONMENT": "dev",
+        "_REGISTRY": "europe-west4-docker.pkg.dev/my-project/digit-reader",
+        "_INFRA_ACCOUNT": "digit-reader-infra@my-project.iam.gserviceaccount.com",
+        "_BASE_IMAGES": "",
+        "_PYTHON_INDEX": "",
+        "_COMMIT": "1a2b3c4d",
+        "_JOB_SPEC": "l4",
+    }
+    [received] = [one for one in builds.received if one.call == "builds.create"]
+    assert received.request.path == "/v1/projects/my-project/locations/europe-west4/builds"
+
+    source = sent["source"]["storage_source"]
+    assert source["bucket"] == "my-project-digit-reader-storage"
+    assert source["object_"].startswith("builds/source/")
+    archive = storage.root / source["bucket"] / source["object_"]
+    with tarfile.open(fileobj=io.BytesIO(archive.read_bytes())) as files:
+        names = {name.removeprefix("./") for name in files.getnames() if files.getmember(name).isfile()}
+        mode = files.getmember(next(name for name in files.getnames() if name.endswith("toolbox.sh"))).mode
+    assert not names & set(SECRETS)
+    with within(here):
+        listed = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], capture_output=True, text=True
+        )
+    known = set(listed.stdout.split("\0")) - {""} if listed.returncode == 0 else set()
+    wanted = {
+        "src/trainer/new.py",
+        "Makefile",
+        "project.yaml",
+        "requirements/dev.txt",
+        ".gitignore",
+        "level_2_cicd/cloudbuild.yaml",
+    }
+    assert wanted <= names
+    assert mode & 0o100
+    assert {name for name in known if name not in SECRETS and name != ".gcloudignore"} <= names
+
+
+def test_the_sources_of_every_container_are_sent(here: Path) -> None:
+    """What a container is made of is not what .gcloudignore leaves out: its tag there is its tag here."""
+    done = subprocess.run(
+        ["gcloud", "meta", "list-files-for-upload", "."],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CLOUDSDK_CORE_DISABLE_PROMPTS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    sent = set(done.stdout.split("\n"))
+    for container in containers.find(here):
+        needed = {str(container.dockerfile), f"{container.dockerfile}.dockerignore", *map(str, container.inputs())}
+        assert needed <= sent, container.name
+
+
+def test_a_pool_and_another_environment_are_named(here: Path, doubles: tuple[CloudBuild, Storage]) -> None:
+    builds, storage = doubles
+    storage.make("my-prod-digit-reader-storage")
+    pool = "projects/my-prod/locations/europe-west4/workerPools/private"
+    done = make("submit", ENVIRONMENT="prod", SET=f'"cloud.environments.prod.existing={{build_pool: {pool}}}"')
+    assert done.returncode == 0, done.stdout + done.stderr
+    [build] = builds.calls("builds.create")
+    assert build.options.pool.name == pool
+    assert build.substitutions["_ENVIRONMENT"] == "prod"
+    assert build.service_account.endswith("/digit-reader-build@my-prod.iam.gserviceaccount.com")
+    assert build.source.storage_source.bucket == "my-prod-digit-reader-storage"
+
+
+def test_the_command_is_shown_and_nothing_is_sent(here: Path, doubles: tuple[CloudBuild, Storage]) -> None:
+    done = make("submit", DRY_RUN="1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("gcloud builds submit . --config=level_2_cicd/cloudbuild.yaml --project=my-project")
+    assert not any(double.received for double in doubles)
+
+
+def test_a_build_that_fails_is_a_failure_here(here: Path, doubles: tuple[CloudBuild, Storage]) -> None:
+    builds, _ = doubles
+
+    def fail(_: object) -> dict[str, str]:
+        raise Failed("step test failed")
+
+    builds.work = fail
+    done = make("submit")
+    assert done.returncode == 2
+    assert "`gcloud builds submit` failed" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_what_cloud_build_would_refuse_the_double_refuses(here: Path, doubles: tuple[CloudBuild, Storage]) -> None:
+    def submit(text: str, *more: str) -> str:
+        (here / "build").mkdir(exist_ok=True)
+        (here / "build" / "bad.yaml").write_text(text)
+        command = [
+            "gcloud",
+            "builds",
+            "submit",
+            "--no-source",
+            "--config=build/bad.yaml",
+            "--project=my-project",
+            "--region=europe-west4",
+        ]
+        done = subprocess.run([*command, *more], capture_output=True, text=True)
+        assert done.returncode != 0
+        return done.stderr
+
+    step = "steps: [{name: x, args: [$_A]}]\n"
+    assert "_A" in submit(step)
+    assert "_B" in submit(step, "--substitutions=_A=1,_B=2")
+    account = "--service-account=projects/my-project/serviceAccounts/a@my-project.iam.gserviceaccount.com"
+    assert "CLOUD_LOGGING_ONLY" in submit(step, "--substitutions=_A=1", account)
+    assert "no earlier step" in submit("steps: [{name: x, waitFor: [later]}]\n")
+    assert "two steps" in submit("steps: [{name: x, id: a}, {name: x, id: a}]\n")
+    assert not doubles[0].calls("builds.create")
+
+
+def test_triggers_for_each_container_name_their_files(here: Path) -> None:
+    linked = "projects/p/locations/europe-west4/connections/c/repositories/r"
+    with within(here):
+        chosen = settings.load(f"cloud.repository.name={linked}")
+        commands = submit_build.trigger_commands(cloud.place(chosen), chosen, here)
+    by_name = {next(word for word in command if word.startswith("--name=")): command for command in commands}
+    assert len(by_name) == len(containers.find(here))
+    predict = by_name["--name=digit-reader-predict"]
+    [files] = [word for word in predict if word.startswith("--included-files=")]
+    assert "src/predictor/app.py" in files
+    assert "src/trainer" not in files
+    done = make("setup-triggers")
+    assert done.returncode == 2
+    assert "cloud.repository.name" in done.stderr
+
+
+# ── the runner of steps ─────────────────────────────────────────────────────────────────────────────────
+def build(*written: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """A build whose steps are shell commands."""
+    shells = [{"name": "x", "entrypoint": "sh", "args": ["-c", step.pop("run")], **step} for step in written]
+    return steps.resolve({"steps": shells, **more}, {"PROJECT_ID": "p"})
+
+
+def test_steps_run_as_soon_as_they_can_and_in_order(tmp_path: Path) -> None:
+    made = build(
+        {"id": "a", "run": "echo a >>log"},
+        {"id": "slow", "run": "sleep 1; echo slow >>log", "waitFor": ["a"]},
+        {"id": "quick", "run": "echo quick >>log", "waitFor": ["a"]},
+        {"id": "last", "run": "echo last $PROJECT_ID $$PLACE >>log", "env": ["PLACE=$PROJECT_ID"]},
+    )
+    outcome = steps.run(made, tmp_path, steps.as_process({}))
+    assert outcome.status == "SUCCESS", outcome.told()
+    assert (tmp_path / "log").read_text().splitlines()[:3] == ["a", "quick", "slow"]
+    assert (tmp_path / "log").read_text().splitlines()[3] == "last p p"
+    assert outcome.critical < sum(step.seconds for step in outcome.steps)
+
+
+def test_a_failure_ends_the_others_and_nothing_new_begins(tmp_path: Path) -> None:
+    made = build(
+        {"id": "long", "run": "sleep 60", "waitFor": ["-"]},
+        {"id": "bad", "run": "echo so; exit 3", "waitFor": ["-"]},
+        {"id": "after", "run": "touch after", "waitFor": ["bad"]},
+    )
+    outcome = steps.run(made, tmp_path, steps.as_process({}))
+    assert [step.status for step in outcome.steps] == ["CANCELLED", "FAILURE", "QUEUED"]
+    assert outcome.status == "FAILURE"
+    assert "so" in outcome.told()
+    assert not (tmp_path / "after").exists()
+
+
+def test_a_step_that_may_fail_ends_nothing(tmp_path: Path) -> None:
+    made = build({"id": "bad", "run": "exit 3", "allowFailure": True}, {"id": "after", "run": "touch after"})
+    outcome = steps.run(made, tmp_path, steps.as_process({}))
+    assert [step.status for step in outcome.steps] == ["FAILURE", "SUCCESS"]
+    assert outcome.status == "SUCCESS"
+
+
+def test_times_out_and_is_killed(tmp_path: Path) -> None:
+    late = steps.run(build({"id": "a", "run": "sleep 60", "timeout": "1s"}), tmp_path, steps.as_process({}))
+    assert (late.status, late.step("a").status) == ("TIMEOUT", "TIMEOUT")
+    late = steps.run(build({"id": "a", "run": "sleep 60"}, timeout="1s"), tmp_path, steps.as_process({}))
+    assert late.status == "TIMEOUT"
+    made = build({"id": "a", "run": "true"}, {"id": "b", "run": "touch b"})
+    assert steps.run(made, tmp_path, steps.as_process({}), kill_after=1).status == "KILLED"
+    assert not (tmp_path / "b").exists()
+
+
+def test_the_critical_path_is_the_longest_way_through() -> None:
+    made = build({"id": "a", "run": ""}, {"id": "b", "run": "", "waitFor": ["-"]}, {"id": "c", "run": "", "waitFor": ["a"]})
+    assert steps.critical_path(made["steps"], [1, 5, 2]) == 5
+    assert steps.critical_path(made["steps"], [4, 5, 2]) == 6

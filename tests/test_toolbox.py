@@ -1,0 +1,207 @@
+"""The toolbox is built and steps run in it, with a real engine and a real registry.
+
+The images that it is put together from cannot be had everywhere: images of the same names, with this machine's programs in them,
+stand for them behind a mirror. So the Dockerfile is tried, and not whether those images are as we believe.
+"""
+
+import os
+import shutil
+import subprocess
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from launcher import containers, image_registry
+from rehearsal import cloud_build, steps
+from rehearsal.cloud_build import CloudBuild
+from rehearsal.storage import Storage
+
+from tests.push import edit
+from tests.test_containers import registry
+
+pytestmark = pytest.mark.heavy
+
+Done = subprocess.CompletedProcess[str]
+MIRROR = "toolbox.test/mirror"
+SCRIPT = "level_2_cicd/toolbox/toolbox.sh"
+SDK = "usr/lib/google-cloud-sdk"
+# Docker asks a plugin who it is; the engine that answers here builds without it.
+BUILDX = """#!/bin/sh
+if [ "$1" = docker-cli-plugin-metadata ]; then echo '{"SchemaVersion":"0.1.0","Vendor":"nobody","Version":"0"}'; fi
+"""
+
+
+def run(*command: object, cwd: Path | None = None, **variables: str) -> Done:
+    return subprocess.run(
+        [str(word) for word in command], cwd=cwd, env={**os.environ, **variables}, capture_output=True, text=True
+    )
+
+
+def must(*command: object, cwd: Path | None = None, **variables: str) -> str:
+    done = run(*command, cwd=cwd, **variables)
+    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def program(name: str) -> str:
+    """A program of this machine; without it the test has nothing to test."""
+    found = shutil.which(name)
+    if not found:
+        (pytest.fail if os.environ.get("REQUIRE_DOCKER") else pytest.skip)(f"this test needs {name}")
+    return found
+
+
+def stand_in(name: str, *options: object) -> None:
+    """An image of this name, from files of this machine."""
+    with subprocess.Popen(["tar", *map(str, options)], stdout=subprocess.PIPE) as packed:
+        subprocess.run(["docker", "import", "-", f"{MIRROR}/{name}"], stdin=packed.stdout, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def project(docker: str, generate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A project, and behind the mirror all that its toolbox is made of."""
+    folder = tmp_path_factory.mktemp("stand-ins")
+    gcloud = Path(program("gcloud")).resolve()
+    for name in ("docker", "terraform"):
+        target = folder / name / {"docker": "usr/local/bin", "terraform": "bin"}[name]
+        target.mkdir(parents=True)
+        shutil.copy(program(name), target)
+    plugin = folder / "docker/usr/local/libexec/docker/cli-plugins/docker-buildx"
+    plugin.parent.mkdir(parents=True)
+    plugin.write_text(BUILDX)
+    plugin.chmod(0o755)
+    made = generate(tmp_path_factory.mktemp("project"))
+    wanted = dict(
+        line[4:].split("=")
+        for line in (made / "level_2_cicd/toolbox/Dockerfile").read_text().splitlines()
+        if ":" in line and line.startswith("ARG ")
+    )
+    stand_in(wanted["DOCKER"], "-C", folder / "docker", "-c", ".")
+    stand_in(wanted["TERRAFORM"], "-C", folder / "terraform", "-c", ".")
+    large = ["--exclude=*emulator*", "--exclude=anthoscli", "--exclude=kuberun", "--exclude=__pycache__", "--exclude=gsutil"]
+    sdk = gcloud.parents[1]
+    stand_in(wanted["GCLOUD"], "-C", sdk.parent, *large, f"--transform=s,^{sdk.name},{SDK},", "-c", sdk.name)
+    base = (made / "level_1_pipeline/base_image.txt").read_text().strip()
+    must("docker", "tag", base, f"{MIRROR}/{base}")
+    edit(made / "project.yaml", 'dev: {project: ""', 'dev: {project: "my-project"')
+    yield made
+    names = [f"{MIRROR}/{name}" for name in (*wanted.values(), base) if name]
+    run("docker", "rmi", "--force", *names, "toolbox")
+
+
+@pytest.fixture(scope="module")
+def address(docker: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A registry, and a repository in it."""
+    with registry(tmp_path_factory.mktemp("registry")) as host:
+        repository = f"{host}/demo-{uuid.uuid4().hex[:8]}"
+        yield repository
+        left = must("docker", "image", "ls", "--format", "{{.Repository}}:{{.Tag}}").split()
+        run("docker", "rmi", "--force", *(name for name in left if name.startswith(f"{repository}/")))
+
+
+@pytest.fixture(scope="module")
+def toolbox(project: Path, address: str) -> str:
+    """The toolbox in the registry, and on this machine as `toolbox`."""
+    must("sh", SCRIPT, address, MIRROR, cwd=project)
+    return must("sh", SCRIPT, "--name", address, cwd=project).strip()
+
+
+def test_it_is_built_once_and_then_taken_from_the_registry(project: Path, address: str, toolbox: str) -> None:
+    assert image_registry.digest(toolbox)
+    must("docker", "rmi", "--force", toolbox, "toolbox")
+    assert "taken from the registry" in must("sh", SCRIPT, address, MIRROR, cwd=project)
+    assert must("docker", "image", "inspect", "--format", "{{.Id}}", "toolbox") == must(
+        "docker", "image", "inspect", "--format", "{{.Id}}", toolbox
+    )
+
+
+def test_a_pull_request_that_changes_it_pushes_nothing(project: Path, address: str, toolbox: str, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(project, tmp_path / "other"))
+    edit(other / "level_2_cicd/toolbox/Dockerfile", "# What the steps", "# Changed: what the steps")
+    name = must("sh", SCRIPT, "--name", address, cwd=other).strip()
+    assert name != toolbox
+    must("sh", SCRIPT, "--no-push", address, MIRROR, cwd=other)
+    assert image_registry.digest(name) is None
+    must("docker", "tag", toolbox, "toolbox")
+
+
+def test_other_files_do_not_change_it(project: Path, address: str, toolbox: str, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(project, tmp_path / "other"))
+    (other / "README.md").write_text("other")
+    (other / "src/trainer/model.py").write_text("# other\n")
+    assert must("sh", SCRIPT, "--name", address, cwd=other).strip() == toolbox
+
+
+@pytest.mark.parametrize("words", [["--nmae"], ["--name"]])
+def test_a_wrong_word_is_told(project: Path, words: list[str]) -> None:
+    done = run("sh", SCRIPT, *words, cwd=project)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --n")
+
+
+def test_it_has_what_steps_call(project: Path, toolbox: str) -> None:
+    """Its own Python is ready for what talks to the cloud, and the project's files are what it runs."""
+    say = (
+        "make --version && git --version && docker --version && terraform version && gcloud --version && make -C /workspace help"
+    )
+    must("docker", "run", "--rm", f"--volume={project}:/workspace", "toolbox", "sh", "-ec", say)
+    asked = ["docker", "run", "--rm", f"--volume={project}:/workspace", "--env=VENV=/opt/venv", "toolbox", "make"]
+    assert "l4-spot" in must(*asked, "gpu-jobs")
+    done = run(*asked, "submit", "DRY_RUN=1")
+    assert done.returncode == 2
+    assert "COMMIT=1a2b3c" in done.stderr  # there is no git repository
+
+
+def test_an_image_is_built_by_the_steps_themselves(project: Path, address: str, toolbox: str, tmp_path: Path) -> None:
+    """cloudbuild.container.yaml in containers: its gcloud starts cloudbuild.image.yaml, whose step builds with this engine."""
+    workspace = Path(shutil.copytree(project, tmp_path / "workspace"))
+    edit(workspace / "project.yaml", 'registry: ""', f'registry: "{address}"')
+    variables = {name: os.environ[name] for name in ("PIP_FIND_LINKS", "PIP_INDEX_URL", "BUILD_NETWORK") if name in os.environ}
+
+    def push(name: str) -> str:
+        must("docker", "push", name)
+        return str(image_registry.digest(name))
+
+    outcomes: list[steps.Outcome] = []
+    with Storage(tmp_path / "buckets") as storage, CloudBuild() as builds:
+        storage.make("my-project-digit-reader-storage")
+        variables |= {
+            "CLOUDSDK_AUTH_DISABLE_CREDENTIALS": "true",
+            "CLOUDSDK_API_ENDPOINT_OVERRIDES_CLOUDBUILD": f"{builds.address}/",
+            "CLOUDSDK_API_ENDPOINT_OVERRIDES_STORAGE": f"{storage.address}/storage/v1/",
+            "STORAGE_EMULATOR_HOST": storage.address,
+        }
+        builds.work = cloud_build.does(
+            tmp_path / "buckets",
+            tmp_path / "children",
+            lambda folder: steps.as_container(variables, folder),
+            push,
+            lambda _, outcome: outcomes.append(outcome),
+        )
+        told = {
+            "_ENVIRONMENT": "dev",
+            "_REGISTRY": address,
+            "_BASE_IMAGES": MIRROR,
+            "_PYTHON_INDEX": "",
+            "_COMMIT": "1a2b",
+            "_CONTAINER": "deploy",
+        }
+        build = steps.read(workspace / "level_2_cicd/cloudbuild.container.yaml", told)
+        in_toolbox = steps.as_container(variables, workspace)
+
+        def command(build: steps.Json, step: steps.Json) -> steps.Command:
+            # Cloud Build's own docker image cannot be had here: its one step is a process of this machine.
+            return steps.as_process({})(build, step) if step["id"] == "toolbox" else in_toolbox(build, step)
+
+        outcome = steps.run(build, workspace, command)
+        assert outcome.status == "SUCCESS", outcome.told() + "\n".join(child.told() for child in outcomes)
+        [child] = builds.calls("builds.create")
+        assert child.substitutions["_TOOLBOX"] == toolbox
+        [kept] = builds.builds.values()
+        [image] = kept.results.images
+    [deploy] = containers.find(workspace, ["deploy"])
+    assert image.name == f"{address}/deploy:{deploy.tag()}"
+    assert image.digest == image_registry.digest(image.name)
+    assert "pushed" in outcome.step("images").output
+    must("docker", "run", "--rm", image.name, "python", "-m", "launcher.deploy", "--help")

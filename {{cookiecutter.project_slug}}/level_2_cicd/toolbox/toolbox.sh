@@ -1,0 +1,60 @@
+#!/bin/sh
+# The image that the steps of a build run in; it is called `toolbox` on this machine afterwards.
+#
+#   toolbox.sh                                                     builds it, unless it is here
+#   toolbox.sh [--no-push] REGISTRY [BASE_IMAGES [PYTHON_INDEX]]   takes it from the registry, or else builds and pushes it
+#   toolbox.sh --name REGISTRY                                     prints its name there, and does nothing
+#
+# BASE_IMAGES and PYTHON_INDEX are cloud.mirrors of project.yaml. Its tag is a hash of all that it is made of, so it is built
+# once, and again when one of these files has changed. It runs where there is only docker and a shell.
+set -eu
+cd "$(dirname "$0")/../.."
+
+what="get"
+case "${1:-}" in
+    --no-push) what=keep && shift ;;
+    --name) what=name && shift ;;
+    -*)
+        echo "error: $1: there are --no-push and --name." >&2
+        exit 2
+        ;;
+esac
+registry=${1:-} mirror=${2:-} index=${3:-}
+folder=level_2_cicd/toolbox base=level_1_pipeline/base_image.txt
+inputs="$base $folder/Dockerfile level_1_pipeline/install_packages.sh requirements/launcher.txt requirements/uv.txt"
+# shellcheck disable=SC2086  # a list of words
+tag=$(sha256sum $inputs | sha256sum | cut -c 1-16)
+name=${registry:+$registry/}toolbox:$tag
+if [ "$what" = name ]; then
+    if [ -z "$registry" ]; then echo "error: --name: of which registry?" >&2 && exit 2; fi
+    echo "$name"
+    exit
+fi
+
+build() {
+    echo "toolbox: building $name …"
+    secrets=$(mktemp)
+    trap 'rm -f "$secrets"' EXIT
+    for variable in ${index:+PIP_INDEX_URL UV_DEFAULT_INDEX}; do echo "export $variable='$index'" >>"$secrets"; done
+    # On a person's machine the standard variables say where packages come from, as for the other images.
+    for variable in PIP_INDEX_URL PIP_FIND_LINKS HTTPS_PROXY HTTP_PROXY NO_PROXY; do
+        eval "value=\${$variable:-}"
+        if [ -z "$value" ]; then continue; fi
+        echo "export $variable='$value'" >>"$secrets"
+        case $variable in
+            PIP_INDEX_URL) echo "export UV_DEFAULT_INDEX='$value'" >>"$secrets" ;;
+            PIP_FIND_LINKS) echo "export UV_FIND_LINKS='$value'" >>"$secrets" ;;
+        esac
+    done
+    DOCKER_BUILDKIT=1 docker build --progress=plain --file "$folder/Dockerfile" --tag "$name" \
+        --build-arg "BASE=${mirror:+$mirror/}$(cat "$base")" --build-arg "MIRROR=${mirror:+$mirror/}" \
+        --secret "id=index,src=$secrets" ${BUILD_NETWORK:+"--network=$BUILD_NETWORK"} .
+}
+
+if [ -n "$registry" ] && docker pull --quiet "$name" 2>/dev/null; then
+    echo "toolbox: taken from the registry"
+else
+    if [ -z "$(docker image ls --quiet "$name")" ]; then build; fi
+    if [ -n "$registry" ] && [ "$what" = get ]; then docker push --quiet "$name"; fi
+fi
+docker tag "$name" toolbox

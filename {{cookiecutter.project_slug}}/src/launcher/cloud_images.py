@@ -1,0 +1,209 @@
+"""The images of a push: each that the registry lacks is built in a build of its own, in parallel; the rest is left alone.
+
+python -m launcher.cloud_images [NAME …]                           make images: all; writes their digests to build/images.json
+python -m launcher.cloud_images --list-contents                    make sbom: what each of them holds, kept by Artifact Registry
+python -m launcher.cloud_images NAME --image ADDRESS --tag TAG     make image: builds one, here; Cloud Build pushes it
+
+An image's tag is a hash of what goes into it (launcher.containers), so the registry itself tells what is missing. An environment
+with promote_from in project.yaml builds nothing: it copies what passed where it promotes from, byte for byte, so that what
+runs there is what was tried.
+"""
+
+import argparse
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from launcher import command_line, containers, image_registry, submit_build
+from launcher.containers import Container
+from project import cloud, manifest, settings, storage
+from project.cloud import Place
+from project.errors import UserError, run_command
+from project.settings import Settings
+
+DIGESTS = Path("build/images.json")
+LOGS = Path("build/images")
+LOOKS, PAUSE = 10, 30.0  # how often a list of contents is asked for, and the seconds between
+
+
+def make(wanted: Sequence[Container], chosen: Settings, place: Place) -> dict[str, str]:
+    """Let the environment's registry have the images; what can be had is had, also when another fails.
+
+    Returns:
+        Container → its image by digest.
+
+    Raises:
+        UserError: tells every failure.
+    """
+    submit_build.level_2(place)
+    source = cloud.place(chosen, place.promote_from) if place.promote_from else None
+
+    def make_one(container: Container) -> str:
+        name = containers.image(container, place.images)
+        there = image_registry.digest(name)
+        if there:
+            tell(f"= {container.name:<12} unchanged   {name}")
+        elif source:
+            there = promote(container, source, name)
+        else:
+            there = build_elsewhere(container, place, name)
+        return f"{place.images}/{container.name}@{there}"
+
+    return _all(wanted, make_one)
+
+
+def _all(wanted: Sequence[Container], make_one: Callable[[Container], str]) -> dict[str, str]:
+    made, failures = {}, []
+    with ThreadPoolExecutor(max_workers=len(wanted)) as pool:
+        for container, result in [(container, pool.submit(make_one, container)) for container in wanted]:
+            try:
+                made[container.name] = result.result()
+            except UserError as error:
+                failures.append(f"{container.name}: {error}")
+    if failures:
+        raise UserError("\n       ".join(failures))
+    return made
+
+
+def build_elsewhere(container: Container, place: Place, name: str) -> str:
+    """Build an image in a build of its own, which pushes it; returns its digest.
+
+    Raises:
+        UserError: the build failed, or the image is not there afterwards.
+    """
+    log = LOGS / f"{container.name}.log"
+    tell(f"▶ {container.name:<12} building …  (log: {log})")
+    told = submit_build.substitutions_of_image(place, container)
+    submit_build.run(submit_build.submit_command(place, submit_build.IMAGE, told), log)
+    there = image_registry.digest(name)
+    if there is None:
+        raise UserError(f"the build succeeded, and {name} is not in the registry. Its log: {log}")
+    tell(f"↑ {container.name:<12} pushed      {name}@{there}")
+    return there
+
+
+def list_contents(images: Mapping[str, str], place: Place) -> None:
+    """Let Artifact Registry keep a list of what each image holds (SBOM) beside its digest, unless it is there.
+
+    The list is made of what the registry's scanner has found, which takes it some minutes.
+
+    Raises:
+        UserError: it could not be had in time.
+    """
+    # Another registry keeps none.
+    wanted = {name: image for name, image in images.items() if re.match(r"[a-z0-9-]+-docker\.pkg\.dev/", image)}
+    if not wanted:
+        return
+    with ThreadPoolExecutor(max_workers=len(wanted)) as pool:
+        done = [pool.submit(_list_contents, name, image, place) for name, image in wanted.items()]
+    problems = [str(error) for result in done if (error := result.exception())]
+    if problems:
+        raise UserError("\n       ".join(problems))
+
+
+def _list_contents(name: str, image: str, place: Place) -> None:
+    log, found = LOGS / f"{name}.sbom.log", LOGS / f"{name}.sbom.list"
+    own = f"--project={place.project}"
+    for look in range(LOOKS):
+        submit_build.run(["gcloud", "artifacts", "sbom", "list", f"--resource={image}", own, "--format=value(name)"], found)
+        if any(line.startswith("projects/") for line in found.read_text(encoding="utf-8").splitlines()):
+            tell(f"✓ {name:<12} listed      {image}")
+            return
+        try:
+            submit_build.run(["gcloud", "artifacts", "sbom", "export", f"--uri={image}", own], log)
+        except UserError as error:
+            if look == LOOKS - 1:
+                raise UserError(f"{name}: there is no list of what it holds: {error}") from None
+            time.sleep(PAUSE)
+    tell(f"✓ {name:<12} listed      {image}")
+
+
+def promote(container: Container, source: Place, name: str) -> str:
+    """Copy an image from the registry of another environment; returns its digest, which is the same.
+
+    Raises:
+        UserError: it is not there yet.
+    """
+    passed = containers.image(container, source.images)
+    there = image_registry.digest(passed)
+    if there is None:
+        raise UserError(
+            f"{passed} is not there: this code has not been built in {source.environment} yet, and is built nowhere else. "
+            f"Push it there first, or type: make submit ENVIRONMENT={source.environment}"
+        )
+    tell(f"▶ {container.name:<12} copying from {source.environment} …")
+    copied = image_registry.copy(f"{source.images}/{container.name}@{there}", name)
+    tell(f"↑ {container.name:<12} copied      {name}@{copied}")
+    return copied
+
+
+def build_here(container: Container, chosen: Settings, address: str, tag: str) -> None:
+    """Build an image with this machine's Docker, under the name that it has in a registry; it is not pushed.
+
+    Raises:
+        UserError: the files here are not those of the tag, or Docker failed.
+    """
+    if container.tag() != tag:
+        raise UserError(
+            f"the files that go into {container.name} make the tag {container.tag()} here, and {tag} is asked for: "
+            "what was sent is not what is meant. Does .gcloudignore leave out a file that goes in?"
+        )
+    containers.build(container, f"{address}:{tag}", chosen)
+
+
+def tell(line: str) -> None:
+    """A line of progress, written at once: others are written meanwhile."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def keep(made: Mapping[str, str], place: Place) -> None:
+    """Write the digests to build/images.json, and beside the builds in the bucket."""
+    DIGESTS.parent.mkdir(exist_ok=True)
+    manifest.write_json(DIGESTS, dict(made))
+    content = (json.dumps(made, indent=2, sort_keys=True) + "\n").encode()
+    storage.write(f"{place.builds}/images.json", content)
+
+
+def read() -> dict[str, str]:
+    """What `keep` has written.
+
+    Raises:
+        UserError: it has not.
+    """
+    if not DIGESTS.is_file():
+        raise UserError(f"there is no {DIGESTS}. Type first: make images")
+    return {name: str(image) for name, image in command_line.read_json(str(DIGESTS), str(DIGESTS)).items()}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="make images", description="Let the registry have the images of this code.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a container, such as train; otherwise all")
+    parser.add_argument("--image", help="build one image here, for this address without a tag")
+    parser.add_argument("--tag", help="with --image: the tag that its files must make")
+    parser.add_argument("--list-contents", action="store_true", help="let Artifact Registry list what the images hold")
+    asked = parser.parse_args()
+    chosen = settings.load()
+    if asked.list_contents:
+        list_contents(read(), cloud.place(chosen))
+        return
+    wanted = containers.find(settings.project_root(), asked.names)
+    if asked.image or asked.tag:
+        if not (asked.image and asked.tag and len(wanted) == 1):
+            raise UserError("to build one image here: make image NAME=train IMAGE=ADDRESS TAG=TAG")
+        build_here(wanted[0], chosen, asked.image, asked.tag)
+        return
+    place = cloud.place(chosen)
+    made = make(wanted, chosen, place)
+    if not asked.names:
+        keep(made, place)
+        print(f"{DIGESTS}: {len(made)} images by digest")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,115 @@
+"""The published pipelines, as whoever starts a run finds them: which version is current, and what is in a version.
+
+Their folder is gs://…/templates/train-and-register. launcher.kfp_publish writes VERSION/pipeline.json and
+VERSION/parameters.json there, which never change; current.json names the version that an event starts. Only the standard
+library is imported until something is read.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from launcher import command_line, kfp_template
+from project import storage
+from project.errors import UserError
+
+NAME = "train-and-register"  # as level_1_pipeline/pipeline.py calls the pipeline
+POINTER = "current.json"
+VERSION = r"[0-9a-f]{16}"
+FIELDS = ("version", "pipeline", "parameters", "template", "sha256", "commit")  # of the pointer
+
+
+class NotPublished(UserError):
+    """There is no such version, or none is current yet."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A version; not to be changed.
+
+    Attributes:
+        address: where the compiled pipeline is; spec: the pipeline.
+        values, labels: its parameters, and what every run with them bears.
+    """
+
+    version: str
+    address: str
+    spec: dict[str, Any]
+    values: dict[str, Any]
+    labels: dict[str, str]
+
+
+def read(folder: str, version: str = "") -> Published:
+    """A version, or the current one.
+
+    Args:
+        folder: the gs:// address below which the versions are.
+
+    Raises:
+        NotPublished: there is none.
+        UserError: it cannot be read, or is no pipeline.
+    """
+    if not version:
+        pointer = read_pointer(folder)
+        if pointer is None:
+            raise NotPublished(
+                f"nothing is published yet: there is no {folder}/{POINTER}. The first build that passes its tests writes it."
+            )
+        version = pointer["version"]
+    if not re.fullmatch(VERSION, version):
+        raise NotPublished(f"'{version[:40]}' is no version; one has 16 digits, such as 0123456789abcdef.")
+    return _version(folder, version)
+
+
+@lru_cache(maxsize=4)  # a version never changes
+def _version(folder: str, version: str) -> Published:
+    address = f"{folder}/{version}/pipeline.json"
+    found = [storage.read(f"{folder}/{version}/{name}.json") for name in ("pipeline", "parameters")]
+    if found[0] is None or found[1] is None:
+        raise NotPublished(f"version {version} is not published: there is no {address}.")
+    try:
+        pipeline, parameters = found[0][0].decode(), found[1][0].decode()
+    except UnicodeDecodeError:
+        raise UserError(f"what is in {folder}/{version} is no JSON.") from None
+    values, labels = kfp_template.read_parameters(parameters)
+    return Published(version, address, kfp_template.parse_spec(pipeline, address), values, labels)
+
+
+def read_pointer(folder: str) -> dict[str, Any] | None:
+    """What current.json says; None where nothing is current yet.
+
+    Raises:
+        UserError: it cannot be read, or does not name a version.
+    """
+    address = f"{folder}/{POINTER}"
+    found = storage.read(address)
+    if found is None:
+        return None
+    try:
+        document = command_line.parse(found[0].decode())
+    except ValueError as error:
+        raise UserError(f"{address} is no JSON: {error}.") from None
+    if not isinstance(document, dict) or not re.fullmatch(VERSION, str(document.get("version"))):
+        raise UserError(f"{address} names no version. The next build writes it anew.")
+    return document
+
+
+def write_pointer(folder: str, told: Mapping[str, Any]) -> None:
+    """Make a version the current one: from now on, events start it.
+
+    Args:
+        told: the line that launcher.kfp_publish printed, and the commit.
+
+    Raises:
+        UserError: a field is missing, or the object cannot be written.
+    """
+    missing = [name for name in FIELDS if name not in told]
+    if missing:
+        raise UserError(f"{POINTER} wants {', '.join(FIELDS)}; {', '.join(missing)} is missing.")
+    if not re.fullmatch(VERSION, str(told["version"])):
+        raise UserError(f"{POINTER}: '{told['version']}' is no version; one has 16 digits, such as 0123456789abcdef.")
+    document = {name: told[name] for name in FIELDS}
+    storage.write(f"{folder}/{POINTER}", (json.dumps(document, indent=1) + "\n").encode())

@@ -1,0 +1,213 @@
+"""The images of a push: which are built, copied or left alone. Registries and buckets are doubles; gcloud is not called."""
+
+import dataclasses
+import json
+import shutil
+import threading
+
+import pytest
+
+from launcher import api, cloud_images, containers, submit_build
+from project import cloud
+from project.errors import UserError
+from project.settings import load
+from rehearsal.images import Images
+from rehearsal.storage import Storage
+from tests.conftest import ROOT
+
+BOTH = "cloud.environments.dev.project=my-project cloud.environments.prod.project=my-prod"
+
+
+@pytest.fixture
+def sources(project, monkeypatch):
+    """A project with all that containers are made of."""
+    for part in ("level_1_pipeline", "level_2_cicd", "requirements"):
+        shutil.copytree(ROOT / part, project / part, ignore=shutil.ignore_patterns("__pycache__", "rehearsal"))
+    for name in ("ENVIRONMENT", "JOB_SPEC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SET", BOTH)
+    monkeypatch.setenv("COMMIT", "1a2b")
+    return project
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """The registry of dev, and of prod."""
+    monkeypatch.setattr(api, "FIRST_WAIT", 0.01)
+    with Images() as images:
+        yield images
+
+
+@pytest.fixture
+def place(sources, registry):
+    """dev, whose images are there."""
+    return dataclasses.replace(cloud.place(load()), images=f"{registry.host}/demo")
+
+
+@pytest.fixture
+def gcloud(registry, monkeypatch):
+    """What gcloud was told; a build pushes its image."""
+    commands = []
+
+    def run(command, log=None):
+        commands.append(command)
+        told = substitutions(command)
+        if told:
+            registry.push(f"{told['_IMAGE']}:{told['_TAG']}")
+
+    monkeypatch.setattr(submit_build, "run", run)
+    return commands
+
+
+def substitutions(command):
+    """What a build is told."""
+    [flag] = [word for word in command if word.startswith("--substitutions=")] or ["--substitutions="]
+    return dict(pair.split("=", 1) for pair in flag.removeprefix("--substitutions=").split(",") if pair)
+
+
+def test_what_is_missing_is_built_and_the_rest_left_alone(sources, place, registry, gcloud):
+    wanted = containers.find(sources, ["train", "predict", "deploy"])
+    there = registry.push(containers.image(wanted[0], place.images))
+    made = cloud_images.make(wanted, load(), place)
+    assert sorted(substitutions(command)["_CONTAINER"] for command in gcloud) == ["deploy", "predict"]
+    assert made["train"] == f"{place.images}/train@{there}"
+    assert set(made) == {"train", "predict", "deploy"}
+    for command in gcloud:
+        assert command[:4] == ["gcloud", "builds", "submit", "."]
+        assert f"--config={submit_build.IMAGE}" in command
+        told = substitutions(command)
+        assert told["_TOOLBOX"].startswith(f"{place.images}/toolbox:")
+        assert told["_COMMIT"] == "1a2b"
+    gcloud.clear()
+    assert cloud_images.make(wanted, load(), place) == made
+    assert not gcloud
+
+
+def test_they_are_built_at_the_same_time(sources, place, gcloud, monkeypatch):
+    wanted, push = containers.find(sources), submit_build.run
+    together = threading.Barrier(len(wanted), timeout=30)
+
+    def run(command, log=None):
+        together.wait()  # breaks where one waits for another
+        push(command, log)
+
+    monkeypatch.setattr(submit_build, "run", run)
+    assert len(cloud_images.make(wanted, load(), place)) == len(wanted)
+
+
+def test_one_that_fails_is_told_and_the_others_are_there(sources, place, registry, gcloud, monkeypatch):
+    wanted, push = containers.find(sources, ["train", "predict"]), submit_build.run
+
+    def run(command, log=None):
+        if substitutions(command)["_CONTAINER"] == "train":
+            raise UserError("no space left")
+        push(command, log)
+
+    monkeypatch.setattr(submit_build, "run", run)
+    with pytest.raises(UserError, match=r"^train: no space left$"):
+        cloud_images.make(wanted, load(), place)
+    assert registry.names() == {f"demo/predict:{wanted[1].tag()}"}
+
+
+def test_a_build_without_an_image_is_a_failure(sources, place, monkeypatch):
+    monkeypatch.setattr(submit_build, "run", lambda *_: None)
+    with pytest.raises(UserError, match="is not in the registry"):
+        cloud_images.make(containers.find(sources, ["predict"]), load(), place)
+
+
+def test_the_digests_are_kept_here_and_beside_the_builds(sources, place, tmp_path, monkeypatch):
+    with Storage(tmp_path / "buckets") as storage:
+        folder = storage.make(place.storage.removeprefix("gs://"))
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", storage.address)
+        cloud_images.keep({"train": "x@sha256:0"}, place)
+        assert json.loads((folder / "builds" / "images.json").read_text()) == {"train": "x@sha256:0"}
+    assert json.loads(cloud_images.DIGESTS.read_text()) == {"train": "x@sha256:0"}
+
+
+# ── promotion ───────────────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.fixture
+def promoted(sources, registry, place, monkeypatch):
+    """prod, with a registry of its own; dev's is `registry`."""
+    with Images() as own:
+        prod = dataclasses.replace(cloud.place(load(), "prod"), images=f"{own.host}/prod")
+        monkeypatch.setattr(cloud, "place", lambda _, environment=None: place if environment == "dev" else prod)
+        yield prod, own
+
+
+def test_prod_copies_what_passed_in_dev_and_builds_nothing(sources, place, registry, promoted, gcloud):
+    prod, own = promoted
+    wanted = containers.find(sources, ["train", "predict"])
+    digests = {container.name: registry.push(containers.image(container, place.images)) for container in wanted}
+    made = cloud_images.make(wanted, load(), prod)
+    assert made == {name: f"{prod.images}/{name}@{digest}" for name, digest in digests.items()}
+    assert own.names() == {f"prod/{container.name}:{container.tag()}" for container in wanted}
+    assert not gcloud
+    assert not registry.calls("manifests.put")
+
+
+def test_what_is_not_in_dev_does_not_get_into_prod(sources, place, registry, promoted, gcloud):
+    prod, own = promoted
+    registry.push(f"{place.images}/predict:of-other-code")
+    with pytest.raises(UserError, match=r"has not been built in dev yet.*make submit ENVIRONMENT=dev"):
+        cloud_images.make(containers.find(sources, ["predict"]), load(), prod)
+    assert not own.names()
+    assert not gcloud
+
+
+# ── what it holds ───────────────────────────────────────────────────────────────────────────────────────────────────
+IMAGE = f"europe-west4-docker.pkg.dev/my-project/demo/predict@sha256:{'0' * 64}"
+
+
+@pytest.fixture
+def scanner(sources, monkeypatch):
+    """Artifact Registry's lists: `scanner["failures"]` times the image is not scanned yet."""
+    monkeypatch.setattr(cloud_images, "PAUSE", 0)
+    state = {"failures": 0, "lists": set(), "commands": []}
+
+    def run(command, log):
+        [image] = [word.partition("=")[2] for word in command if word.startswith(("--uri=", "--resource="))]
+        state["commands"].append(command[3])
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(
+            "projects/my-project/occurrences/1\n" if command[3] == "list" and image in state["lists"] else "Listed 0 items.\n"
+        )
+        if command[3] == "export":
+            state["failures"] -= 1
+            if state["failures"] >= 0:
+                raise UserError("it is not scanned yet.")
+            state["lists"].add(image)
+
+    monkeypatch.setattr(submit_build, "run", run)
+    return state
+
+
+def test_artifact_registry_lists_what_an_image_holds_when_it_is_scanned(scanner, place):
+    scanner["failures"] = 2
+    cloud_images.list_contents({"predict": IMAGE, "train": "localhost:5000/demo/train@sha256:0"}, place)
+    assert scanner["lists"] == {IMAGE}
+    scanner["commands"].clear()
+    cloud_images.list_contents({"predict": IMAGE}, place)
+    assert scanner["commands"] == ["list"]
+
+
+def test_a_list_that_does_not_come_about_is_told(scanner, place):
+    scanner["failures"] = cloud_images.LOOKS
+    with pytest.raises(UserError, match="predict: there is no list of what it holds: it is not scanned yet"):
+        cloud_images.list_contents({"predict": IMAGE}, place)
+
+
+# ── one image, in its own build ─────────────────────────────────────────────────────────────────────────────────────
+def test_an_image_is_built_only_from_the_files_that_are_meant(sources, monkeypatch):
+    built = []
+    monkeypatch.setattr(containers, "build", lambda container, name, _: built.append(name))
+    [predict] = containers.find(sources, ["predict"])
+    cloud_images.build_here(predict, load(), "example.com/predict", predict.tag())
+    assert built == [f"example.com/predict:{predict.tag()}"]
+    (sources / "src" / "predictor" / "app.py").write_text("# another\n")
+    with pytest.raises(UserError, match="gcloudignore"):
+        cloud_images.build_here(predict, load(), "example.com/predict", built[0].rpartition(":")[2])
+
+
+def test_by_hand_there_is_no_such_build(sources, place):
+    with pytest.raises(UserError, match="make foundation"):
+        cloud_images.make(containers.find(sources, ["predict"]), load(), dataclasses.replace(place, by_hand=True))

@@ -1,0 +1,378 @@
+"""make doctor LEVEL=2: what a push needs and is not there is told, with what to type, before anything is applied or sent."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from launcher import doctor, doctor_level_2, kfp_publish, rest, terraform
+from launcher.doctor_level_2 import LEVEL_2
+from project.cloud import place
+from project.errors import UserError
+from project.settings import load, project_root
+from rehearsal.platform import Platform
+
+PROJECT, PROD, REGION = "my-project", "my-prod", "europe-west4"
+LINKED = f"projects/{PROJECT}/locations/{REGION}/connections/mine/repositories/code"
+ENTRA = "https://login.microsoftonline.com/01234567-89ab-cdef-0123-456789abcdef/v2.0"
+GUID = "01234567-89ab-cdef-0123-456789abcdef"
+
+
+@pytest.fixture(autouse=True)
+def programs(tmp_path, monkeypatch):
+    """A machine with gcloud and Terraform, both of them scripts, and no credentials."""
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    for name, says in (("gcloud", "Google Cloud SDK 528.0.0"), ("terraform", '{"terraform_version": "1.11.4"}')):
+        (folder / name).write_text(f"#!/bin/sh\necho '{says}'\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.delenv("ENVIRONMENT", raising=False)
+    return folder
+
+
+def settings_with(environments=f"{{dev: {{project: {PROJECT}}}, prod: {{project: {PROD}, promote_from: dev}}}}", **changed):
+    """This project's settings, with its environments, and other values of the block `cloud`."""
+    cloud = {
+        "region": REGION,
+        "ci": "github-actions",
+        "repository": "{name: owner/name, id: '12345'}",
+        "train.jobs": "[l4]",
+        "environments": environments,
+        **changed,
+    }
+    return load(" ".join(f'"cloud.{key}={value}"' for key, value in cloud.items()) + " containers.registry='\"\"'")
+
+
+@pytest.fixture
+def chosen():
+    """Settings of level 2, in which nothing is wrong."""
+    return settings_with()
+
+
+@pytest.fixture
+def platform(chosen, monkeypatch):
+    """A project with the foundation, and a published pipeline; gcloud's variables bring everybody to it."""
+    where = place(chosen)
+    with Platform(PROJECT) as double:
+        double.services = {*doctor_level_2.FIRST, *(f"{name}.googleapis.com" for name in doctor_level_2.APIS)}
+        double.buckets = dict.fromkeys([where.terraform_state, *buckets(where)], REGION.upper())
+        pointer = f"{kfp_publish.templates_folder(where)}/current.json".removeprefix("gs://")
+        double.objects = {f"{where.terraform_state}/foundation/default.tfstate", pointer}
+        double.accounts = {where.account("build")}
+        double.quotas = {("custom_model_training_nvidia_l4_gpus", REGION): 1}
+        double.permissions = {("project", right) for right in doctor_level_2.RIGHTS}
+        double.permissions |= {(bucket, right) for bucket in buckets(where) for right in doctor.OBJECTS}
+        double.permissions.add((where.account("build"), doctor.ACT_AS))
+        for service in rest.SERVICES:
+            monkeypatch.setenv(f"CLOUDSDK_API_ENDPOINT_OVERRIDES_{service.upper()}", double.address)
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", double.address)
+        yield double
+
+
+def buckets(where):
+    """The three, without gs://."""
+    return [root.removeprefix("gs://") for root in (where.pipeline_root, where.storage, where.data)]
+
+
+def examine(chosen, capsys):
+    """The verdict, and what was said about each: {name: (sign, text)}."""
+    ready = doctor.report(chosen, project_root(), LEVEL_2)
+    said = capsys.readouterr().out
+    return ready, {name: (sign, text.strip()) for sign, name, text in re.findall(r"(?ms)^  (.) (\w+) +(.*?)(?=^  \S|\Z)", said)}
+
+
+def test_nothing_is_missing(chosen, platform, capsys):
+    where = place(chosen)
+    ready, said = examine(chosen, capsys)
+    assert ready
+    assert list(said) == ["credentials", *LEVEL_2.checks]
+    assert {sign for sign, _ in said.values()} == {"✓"}, said
+    assert said["terraform"][1] == "1.11.4"
+    assert said["projects"][1] == f"dev: {PROJECT}, prod: {PROD}"
+    assert said["pushes"][1] == "github-actions: owner/name, 12345, branch main"
+    assert said["foundation"][1] == f"its state is in gs://{where.terraform_state}"
+    assert said["buckets"][1].startswith(", ".join(f"gs://{name}" for name in sorted(buckets(where))))
+    assert f"as {where.account('build')}" in said["rights"][1]
+    # What was asked, and not only what was answered.
+    names = [f"projects/{PROJECT}/services/{name}" for name in sorted(platform.services)]
+    assert [sorted(asked) for asked in platform.calls("services.batchGet")] == [names]
+    assert platform.calls("buckets.testIamPermissions") == 3 * [list(doctor.OBJECTS)]
+    assert platform.calls("projects.testIamPermissions") == [list(doctor_level_2.RIGHTS)]
+    assert platform.calls("serviceAccounts.testIamPermissions") == [[doctor.ACT_AS]]
+    assert len(platform.calls("objects.get")) == 2
+
+
+def test_another_environment_is_looked_at_in_its_own_project(chosen, platform, capsys, monkeypatch):
+    monkeypatch.setenv("ENVIRONMENT", "prod")
+    where = place(chosen)
+    with Platform(PROD) as other:
+        for name in ("services", "quotas", "permissions"):
+            setattr(other, name, getattr(platform, name))
+        other.buckets = dict.fromkeys([where.terraform_state, *buckets(where)], REGION.upper())
+        other.permissions = platform.permissions | {(bucket, right) for bucket in buckets(where) for right in doctor.OBJECTS}
+        for service in rest.SERVICES:
+            monkeypatch.setenv(f"CLOUDSDK_API_ENDPOINT_OVERRIDES_{service.upper()}", other.address)
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", other.address)
+        ready, said = examine(chosen, capsys)
+    assert not ready
+    assert "gs://my-prod-" in said["foundation"][1]
+    assert "make foundation ENVIRONMENT=prod" in said["foundation"][1]
+
+
+def lose(name, *which):
+    """Take away what a set or a dictionary of the double holds: what contains one of these words, or all."""
+
+    def change(double):
+        kept = getattr(double, name)
+        for key in [key for key in kept if not which or any(word in str(key) for word in which)]:
+            kept.pop(key) if isinstance(kept, dict) else kept.remove(key)
+
+    return change
+
+
+def move(double):
+    """Let the bucket of the rows be elsewhere."""
+    double.buckets.update({name: "US" for name in double.buckets if name.endswith("-data")})
+
+
+FOUNDATION = "make foundation ENVIRONMENT=dev"
+MISSING = [
+    (
+        lose("services", "serviceusage"),
+        "APIs",
+        "serviceusage.googleapis.com must be on before Terraform can ask",
+        f"gcloud services enable serviceusage.googleapis.com --project={PROJECT}",
+    ),
+    (lose("services", "run.google", "pubsub"), "APIs", "pubsub.googleapis.com, run.googleapis.com: off", FOUNDATION),
+    (lose("objects", "default.tfstate"), "foundation", "-terraform/foundation is not there", FOUNDATION),
+    (lose("buckets", "-terraform"), "foundation", "-terraform/foundation is not there", FOUNDATION),
+    (lose("buckets", "-storage"), "buckets", "-storage is not there", FOUNDATION),
+    (move, "buckets", "-data is in us, and cloud.region in project.yaml is europe-west4", "write that region into cloud.region"),
+    (
+        lose("permissions", "objects.delete"),
+        "buckets",
+        "you lack storage.objects.delete",
+        "--member=user:YOU --role=roles/storage.objectUser",
+    ),
+    (lose("accounts"), "rights", f"-build@{PROJECT}.iam.gserviceaccount.com is not there", FOUNDATION),
+    (lose("permissions", "actAs"), "rights", "you may not act as", "--member=user:YOU --role=roles/iam.serviceAccountUser"),
+    (
+        lose("permissions", "builds.create"),
+        "rights",
+        "you lack cloudbuild.builds.create",
+        f"gcloud projects add-iam-policy-binding {PROJECT} --member=user:YOU --role=roles/cloudbuild.builds.editor",
+    ),
+    (
+        lambda double: double.quotas.update({("custom_model_training_nvidia_l4_gpus", REGION): 0}),
+        "quota",
+        "custom_model_training_nvidia_l4_gpus in europe-west4 is 0, and 'l4' needs 1",
+        f"ask for more at https://console.cloud.google.com/iam-admin/quotas?project={PROJECT}",
+    ),
+]
+
+
+def alone(said, name):
+    """What is missing, and what mends it, where nothing else is missing."""
+    assert {key for key, (sign, _) in said.items() if sign == "✗"} == {name}, said
+    what, mend = said[name][1].split("mend it: ")
+    return what, mend
+
+
+@pytest.mark.parametrize(("change", "name", "what", "mend"), MISSING, ids=[f"{row[1]}: {row[2][:30]}" for row in MISSING])
+def test_what_is_missing_is_told_alone_and_with_what_to_type(chosen, platform, capsys, change, name, what, mend):
+    change(platform)
+    ready, said = examine(chosen, capsys)
+    assert not ready
+    found, typed = alone(said, name)
+    assert what in found
+    assert mend in typed
+
+
+def test_before_the_foundation_everything_leads_to_it(chosen, platform, capsys):
+    """A new project, in which only the two APIs are on that Terraform itself calls."""
+    platform.services = set(doctor_level_2.FIRST)
+    for name in ("buckets", "objects", "accounts", "quotas"):
+        getattr(platform, name).clear()
+    ready, said = examine(chosen, capsys)
+    assert not ready
+    lacking = {name: text for name, (sign, text) in said.items() if sign == "✗"}
+    assert list(lacking) == ["APIs", "foundation", "buckets", "rights"]
+    assert all(f"mend it: {FOUNDATION}" in text for text in lacking.values()), lacking
+
+
+def test_a_bucket_that_was_brought_along_is_nobodys_to_make(platform, capsys):
+    brought = settings_with(f"{{dev: {{project: {PROJECT}, existing: {{buckets: {{data: their-data}}}}}}}}")
+    what, mend = alone(examine(brought, capsys)[1], "buckets")
+    assert what.strip() == "gs://their-data is not there"
+    assert "cloud.environments.dev.existing.buckets" in mend
+    assert "make foundation" not in mend
+
+
+# ── what is told without asking anybody ─────────────────────────────────────────────────────────────────────────────
+PUSHES = [
+    ("github-actions", "{id: '12345'}", "12345, branch main"),
+    ("github-actions", "{name: owner/name}", "cloud.repository must say id,|id is ''|gh api repos/OWNER/NAME --jq .id"),
+    ("gitlab", "{name: group/name, id: '67890', branch: trunk}", "group/name, 67890, branch trunk"),
+    ("gitlab", "{name: group/name}", "cloud.repository must say id,|id is ''|the project's number"),
+    ("gitlab", f"{{id: {GUID}}}", f"cloud.repository must say id,|id is '{GUID}'|the project's number"),
+    ("azure-devops", f"{{name: a/b/c, host: '{ENTRA}'}}", "a/b/c, branch main"),
+    ("azure-devops", f"{{name: o/p/c, id: {GUID}}}", f"o/p/c, {GUID}, branch main"),
+    ("azure-devops", "{name: o/p/c}", "must say name and host, or name and id|host is '', id is ''|the issuer"),
+    ("azure-devops", f"{{host: '{ENTRA}'}}", "must say name and host, or name and id|name is ''|behind /sc/"),
+    ("azure-devops", "{name: o/p/c, host: 'https://vstoken.dev.azure.com/x'}", "or name and id|host is 'https://vstoken|GUID"),
+    ("cloud-build", f"{{name: {LINKED}}}", f"{LINKED}, branch main"),
+    ("cloud-build", "{id: '1'}", "must say name,|name is ''|gcloud builds repositories list"),
+    (
+        "cloud-build",
+        "{name: owner/name}",
+        "must say name,|name is 'owner/name'|projects/…/locations/…/connections/…/repositories/…",
+    ),
+]
+
+
+@pytest.mark.parametrize(("ci", "repository", "expected"), PUSHES, ids=[f"{row[0]} {row[1][:20]}" for row in PUSHES])
+def test_whose_pushes_may_deploy(platform, capsys, ci, repository, expected):
+    ready, said = examine(settings_with(ci=ci, repository=repository), capsys)
+    if "|" not in expected:
+        assert ready
+        assert said["pushes"] == ("✓", f"{ci}: {expected}")
+        return
+    what, mend = alone(said, "pushes")
+    must, found, typed = expected.split("|")
+    assert must in what
+    assert found in what
+    assert typed in mend
+
+
+def test_an_environment_without_a_project(platform, capsys):
+    chosen = settings_with(f"{{dev: {{project: {PROJECT}}}, test: {{project: ''}}, prod: {{project: '', promote_from: dev}}}}")
+    what, mend = alone(examine(chosen, capsys)[1], "projects")
+    assert what.strip() == "test, prod: no project is named"
+    assert "write the ids into project.yaml, or remove what you do not want" in mend
+
+
+def test_a_bucket_by_hand_is_the_one_thing_to_mend(platform, capsys):
+    """Nothing that Terraform would make is called missing: it cannot be there yet."""
+    chosen = settings_with(f"{{dev: {{project: {PROJECT}, bucket: my-bucket}}}}")
+    what, mend = alone(examine(chosen, capsys)[1], "projects")
+    assert what.strip() == "cloud.environments.dev.bucket names a bucket made by hand (level 1)"
+    assert "empty it in project.yaml" in mend
+    assert platform.calls("serviceAccounts.testIamPermissions") == platform.calls("objects.get") == []
+
+
+def test_a_job_that_is_not_there(platform, capsys):
+    what, mend = alone(examine(settings_with(**{"train.jobs": "[l5]"}), capsys)[1], "jobs")
+    assert "l5" in what
+    assert "make gpu-jobs" in mend
+
+
+def test_nothing_published_is_no_mistake(chosen, platform, capsys):
+    lose("objects", "current.json")(platform)
+    ready, said = examine(chosen, capsys)
+    assert ready
+    assert said["published"] == ("·", "not checked: nothing is published yet: the first push does")
+
+
+def test_terraform_and_gcloud(chosen, platform, capsys, programs):
+    (programs / "gcloud").unlink()
+    (programs / "terraform").write_text('#!/bin/sh\necho \'{"terraform_version": "1.8.5"}\'\n')
+    ready, said = examine(chosen, capsys)
+    assert not ready
+    assert "it is not installed" in said["gcloud"][1]
+    what, mend = said["terraform"][1].split("mend it: ")
+    assert "terraform 1.8.5 is too old; it must be 1.9 or newer" in what
+    assert mend.count("https://developer.hashicorp.com/terraform/install") == 1
+    (programs / "terraform").unlink()
+    assert "terraform is not installed" in examine(chosen, capsys)[1]["terraform"][1]
+
+
+@pytest.mark.parametrize("call", ["services.batchGet", "objects.get", "buckets.get", "serviceAccounts", "projects.test"])
+@pytest.mark.parametrize("status", [503, 0, 429])
+def test_what_cannot_be_found_out_is_not_called_missing(chosen, platform, capsys, call, status):
+    platform.fail(call, status=status, times=9)
+    ready, said = examine(chosen, capsys)
+    assert ready
+    assert {sign for sign, _ in said.values()} == {"✓", "·"}
+
+
+@pytest.mark.parametrize("call", ["objects.get", "serviceAccounts", "projects.test"])
+def test_what_you_may_not_look_at_is_not_called_missing(chosen, platform, capsys, call):
+    platform.fail(call, status=403, message="you do not have access to it", times=9)
+    ready, said = examine(chosen, capsys)
+    assert ready
+    assert any("you do not have access to it" in text for sign, text in said.values() if sign == "·")
+
+
+def test_a_project_that_is_not_there(chosen, platform, capsys):
+    platform.fail("services.batchGet", status=403, message="Permission denied to list services.", times=9)
+    assert "gcloud projects list" in alone(examine(chosen, capsys)[1], "APIs")[1]
+
+
+# ── the command ─────────────────────────────────────────────────────────────────────────────────────────────────────
+def command(environment="dev", edit=lambda text: text):
+    """What make calls, in a folder with this project.yaml; nobody is asked but the doubles."""
+    text = (project_root() / "project.yaml").read_text(encoding="utf-8")
+    (project_root() / "project.yaml").write_text(edit(text), encoding="utf-8")
+    variables = {**os.environ, "ENVIRONMENT": environment, "PYTHONPATH": str(project_root() / "src")}
+    return subprocess.run(
+        [sys.executable, "-m", "launcher.doctor", "2"], env=variables, capture_output=True, encoding="utf-8", check=False
+    )
+
+
+@pytest.fixture
+def copied(project, monkeypatch):
+    """A copy of the project, with an environment dev and SET as it is in `settings_with`."""
+    monkeypatch.setenv("SET", f'"cloud.environments={{dev: {{project: {PROJECT}}}}}" "cloud.repository={{id: \'1\'}}"')
+    return project
+
+
+def test_what_is_typed_next(copied, platform, monkeypatch):
+    monkeypatch.setenv("SET", f"{os.environ['SET']} cloud.region={REGION} cloud.ci=gitlab")
+    done = command()
+    assert done.returncode == 2  # in the copy there are no jobs
+    assert done.stdout.startswith(f"Level 2: environment dev, project {PROJECT}, {REGION}\n")
+    assert "Something that level 2 needs is missing (✗).\nMend it, then: make doctor LEVEL=2" in done.stdout
+    assert done.stderr == ""
+
+
+def test_ready_to_push(chosen, platform, monkeypatch, capsys):
+    monkeypatch.setattr(doctor.sys, "argv", ["doctor", "2"])
+    monkeypatch.setattr(doctor.settings, "load", lambda: chosen)
+    doctor.main()
+    assert "Nothing that level 2 needs is missing.\nNext: git push, or make submit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("environment", "assigned", "edit", "said"),
+    [
+        ("dev", "cloud.environments.dev.project='\"\"'", ("", ""), "cloud.environments.dev.project in project.yaml is empty"),
+        ("prd", "", ("", ""), "ENVIRONMENT=prd: project.yaml has dev under cloud.environments"),
+        ("dev", "", ("\ncloud:", "\nclowd: 1\ncloud:"), "clowd: there is no such key"),
+        ("dev", "", ("  region: ", "  regoin: "), "did you mean 'region'"),
+    ],
+)
+def test_a_mistake_in_project_yaml_is_one_message(copied, platform, monkeypatch, environment, assigned, edit, said):
+    monkeypatch.setenv("SET", f"{os.environ['SET']} {assigned}")
+    done = command(environment, lambda text: text.replace(*edit, 1))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert platform.received == []
+
+
+def test_what_terraform_says_of_a_mistake_is_what_the_doctor_says(platform, monkeypatch):
+    """One home: both read project.yaml through the same model."""
+    monkeypatch.setenv("ENVIRONMENT", "prd")
+    monkeypatch.setattr(terraform.sys, "argv", ["terraform", "plan"])
+    chosen = settings_with()
+    monkeypatch.setattr(terraform.settings, "load", lambda: chosen)
+    with pytest.raises(UserError) as told:
+        terraform.main()
+    with pytest.raises(UserError) as doctors:
+        doctor.report(chosen, project_root(), LEVEL_2)
+    assert str(told.value) == str(doctors.value)

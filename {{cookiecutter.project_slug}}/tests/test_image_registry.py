@@ -1,0 +1,68 @@
+"""Digests of images, and their copies, over Docker's HTTP interface; the registries are doubles."""
+
+import pytest
+
+from launcher import api, image_registry
+from project.errors import UserError
+from rehearsal.images import Images
+
+
+@pytest.fixture
+def registries(monkeypatch):
+    """Two registries."""
+    monkeypatch.setattr(api, "FIRST_WAIT", 0.01)
+    with Images() as source, Images() as target:
+        yield source, target
+
+
+def test_the_digest_of_an_image_is_told_or_that_there_is_none(registries):
+    source, _ = registries
+    there = source.push(f"{source.host}/demo/train:abc")
+    assert image_registry.digest(f"{source.host}/demo/train:abc") == there
+    assert image_registry.digest(f"{source.host}/demo/train@{there}") == there
+    assert image_registry.digest(f"{source.host}/demo/train:other") is None
+    assert image_registry.digest(f"{source.host}/demo/predict:abc") is None
+
+
+def test_a_copy_has_the_same_bytes_and_what_is_there_is_not_sent_again(registries):
+    source, target = registries
+    there = source.push(f"{source.host}/demo/train:abc", b"a layer" * 1000)
+    for _ in range(2):
+        assert image_registry.copy(f"{source.host}/demo/train@{there}", f"{target.host}/other/train:abc") == there
+    assert target.manifests["other/train", there] == source.manifests["demo/train", there]
+    assert len(target.calls("blobs.put")) == 2  # the layer and the description, once
+    assert image_registry.digest(f"{target.host}/other/train:abc") == there
+
+
+@pytest.mark.parametrize("call", ["manifests.get", "blobs.get", "blobs.begin", "blobs.put", "manifests.put", "blobs.head"])
+def test_a_copy_comes_about_also_when_an_answer_is_lost(registries, call):
+    source, target = registries
+    there = source.push(f"{source.host}/demo/train:abc")
+    for registry in registries:
+        registry.fail(f"^{call}$", status=503, done=True)
+        registry.fail(f"^{call}$", status=0)
+    assert image_registry.copy(f"{source.host}/demo/train@{there}", f"{target.host}/other/train:abc") == there
+
+
+def test_a_copy_that_becomes_another_image_is_refused(registries, monkeypatch):
+    source, target = registries
+    there = source.push(f"{source.host}/demo/train:abc")
+    keep = target._keep
+    monkeypatch.setattr(target, "_keep", lambda name, tag, content, kind: keep(name, tag, content + b"\n", kind))
+    with pytest.raises(UserError, match="somebody else wrote it"):
+        image_registry.copy(f"{source.host}/demo/train@{there}", f"{target.host}/other/train:abc")
+
+
+def test_an_image_for_several_platforms_is_not_copied_by_half(registries):
+    source, target = registries
+    index = b'{"schemaVersion": 2, "manifests": []}'
+    there = source._keep("demo/train", "abc", index, "application/vnd.oci.image.index.v1+json")
+    with pytest.raises(UserError, match="several platforms"):
+        image_registry.copy(f"{source.host}/demo/train@{there}", f"{target.host}/other/train:abc")
+    assert not target.names()
+
+
+@pytest.mark.parametrize("name", ["train:abc", "demo/train:abc", "localhost:5000/train", "localhost:5000/train@sha256:abc"])
+def test_what_is_no_image_in_a_registry_is_told(name):
+    with pytest.raises(UserError, match="is no image in a registry"):
+        image_registry.digest(name)

@@ -1,0 +1,356 @@
+"""What a push does once its images are there: publish, try, release, and all of it again after a failure. Servers are doubles."""
+
+import json
+import shutil
+
+import pytest
+
+from launcher import api, deploy, kfp_publish, parameters, push, submit_build
+from project import cloud, manifest, storage
+from project.errors import UserError
+from project.settings import load
+from rehearsal.server import Response
+from rehearsal.storage import Storage
+from rehearsal.templates import Templates
+from rehearsal.topics import Topics
+from rehearsal.vertex import Vertex
+from tests.conftest import ROOT
+
+DEV = "cloud.environments.dev.project=my-project"
+SCHEMA = {"label": "digit", "classes": ["0", "1"], "columns": [{"name": "a", "kind": "numeric", "optional": False, "values": []}]}
+
+
+class Cloud:
+    """The doubles, and a push's last three steps in this process."""
+
+    def __init__(self, folder, vertex, store, templates, topics, monkeypatch):
+        self.folder, self.vertex, self.store, self.templates, self.topics = folder, vertex, store, templates, topics
+        self.monkeypatch = monkeypatch
+        self.images = {name: f"example.com/{name}@sha256:{'0' * 64}" for name in parameters.IMAGES}
+
+    @property
+    def place(self):
+        return cloud.place(load())
+
+    def publish(self, changes="", commit="1a2b"):
+        """make publish; the version."""
+        self.monkeypatch.setenv("SET", f"{DEV} {changes}")
+        self.monkeypatch.setenv("COMMIT", commit)
+        push.PUBLICATION.parent.mkdir(exist_ok=True)
+        manifest.write_json(push.cloud_images.DIGESTS, self.images)
+        told = push.publish(load(), self.place)
+        manifest.write_json(push.PUBLICATION, told)
+        return told["version"]
+
+    def test(self):
+        """make functional-test."""
+        return push.test(load(), self.place)
+
+    def release(self):
+        """make release."""
+        return push.release(self.place)
+
+    def requests(self):
+        """What was asked for on the topic."""
+        return [json.loads(data) for _, data, _ in self.topics.messages]
+
+    def start_what_is_asked_for(self):
+        """What the trigger function does with the messages."""
+        from launcher import kfp_submit, published
+
+        for asked in self.requests():
+            found = published.read(kfp_publish.templates_folder(self.place), asked["version"])
+            target = kfp_submit.Target("my-project", "europe-west4", "gs://root/runs")
+            kfp_submit.submit(kfp_submit.request(kfp_submit.Submission(found.spec, found.values, asked["event"]), target))
+
+    def tests(self):
+        """The functional tests that were started."""
+        return [job for job in self.vertex.calls("pipelineJobs.create") if job.labels.get("purpose") == "functional-test"]
+
+
+@pytest.fixture
+def pushed(tmp_path, project, monkeypatch):
+    """A cloud without anything, and a project with a small file of rows."""
+    for part in ("level_1_pipeline", "level_2_cicd"):
+        shutil.copytree(ROOT / part, project / part, ignore=shutil.ignore_patterns("__pycache__", "rehearsal"))
+    monkeypatch.setattr(api, "FIRST_WAIT", 0.01)
+    for name in ("ENVIRONMENT", "JOB_SPEC", "COMMIT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("POLL", "0")
+    monkeypatch.setenv("SET", DEV)
+    name = load().name
+    with Vertex() as vertex, Storage(tmp_path / "buckets") as store, Templates() as templates, Topics() as topics:
+        for bucket in ("storage", "data", "pipelines"):
+            store.make(f"my-project-{name}-{bucket}")
+        vertex.skipped_tasks.add("register")
+        vertex.task_outputs["gate"] = {"decision": {"passed": False, "reason": "this run only tests"}}
+        vertex.predictor = lambda *_: Response({"predictions": [{"label": "1"}]})
+        monkeypatch.setenv("CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM", vertex.address)
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", store.address)
+        monkeypatch.setenv("PUBSUB_EMULATOR_HOST", topics.host)
+        monkeypatch.setenv("TEMPLATE_REGISTRY", f"{templates.address}/my-project/templates")
+        yield Cloud(project, vertex, store, templates, topics, monkeypatch)
+
+
+# ── publish ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_what_is_published_brings_its_rows_and_bears_the_commit(pushed):
+    pushed.publish()
+    told, found = push.publication(pushed.place)
+    assert told["commit"] == found.labels["commit"] == "1a2b"
+    assert found.values["csv"].startswith(f"{pushed.place.data}/")
+    assert storage.read(found.values["csv"])
+    assert found.values["serving"]["image"] == pushed.images["predict"]
+    assert found.values["register"] is True
+    assert kfp_publish.read_current(pushed.place) is None  # nothing uses it yet
+
+
+def test_what_differs_in_the_commit_alone_is_not_published_again(pushed):
+    first = pushed.publish()
+    pushed.release()
+    objects = set(pushed.store.objects(pushed.place.storage.removeprefix("gs://")))
+    assert pushed.publish(commit="3c4d") == first
+    assert set(pushed.store.objects(pushed.place.storage.removeprefix("gs://"))) == objects
+    assert pushed.publish("gate.threshold=0.5", commit="3c4d") != first
+
+
+def test_rows_that_are_not_there_are_told(pushed):
+    pushed.publish("data.source=gs://my-project-rows/rows.csv")
+    pushed.store.make("my-project-rows")
+    with pytest.raises(UserError, match="no rows at gs://my-project-rows"):
+        pushed.release()
+
+
+@pytest.mark.parametrize("step", ["test", "release"])
+def test_each_step_says_which_one_comes_before(pushed, step):
+    with pytest.raises(UserError, match="make images publish"):
+        getattr(pushed, step)()
+
+
+# ── functional test ─────────────────────────────────────────────────────────────────────────────────────────────────
+def test_the_functional_test_is_short_and_registers_nothing(pushed):
+    pushed.publish("cloud.train.jobs=[l4-spot,l4]")
+    assert "this run only tests" in pushed.test()
+    (job,) = pushed.tests()
+    values = dict(job.runtime_config.parameter_values)
+    assert values["register"] is False
+    assert values["hyperparameters"]["epochs"] == push.EPOCHS
+    assert values["hyperparameters"]["learning_rate"] == load().train.learning_rate
+    assert [job["scheduling"]["strategy"] for job in values["jobs"]] == ["SPOT", "STANDARD"]
+    assert job.service_account == pushed.place.account("pipeline")
+
+
+def test_it_is_not_repeated_once_it_has_succeeded_and_is_after_a_failure(pushed):
+    pushed.publish()
+    pushed.vertex.outcome(pushed.place.name, code=13, message="the weather", times=1)
+    with pytest.raises(UserError, match="the weather"):
+        pushed.test()
+    pushed.test()
+    first, second = pushed.tests()
+    assert second.name == f"{first.name}-a2"
+    pushed.images["predict"] = f"example.com/predict@sha256:{'1' * 64}"
+    pushed.publish(commit="3c4d")
+    pushed.test()  # of the same, but for the predictor
+    assert len(pushed.tests()) == 2
+    pushed.publish("train.epochs=41")
+    pushed.test()
+    assert len(pushed.tests()) == 3
+
+
+@pytest.mark.parametrize("ran", ["register", "nothing"])
+def test_a_step_that_should_not_run_or_should_is_told(pushed, ran):
+    pushed.publish()
+    pushed.vertex.skipped_tasks.clear()
+    if ran == "nothing":
+        pushed.vertex.skipped_tasks.update({"register", "evaluate"})
+    with pytest.raises(UserError, match="register ran" if ran == "register" else "without running evaluate"):
+        pushed.test()
+
+
+def test_a_build_waits_for_no_machine(pushed, monkeypatch):
+    pushed.publish("cloud.train.jobs=[h100-flex]")
+    image = pushed.images["train"]
+    assert push.jobs_of_test(load(), pushed.place, image)[0] == ["cpu"]
+    monkeypatch.setenv("SET", f"{DEV} cloud.train.jobs=[h100-flex,l4]")
+    assert push.jobs_of_test(load(), pushed.place, image)[0] == ["l4"]
+    monkeypatch.setenv("JOB_SPEC", "t4")
+    names, (job,) = push.jobs_of_test(load(), pushed.place, image)
+    assert names == ["t4"]
+    assert job["workerPoolSpecs"][0]["containerSpec"]["imageUri"] == image
+    monkeypatch.setenv("JOB_SPEC", "h100-flex")
+    with pytest.raises(UserError, match="h100-flex waits for a machine"):
+        push.jobs_of_test(load(), pushed.place, image)
+    monkeypatch.setenv("JOB_SPEC", "h1000")
+    with pytest.raises(UserError, match="no GPU job 'h1000'"):
+        push.jobs_of_test(load(), pushed.place, image)
+
+
+# ── release ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_the_first_release_asks_for_a_run_of_its_own_version(pushed):
+    version = pushed.publish()
+    assert pushed.release() == f"a run is asked for; version {version} is current"
+    (asked,) = pushed.requests()
+    told, found = push.publication(pushed.place)
+    generation = storage.generation(found.values["csv"])
+    event = f"push {push.content(found.spec, found.values)} {found.values['csv']}#{generation}"
+    assert asked == {"event": event, "version": version, "parameters": "{}", "actor": "build", "attempt": 1}
+    assert kfp_publish.read_current(pushed.place) == told
+
+
+def test_nothing_changed_starts_nothing(pushed):
+    pushed.publish()
+    pushed.release()
+    pushed.start_what_is_asked_for()
+    pushed.publish(commit="3c4d")
+    assert pushed.release() == "nothing changed: nothing is started"
+    assert len(pushed.requests()) == 1
+
+
+def test_whoever_is_cut_off_anywhere_asks_for_the_same_run(pushed):
+    version = pushed.publish()
+    pushed.store.fail("^objects.insert", status=403)
+    with pytest.raises(UserError):
+        pushed.release()  # asked, and not written
+    assert kfp_publish.read_current(pushed.place) is None
+    pushed.start_what_is_asked_for()
+    assert pushed.release().endswith(f"version {version} is current")
+    assert len({asked["event"] for asked in pushed.requests()}) == 1
+
+
+def test_other_rows_under_the_same_name_are_another_event(pushed):
+    pushed.store.make("my-project-rows")
+    storage.write("gs://my-project-rows/rows.csv", b"a,digit\n1,2\n")
+    pushed.publish("data.source=gs://my-project-rows/rows.csv")
+    pushed.release()
+    pushed.start_what_is_asked_for()
+    storage.write("gs://my-project-rows/rows.csv", b"a,digit\n1,3\n")
+    assert pushed.release() == "a run is asked for"
+    first, second = pushed.requests()
+    assert first["event"] != second["event"]
+
+
+def test_what_was_trained_before_is_not_trained_again(pushed):
+    pushed.publish()
+    pushed.release()
+    pushed.publish("gate.threshold=0.5")
+    pushed.release()
+    pushed.start_what_is_asked_for()
+    version = pushed.publish()
+    said = pushed.release()
+    assert "this was trained before, in https://console.cloud.google.com/" in said
+    assert said.endswith(f"version {version} is current")
+    assert len(pushed.requests()) == 2
+
+
+# ── another predictor ───────────────────────────────────────────────────────────────────────────────────────────────
+def champion(pushed):
+    """A version that is served, and the endpoint that Terraform makes."""
+    client, place = api.client("EndpointService", "europe-west4"), pushed.place
+    request = {"parent": place.parent, "endpoint_id": place.name, "endpoint": {"display_name": place.name}}
+    client.create_endpoint(request=request).result()
+    model = pushed.store.root / place.pipeline_root.removeprefix("gs://") / "run-1" / "model"
+    model.mkdir(parents=True)
+    (model / "model.onnx").write_text("a model")
+    manifest.write(model, {"schema": SCHEMA, "data_sha256": "0" * 64, "code_version": "abc"})
+    serving = parameters.serving(load(), place, pushed.images["predict"])
+    address = f"{place.pipeline_root}/run-1/model"
+    assert deploy.deploy(place.registry, model, {"accuracy": 0.9}, "run-1", "better", None, serving, address)["champion"]
+
+
+def images_of_versions(pushed):
+    """Version → the image that serves it."""
+    [versions] = pushed.vertex.models.models.values()
+    return {int(number): model.container_spec.image_uri[-1] for number, model in versions.items()}
+
+
+def served(pushed):
+    """Version → its share of the requests."""
+    [endpoint] = pushed.vertex.endpoints.endpoints.values()
+    return {int(model.model_version_id): endpoint.traffic_split.get(model.id, 0) for model in endpoint.deployed_models}
+
+
+def release_with_predictor(pushed, digit):
+    """Another predictor, and nothing else."""
+    pushed.images["predict"] = f"example.com/predict@sha256:{digit * 64}"
+    pushed.publish(commit=f"with{digit}")
+    return pushed.release()
+
+
+@pytest.fixture
+def serving(pushed, monkeypatch):
+    """A champion that is served, and whose version is current."""
+    from google.api_core.future import polling
+
+    from launcher import endpoint
+
+    monkeypatch.setattr(endpoint, "PAUSE", 0.01)
+    monkeypatch.setattr(polling.DEFAULT_POLLING, "_initial", 0.01)
+    pushed.publish()
+    pushed.release()
+    pushed.start_what_is_asked_for()
+    champion(pushed)
+    return pushed
+
+
+def test_another_predictor_serves_the_champion_and_nothing_is_trained(serving):
+    assert "served by the new predictor, as version 2" in release_with_predictor(serving, "1")
+    assert images_of_versions(serving) == {1: "0", 2: "1"}
+    assert served(serving) == {2: 100}
+    assert len(serving.requests()) == 1
+    first, second = push.deploy.open_registry(serving.place.registry).versions()
+    assert (second.metrics, second.data_sha256, second.code_version) == (first.metrics, first.data_sha256, first.code_version)
+    assert second.run == "run-1+11111111"
+    release_with_predictor(serving, "0")  # back again: a version of its own, and its origin is not forgotten
+    assert push.deploy.open_registry(serving.place.registry).versions()[-1].run == "run-1+00000000"
+
+
+def test_a_predictor_that_serves_already_is_no_new_version(serving):
+    same = parameters.serving(load(), serving.place, serving.images["predict"])
+    assert deploy.redeploy(serving.place.registry, same) is None
+    assert images_of_versions(serving) == {1: "0"}
+
+
+def test_a_predictor_that_does_not_answer_leaves_served_what_was_and_the_same_again_tries_again(serving):
+    answers = serving.vertex.predictor
+    serving.vertex.predictor = lambda deployed, body: (
+        Response({"error": "no"}, 500) if deployed.model_version_id == "2" else answers(deployed, body)
+    )
+    before = kfp_publish.read_current(serving.place)
+    with pytest.raises(UserError):
+        release_with_predictor(serving, "1")
+    assert served(serving) == {1: 100}
+    assert kfp_publish.read_current(serving.place) == before
+    serving.vertex.predictor = answers
+    assert "as version 2" in serving.release()
+    assert served(serving) == {2: 100}
+    assert images_of_versions(serving) == {1: "0", 2: "1"}
+
+
+def test_whoever_is_cut_off_behind_the_deployment_does_not_repeat_it(serving):
+    write = kfp_publish.write_current
+
+    def fail(*_):
+        raise UserError("cut off")
+
+    serving.monkeypatch.setattr(kfp_publish, "write_current", fail)
+    with pytest.raises(UserError, match="cut off"):
+        release_with_predictor(serving, "1")
+    serving.monkeypatch.setattr(kfp_publish, "write_current", write)
+    serving.release()
+    assert images_of_versions(serving) == {1: "0", 2: "1"}
+    assert kfp_publish.read_current(serving.place)["version"] == push.publication(serving.place)[0]["version"]
+
+
+def test_without_a_champion_the_next_run_brings_the_predictor(pushed):
+    pushed.publish()
+    pushed.release()
+    pushed.start_what_is_asked_for()
+    said = release_with_predictor(pushed, "1")
+    assert said.endswith("is current")
+    assert not pushed.vertex.calls("models.upload")
+
+
+# ── where ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_level_1_by_hand_is_told_what_level_2_needs(pushed, monkeypatch):
+    monkeypatch.setenv("SET", f"{DEV} cloud.environments.dev.bucket=my-bucket")
+    with pytest.raises(UserError, match="make foundation"):
+        submit_build.level_2(pushed.place)

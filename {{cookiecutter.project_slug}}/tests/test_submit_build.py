@@ -1,0 +1,78 @@
+"""The command lines with which builds are started, and what their failures say."""
+
+import sys
+
+import pytest
+
+from launcher import submit_build
+from project import cloud
+from project.errors import UserError
+from project.settings import load
+
+DEV = "cloud.environments.dev.project=my-project"
+
+
+@pytest.fixture(autouse=True)
+def _chosen(project, monkeypatch):
+    for name in ("ENVIRONMENT", "JOB_SPEC", "COMMIT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SET", DEV)
+
+
+def command(chosen):
+    place = cloud.place(chosen)
+    return submit_build.submit_command(place, submit_build.PUSH, {"_A": "1", "_B": ""})
+
+
+def test_the_source_goes_to_the_projects_own_bucket_and_its_own_account_acts():
+    chosen = load()
+    name = chosen.name
+    assert command(chosen) == [
+        "gcloud",
+        "builds",
+        "submit",
+        ".",
+        "--config=level_2_cicd/cloudbuild.yaml",
+        "--project=my-project",
+        f"--region={chosen.cloud.region}",
+        f"--service-account=projects/my-project/serviceAccounts/{name}-build@my-project.iam.gserviceaccount.com",
+        f"--gcs-source-staging-dir=gs://my-project-{name}-storage/builds/source",
+        "--substitutions=_A=1,_B=",
+    ]
+
+
+def test_a_private_pool_is_named():
+    pool = "projects/p/locations/europe-west4/workerPools/w"
+    assert f"--worker-pool={pool}" in command(load(f'{DEV} "cloud.environments.dev.existing={{build_pool: {pool}}}"'))
+    [own] = [word for word in command(load(f"{DEV} cloud.private=true")) if word.startswith("--worker-pool=")]
+    assert own.startswith("--worker-pool=projects/my-project/locations/")
+
+
+def test_a_build_bears_the_codes_version(project, git, monkeypatch):
+    chosen = load()
+    with pytest.raises(UserError, match="COMMIT=1a2b3c"):
+        submit_build.substitutions(chosen, cloud.place(chosen))
+    git("init")
+    git("commit", "--allow-empty", "--message=first")
+    assert len(submit_build.substitutions(chosen, cloud.place(chosen))["_COMMIT"].partition("-")[0]) == 40
+    monkeypatch.setenv("COMMIT", "1a2b")
+    assert submit_build.substitutions(chosen, cloud.place(chosen))["_COMMIT"] == "1a2b"
+
+
+def test_a_program_that_is_not_there_or_fails_is_told(tmp_path):
+    with pytest.raises(UserError, match="no-such-program is not installed"):
+        submit_build.run(["no-such-program"])
+    log = tmp_path / "logs" / "x.log"
+    said = "print('more'); print('ERROR: (gcloud.builds.submit) it is off.'); print('end'); raise SystemExit(1)"
+    with pytest.raises(UserError, match=r"ERROR: \(gcloud.builds.submit\) it is off. The whole log: .*x.log"):
+        submit_build.run([sys.executable, "-c", said], log)
+    page = "print('Logs: https://console.cloud.google.com/cloud-build/builds/1?project=2'); raise SystemExit(1)"
+    with pytest.raises(UserError, match=r"Its page: https://console.cloud.google.com/cloud-build/builds/1\?project=2 "):
+        submit_build.run([sys.executable, "-c", page], log)
+    log.write_text("")
+    assert "it does not say why" in submit_build.last_words(log)
+
+
+def test_a_toolbox_that_is_not_there_is_told():
+    with pytest.raises(UserError, match="toolbox"):
+        submit_build.toolbox(cloud.place(load()))  # this copy of the project has none
