@@ -152,17 +152,6 @@ def test_every_caller_gives_every_substitution_and_no_other(here: Path) -> None:
     assert set(submit_build.substitutions_of_container(chosen, place, train)) == used("cloudbuild.container.yaml")
 
 
-def test_terraforms_triggers_give_every_substitution() -> None:
-    """Where Terraform names one of the files, it gives what that file uses."""
-    found = {path.name: path.read_text(encoding="utf-8") for path in (PROJECT / "level_2_cicd" / "terraform").rglob("*.tf")}
-    calling = {name: text for name, text in found.items() if "google_cloudbuild_trigger" in text}
-    assert calling
-    text = "\n".join(calling.values())
-    for name in ("cloudbuild.yaml", "cloudbuild.pr.yaml"):
-        assert name in text
-        assert used(name) <= set(re.findall(r"\b_[A-Z][A-Z0-9_]*\b", text)), name
-
-
 def test_a_substitution_that_is_missing_or_too_many_is_refused() -> None:
     path = PROJECT / "level_2_cicd" / "cloudbuild.image.yaml"
     values = dict.fromkeys(used("cloudbuild.image.yaml"), "x")

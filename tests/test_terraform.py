@@ -21,6 +21,7 @@ from project.errors import UserError
 from rehearsal.storage import Storage
 
 from tests.terraform import EXISTING, FACTORS, IMAGES, PROJECTS, Configuration, Plan, pairwise, read_settings, settings_of
+from tests.test_cloudbuild import used
 
 pytestmark = pytest.mark.heavy
 
@@ -287,11 +288,10 @@ def test_who_may_push(planned: Planned) -> None:
         assert push["filename"] == "level_2_cicd/cloudbuild.yaml"
         assert push["repository_event_config"][0]["push"][0]["branch"] == "^main$"
         assert push["service_account"].endswith(f"/digit-reader-build@{planned.project}.iam.gserviceaccount.com")
-        told = {"_ENVIRONMENT", "_REGISTRY", "_BASE_IMAGES", "_PYTHON_INDEX"}
-        assert push["substitutions"].keys() == told | {"_COMMIT", "_JOB_SPEC", "_INFRA_ACCOUNT"}
+        assert push["substitutions"].keys() == used("cloudbuild.yaml")
         if not prod:  # what somebody proposes runs with the rights of an account that only reads
             proposed = triggers["digit-reader-pull-request"]
-            assert proposed["substitutions"].keys() == told
+            assert proposed["substitutions"].keys() == used("cloudbuild.pr.yaml")
             assert proposed["service_account"].endswith(f"/digit-reader-checker@{planned.project}.iam.gserviceaccount.com")
             roles = {grant["role"] for grant in planned.foundation.output("grants") if grant["who"] == "checker"}
             reads = r"\w+\.(viewer|reader|objectViewer)|browser|own\.stager|logging\.logWriter"

@@ -17,6 +17,8 @@ from tests.bench import generated
 from tests.bench.report import Figure
 from tests.push import Cloud, edit, effect, make_champion, running
 
+NEEDS_GCLOUD = True
+
 # Kind of change → the file, a text in it, and what takes its place; and how many images and runs it should make.
 CHANGES = {
     "documentation": ("README.md", "#", "# Read me:", 0, 0),

@@ -150,6 +150,15 @@ def test_a_training_costs_its_machines_for_its_minutes(job, machine, count, more
     assert "spare capacity" not in cost.note
 
 
+def test_each_pool_counts_with_all_its_machines(monkeypatch):
+    large = {"machineType": "n1-standard-8", "acceleratorType": "NVIDIA_TESLA_T4", "acceleratorCount": 2}
+    pools = [{"machineSpec": large, "replicaCount": 1}, {"machineSpec": {"machineType": "n1-standard-4"}, "replicaCount": 3}]
+    monkeypatch.setattr(gpu_jobs, "resolve", lambda *_: {"workerPoolSpecs": pools})
+    alone = MACHINES["n1-standard-8"].price + 2 * machines.GPUS["NVIDIA_TESLA_T4"].price
+    together = (alone + 3 * MACHINES["n1-standard-4"].price) * FEE
+    assert run(60.0, "l4")["training"].amount == pytest.approx(together)
+
+
 def test_the_rest_of_a_run():
     found = run(10.0, "l4")
     assert list(found) == ["pipeline", "steps", "training"]

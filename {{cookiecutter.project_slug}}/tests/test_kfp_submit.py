@@ -12,8 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import yaml
 
-from launcher import api, kfp_compile, kfp_follow, kfp_submit, kfp_template, parameters
+from launcher import api, gpu_jobs, kfp_compile, kfp_follow, kfp_submit, kfp_template, parameters
+from project.cloud import place
 from project.errors import UserError
+from project.settings import load, project_root
 from project.storage import write
 from rehearsal.storage import Storage
 from rehearsal.templates import Templates
@@ -347,3 +349,24 @@ def test_a_mistake_is_told_without_loading_googles_packages(template):
     )
     assert "did you mean 'threshold'" in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_an_environments_runs_take_place_in_its_network_with_its_key(template):
+    changes = "cloud.private=true cloud.encryption=customer-managed cloud.environments.dev.project=my-project"
+    where = place(load(changes), "dev")
+    target = kfp_submit.target_of(where)
+    assert (target.network_attachment, target.key) == (where.network_attachment, where.key)
+    assert target.network_attachment == f"projects/my-project/regions/{where.region}/networkAttachments/{where.name}"
+    asked = kfp_submit.Submission(kfp_template.read(str(template)), VALUES, EVENT)
+    sent = kfp_submit.request(asked, target)["pipelineJob"]
+    assert sent["pscInterfaceConfig"] == {"networkAttachment": target.network_attachment}
+    assert sent["encryptionSpec"] == {"kmsKeyName": where.key}
+    plain = kfp_submit.request(asked, kfp_submit.Target("my-project", "europe-west4", "gs://root"))["pipelineJob"]
+    assert not {"pscInterfaceConfig", "encryptionSpec"} & plain.keys()
+
+
+def test_jobs_reach_into_the_network_too():
+    where = place(load("cloud.private=true cloud.environments.dev.project=my-project cloud.region=europe-west4"), "dev")
+    job = gpu_jobs.resolve("cpu", project_root(), where, "example.com/train")
+    assert job["pscInterfaceConfig"] == {"networkAttachment": where.network_attachment}
+    assert "pscInterfaceConfig" not in gpu_jobs.resolve("cpu", project_root(), None, "example.com/train")

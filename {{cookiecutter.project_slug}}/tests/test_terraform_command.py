@@ -198,8 +198,9 @@ def bucket_of(part, store, project=PROJECT):
     ]
 
 
-def keep_images(folder, text='{"predict": "example.com/predict' + DIGEST + '"}'):
+def keep_images(folder, environment=None):
     """What make images leaves."""
+    text = json.dumps({"predict": f"{place(load(), environment).images}/predict{DIGEST}"})
     (folder / "build").mkdir(exist_ok=True)
     (folder / "build" / "images.json").write_text(text)
     return f"-var=images={text}"
@@ -244,7 +245,7 @@ def test_apply_asks_unless_told_not_to(here, program, founded, monkeypatch):
 
 
 def test_images_are_those_made_here_or_else_those_of_the_last_build(here, program, founded, monkeypatch):
-    with pytest.raises(UserError, match=r"build/images\.json is not there.*Type: make images"):
+    with pytest.raises(UserError, match=r"build/images\.json is not there.*Type: make images ENVIRONMENT=dev"):
         launch(monkeypatch, "apply", "--yes")
     assert program.calls == []
     launch(monkeypatch, "plan")
@@ -256,6 +257,9 @@ def test_images_are_those_made_here_or_else_those_of_the_last_build(here, progra
     images = keep_images(here)
     launch(monkeypatch, "apply")
     assert program.words[-1][-1] == images
+    keep_images(here, "prod")
+    launch(monkeypatch, "apply")
+    assert program.words[-1][-1] == '-var=images={"predict": "built"}'
 
 
 @pytest.mark.parametrize("words", [["plan"], ["apply", "--yes"], ["destroy", "--yes"]])
@@ -649,3 +653,4 @@ def test_whoever_interrupts_terraform_writes_its_state_first(here, program, stor
     assert (program.folder / "ended").read_text() == str(int(number))
     assert not OVERRIDE.exists()
     assert "Traceback" not in said
+    assert ("interrupted" in said) == (number == signal.SIGINT)

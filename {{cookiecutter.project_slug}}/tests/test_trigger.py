@@ -504,8 +504,11 @@ def test_the_same_again_starts_nothing(deliver, vertex):
 def test_many_at_once_are_one_run(deliver, bucket, vertex):
     function = trigger.Function(PLACE, FIELDS)
     with ThreadPoolExecutor(16) as pool:
-        answers = list(pool.map(lambda _: function.answer("POST", push(request())), range(64)))
-    assert {status for _, status in answers} == {200}
+        bodies = [push(request())] * 64
+        while bodies:  # what met a machine too busy to answer in time is delivered again, as Pub/Sub does
+            statuses = [status for _, status in pool.map(lambda body: function.answer("POST", body), bodies)]
+            assert set(statuses) <= {200, 503}
+            bodies = bodies[: statuses.count(503)]
     assert len(vertex.calls("pipelineJobs.create")) == 1
 
 

@@ -35,7 +35,7 @@ from launcher import (
     rows,
     submit_build,
 )
-from launcher.kfp_submit import Submission, Target
+from launcher.kfp_submit import Submission
 from launcher.published import Published
 from project import cloud, manifest, settings, storage
 from project.cloud import Place
@@ -167,7 +167,7 @@ def test(chosen: Settings, place: Place) -> str:
 
 def start(found: Published, values: Mapping[str, Any], what: str, place: Place) -> tuple[dict[str, Any], kfp_submit.Started]:
     """Start the functional test, or find the run of an earlier build that still counts: it goes on, or has succeeded."""
-    target = Target(place.project, place.region, place.pipeline_root, place.account("pipeline"), place.key)
+    target = kfp_submit.target_of(place)
     labels = {**found.labels, "purpose": "functional-test"}
     for attempt in range(1, ATTEMPTS + 1):
         asked = Submission(found.spec, values, what, found.address, attempt, f"{place.name} functional test", labels)

@@ -52,7 +52,8 @@ def substitutions(chosen: Settings, place: Place) -> dict[str, str]:
     """
     if not commit():
         raise UserError("a build bears the code's version, and git knows no commit here. Commit first, or set COMMIT=1a2b3c.")
-    return {**substitutions_of_pull_request(chosen, place), "_COMMIT": commit(), "_JOB_SPEC": os.environ.get("JOB_SPEC", "")}
+    own = {"_INFRA_ACCOUNT": place.account("infra"), "_COMMIT": commit(), "_JOB_SPEC": os.environ.get("JOB_SPEC", "")}
+    return {**substitutions_of_pull_request(chosen, place), **own}
 
 
 def substitutions_of_pull_request(chosen: Settings, place: Place) -> dict[str, str]:
@@ -60,7 +61,6 @@ def substitutions_of_pull_request(chosen: Settings, place: Place) -> dict[str, s
     return {
         "_ENVIRONMENT": place.environment,
         "_REGISTRY": place.images,
-        "_INFRA_ACCOUNT": place.account("infra"),
         "_BASE_IMAGES": chosen.cloud.mirrors.base_images,
         "_PYTHON_INDEX": chosen.cloud.mirrors.python_index,
     }
@@ -80,8 +80,7 @@ def substitutions_of_image(place: Place, container: containers.Container) -> dic
 
 def substitutions_of_container(chosen: Settings, place: Place, container: containers.Container) -> dict[str, str]:
     """What cloudbuild.container.yaml is told by its trigger, which puts the commit in."""
-    told = {key: value for key, value in substitutions_of_pull_request(chosen, place).items() if key != "_INFRA_ACCOUNT"}
-    return {**told, "_COMMIT": "$COMMIT_SHA", "_CONTAINER": container.name}
+    return {**substitutions_of_pull_request(chosen, place), "_COMMIT": "$COMMIT_SHA", "_CONTAINER": container.name}
 
 
 def toolbox(place: Place) -> str:

@@ -170,18 +170,23 @@ def approval(yes: bool) -> list[str]:
 
 # ── the stack ───────────────────────────────────────────────────────────────────────────────────────────────────────
 def read_images(part: Part, needed: bool) -> str:
-    """Container → image, as JSON: those of this machine's last `make images`, or of the last build.
+    """Container → image, as JSON: those of this machine's last `make images` for this environment, or of its last build.
 
     Raises:
         UserError: there are none, and they are needed.
     """
     if (part.root / IMAGES).is_file():
-        return (part.root / IMAGES).read_text(encoding="utf-8")
+        text = (part.root / IMAGES).read_text(encoding="utf-8")
+        if all(address.startswith(f"{part.place.images}/") for address in json.loads(text).values()):
+            return text  # else it is another environment's
     found = storage.read(f"{part.place.builds}/images.json")
     if found:
         return found[0].decode()
     if needed:
-        raise UserError(f"{IMAGES} is not there, so nobody knows which images are meant. Type: make images")
+        raise UserError(
+            f"{IMAGES} is not there, or is another environment's, so nobody knows which images are meant. "
+            f"Type: make images ENVIRONMENT={part.place.environment}"
+        )
     return "{}"
 
 
@@ -207,6 +212,8 @@ def require_state(part: Part) -> None:
     Raises:
         UserError: it is not.
     """
+    if os.environ.get("GOOGLE_IMPERSONATE_SERVICE_ACCOUNT"):
+        return  # in a build Terraform reads the state as another account, and this program could not
     foundation = Part("foundation", part.place, part.root)
     if read_state(foundation) is None:
         raise UserError(

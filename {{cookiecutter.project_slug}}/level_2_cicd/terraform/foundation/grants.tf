@@ -31,11 +31,13 @@ locals {
       { who = "build", role = "logging.logWriter", on = "project", why = "writes its log" },
       { who = "build", role = "storage.objectUser", on = "bucket storage", why = "reads the source, writes the images' digests and the pipeline" },
       { who = "build", role = "storage.objectUser", on = "bucket data", why = "brings the rows that project.yaml names, where they are a sample or a file" },
+      { who = "build", role = "own.stager", on = "bucket storage", why = "gcloud looks whether the bucket is there" },
       { who = "build", role = "cloudbuild.builds.editor", on = "project", why = "starts a build for each image that changed" },
       { who = "build", role = "iam.serviceAccountUser", on = "account build", why = "those builds act as itself" },
       { who = "build", role = "iam.serviceAccountTokenCreator", on = "account infra", why = "applies the stack as infra, and only so" },
       { who = "build", role = "aiplatform.user", on = "project", why = "the functional test starts a run and follows it" },
       { who = "build", role = "iam.serviceAccountUser", on = "account pipeline", why = "that run acts as the pipeline" },
+      { who = "build", role = "iam.serviceAccountUser", on = "account predictor", why = "a change of the predictor alone is deployed by the build" },
       { who = "build", role = "pubsub.publisher", on = "topic requests", why = "asks for a run when all is published" },
 
       { who = "infra", role = "storage.objectUser", on = "bucket state", why = "keeps the stack's state" },
