@@ -22,7 +22,7 @@ REPOSITORY = {
     "github-actions": {"name": "owner/name", "id": "12345"},
     "gitlab": {"name": "group/name", "id": "67890"},
     "azure-devops": {"name": "organisation/project/connection", "id": "01234567-89ab-cdef-0123-456789abcdef"},
-    "cloud-build": {"name": "projects/my-project-dev/locations/europe-west4/connections/c/repositories/r"},
+    "cloud-build": {"name": "connection/repository"},
 }
 EXISTING = {
     "network": "projects/shared/global/networks/theirs",

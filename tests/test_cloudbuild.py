@@ -352,14 +352,15 @@ def test_what_cloud_build_would_refuse_the_double_refuses(here: Path, doubles: t
 
 
 def test_triggers_for_each_container_name_their_files(here: Path) -> None:
-    linked = "projects/p/locations/europe-west4/connections/c/repositories/r"
     with within(here):
-        chosen = settings.load(f"cloud.repository.name={linked}")
+        chosen = settings.load("cloud.repository.name=connection/code")
         commands = submit_build.trigger_commands(cloud.place(chosen), chosen, here)
     by_name = {next(word for word in command if word.startswith("--name=")): command for command in commands}
     assert len(by_name) == len(containers.find(here))
     predict = by_name["--name=digit-reader-predict"]
     [files] = [word for word in predict if word.startswith("--included-files=")]
+    linked = "projects/my-project/locations/europe-west4/connections/connection/repositories/code"
+    assert f"--repository={linked}" in predict
     assert "src/predictor/app.py" in files
     assert "src/trainer" not in files
     done = make("setup-triggers")

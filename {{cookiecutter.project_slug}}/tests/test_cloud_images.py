@@ -109,6 +109,18 @@ def test_one_that_fails_is_told_and_the_others_are_there(sources, place, registr
     assert registry.names() == {f"demo/predict:{wanted[1].tag()}"}
 
 
+def test_an_image_that_another_build_has_sent_meanwhile_is_good(sources, place, registry, monkeypatch):
+    """Tags never move: the second one to push is refused."""
+    [wanted] = containers.find(sources, ["predict"])
+
+    def run(*_):
+        registry.push(containers.image(wanted, place.images))
+        raise UserError("the build failed: the tag is there")
+
+    monkeypatch.setattr(submit_build, "run", run)
+    assert cloud_images.make([wanted], load(), place)["predict"].startswith(f"{place.images}/predict@sha256:")
+
+
 def test_a_build_without_an_image_is_a_failure(sources, place, monkeypatch):
     monkeypatch.setattr(submit_build, "run", lambda *_: None)
     with pytest.raises(UserError, match="is not in the registry"):
@@ -126,9 +138,12 @@ def test_the_digests_are_kept_here_and_beside_the_builds(sources, place, tmp_pat
 
 # ── promotion ───────────────────────────────────────────────────────────────────────────────────────────────────────
 @pytest.fixture
-def promoted(sources, registry, place, monkeypatch):
-    """prod, with a registry of its own; dev's is `registry`."""
-    with Images() as own:
+def promoted(sources, registry, place, tmp_path, monkeypatch):
+    """prod, with a registry of its own; dev's is `registry`, and dev's bucket says what has passed."""
+    with Images() as own, Storage(tmp_path / "buckets") as store:
+        store.make(place.storage.removeprefix("gs://"))
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", store.address)
+        monkeypatch.setenv("COMMIT", "1a2b")
         prod = dataclasses.replace(cloud.place(load(), "prod"), images=f"{own.host}/prod")
         monkeypatch.setattr(cloud, "place", lambda _, environment=None: place if environment == "dev" else prod)
         yield prod, own
@@ -138,6 +153,11 @@ def test_prod_copies_what_passed_in_dev_and_builds_nothing(sources, place, regis
     prod, own = promoted
     wanted = containers.find(sources, ["train", "predict"])
     digests = {container.name: registry.push(containers.image(container, place.images)) for container in wanted}
+    with pytest.raises(UserError, match="has not passed in dev yet"):  # built, and no more
+        cloud_images.make(wanted, load(), prod)
+    assert not own.names()
+    for _ in range(2):
+        cloud_images.note_passed({name: f"{place.images}/{name}@{digest}" for name, digest in digests.items()}, place)
     made = cloud_images.make(wanted, load(), prod)
     assert made == {name: f"{prod.images}/{name}@{digest}" for name, digest in digests.items()}
     assert own.names() == {f"prod/{container.name}:{container.tag()}" for container in wanted}

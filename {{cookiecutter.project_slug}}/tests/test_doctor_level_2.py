@@ -15,7 +15,7 @@ from project.settings import load, project_root
 from rehearsal.platform import Platform
 
 PROJECT, PROD, REGION = "my-project", "my-prod", "europe-west4"
-LINKED = f"projects/{PROJECT}/locations/{REGION}/connections/mine/repositories/code"
+LINKED = "mine/code"
 ENTRA = "https://login.microsoftonline.com/01234567-89ab-cdef-0123-456789abcdef/v2.0"
 GUID = "01234567-89ab-cdef-0123-456789abcdef"
 
@@ -227,8 +227,8 @@ PUSHES = [
     ("cloud-build", "{id: '1'}", "must say name,|name is ''|gcloud builds repositories list"),
     (
         "cloud-build",
-        "{name: owner/name}",
-        "must say name,|name is 'owner/name'|projects/…/locations/…/connections/…/repositories/…",
+        "{name: code}",
+        "must say name,|name is 'code'|CONNECTION/NAME",
     ),
 ]
 

@@ -61,7 +61,11 @@ class Cloud:
         for asked in self.requests():
             found = published.read(kfp_publish.templates_folder(self.place), asked["version"])
             target = kfp_submit.Target("my-project", "europe-west4", "gs://root/runs")
-            kfp_submit.submit(kfp_submit.request(kfp_submit.Submission(found.spec, found.values, asked["event"]), target))
+            kfp_submit.submit(
+                kfp_submit.request(
+                    kfp_submit.Submission(found.spec, found.values, asked["event"], attempt=asked["attempt"]), target
+                )
+            )
 
     def tests(self):
         """The functional tests that were started."""
@@ -203,6 +207,29 @@ def test_nothing_changed_starts_nothing(pushed):
     pushed.publish(commit="3c4d")
     assert pushed.release() == "nothing changed: nothing is started"
     assert len(pushed.requests()) == 1
+
+
+@pytest.mark.parametrize("state", ["FAILED", "CANCELLED"])
+def test_a_training_that_failed_is_attempted_anew_by_the_next_push(pushed, state):
+    pushed.publish()
+    pushed.release()
+    pushed.vertex.outcome(state=state, through=(), times=1)
+    pushed.start_what_is_asked_for()
+    pushed.publish(commit="3c4d")
+    assert "a run is asked for, attempt 2" in pushed.release()
+    assert [asked["attempt"] for asked in pushed.requests()] == [1, 2]
+    pushed.start_what_is_asked_for()
+    assert pushed.release() == "nothing changed: nothing is started"
+
+
+def test_what_is_released_is_noted_as_passed(pushed):
+    pushed.publish()
+    pushed.test()
+    digest = pushed.images["train"].partition("@")[2]
+    address = push.cloud_images.passed_address(pushed.place, "train", digest)
+    assert storage.read(address) is None
+    pushed.release()
+    assert storage.read(address)[0] == b"1a2b\n"
 
 
 def test_whoever_is_cut_off_anywhere_asks_for_the_same_run(pushed):

@@ -241,7 +241,7 @@ def test_apply_asks_unless_told_not_to(here, program, founded, monkeypatch):
     launch(monkeypatch, "apply", "--yes")
     _, asks, _, does_not = program.words
     assert asks == ("stack", "apply", "-var=environment=dev", images)
-    assert does_not == ("stack", "apply", "-auto-approve", "-input=false", "-var=environment=dev", images)
+    assert does_not == ("stack", "apply", "-auto-approve", "-input=false", "-lock-timeout=20m", "-var=environment=dev", images)
 
 
 def test_images_are_those_made_here_or_else_those_of_the_last_build(here, program, founded, monkeypatch):
@@ -445,7 +445,7 @@ def test_the_first_foundation_begins_here_and_moves_to_the_bucket(here, program,
     launch(monkeypatch, "foundation", "--yes")
     assert program.words == [
         ("foundation", "init", "-reconfigure", "-input=false"),
-        ("foundation", "apply", "-auto-approve", "-input=false", "-var=environment=dev"),
+        ("foundation", "apply", "-auto-approve", "-input=false", "-lock-timeout=20m", "-var=environment=dev"),
         ("foundation", "init", "-migrate-state", "-force-copy", "-input=false", *bucket_of("foundation", store)),
     ]
     here_first = f'terraform {{\n  backend "local" {{\n    path = "{local_of(here)}"\n  }}\n}}\n'

@@ -2,7 +2,8 @@
 # again until the function has answered; what it refuses for good ends among the dead letters, where it is kept for a week.
 locals {
   # A file that waits for its window to close is delivered again and again; see cloud.events.fold_minutes.
-  attempts = { requests = 10, data = local.chosen.fold_minutes > 0 ? 100 : 10 }
+  # Otherwise thirty attempts are some four hours: an outage of Google's, or a first push that is not released yet, may take as long.
+  attempts = { requests = 30, data = local.chosen.fold_minutes > 0 ? 100 : 30 }
 }
 
 resource "google_pubsub_subscription" "push" {

@@ -7,8 +7,8 @@ locals {
   # What a number must not exceed, for so many seconds; each is one alert.
   alerts = {
     "error rate" = {
-      filter      = "${local.endpoint} AND metric.type = \"${local.online}/error_count\""
-      denominator = "${local.endpoint} AND metric.type = \"${local.online}/prediction_count\""
+      filter      = "${local.endpoint} AND metric.type = \"${local.online}/response_count\" AND metric.labels.response_code = monitoring.regex.full_match(\"5..\")"
+      denominator = "${local.endpoint} AND metric.type = \"${local.online}/response_count\""
       aligner     = "ALIGN_RATE", reducer = "REDUCE_SUM", above = 0.01, seconds = 300
       advice      = "More than 1 % of the requests to the endpoint fail. `make status RUNNER=vertex` names the champion; `make rollback RUNNER=vertex VERSION=N` goes back to an older version."
     }
@@ -114,30 +114,28 @@ resource "google_monitoring_dashboard" "this" {
           { title = "Replicas", filter = "${local.endpoint} AND metric.type = \"${local.online}/replicas\"", aligner = "ALIGN_MEAN", reducer = "REDUCE_SUM" },
           { title = "Events that wait", filter = "resource.type = \"pubsub_subscription\" AND metric.type = \"pubsub.googleapis.com/subscription/num_undelivered_messages\"", aligner = "ALIGN_MAX", reducer = "REDUCE_SUM" },
           { title = "Runs of the pipeline, seconds", filter = "resource.type = \"aiplatform.googleapis.com/PipelineJob\" AND metric.type = \"aiplatform.googleapis.com/pipelinejob/duration\"", aligner = "ALIGN_MAX", reducer = "REDUCE_MAX" },
-          ] : {
-          xPos   = (index % 2) * 6
-          yPos   = floor(index / 2) * 4
-          width  = 6
-          height = 4
-          widget = {
-            title = chart.title
-            xyChart = {
-              dataSets = [{
-                plotType = "LINE"
-                timeSeriesQuery = {
-                  timeSeriesFilter = {
-                    filter = chart.filter
-                    aggregation = {
-                      alignmentPeriod    = "300s"
-                      perSeriesAligner   = chart.aligner
-                      crossSeriesReducer = chart.reducer
+          ] : merge(index % 2 == 0 ? {} : { xPos = 6 }, index < 2 ? {} : { yPos = floor(index / 2) * 4 }, { # the API leaves out zeros
+            width                                = 6
+            height                               = 4
+            widget = {
+              title = chart.title
+              xyChart = {
+                dataSets = [{
+                  plotType = "LINE"
+                  timeSeriesQuery = {
+                    timeSeriesFilter = {
+                      filter = chart.filter
+                      aggregation = {
+                        alignmentPeriod    = "300s"
+                        perSeriesAligner   = chart.aligner
+                        crossSeriesReducer = chart.reducer
+                      }
                     }
                   }
-                }
-              }]
+                }]
+              }
             }
-          }
-        }
+        })
       ]
     }
   })

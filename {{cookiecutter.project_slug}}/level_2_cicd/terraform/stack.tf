@@ -29,7 +29,9 @@ data "google_monitoring_notification_channel" "email" {
 }
 
 # What Vertex AI notes of runs. It must be there before the first run: its key cannot be changed afterwards.
+# Where Vertex AI was used before, it is there already: existing.metadata_store.
 resource "google_vertex_ai_metadata_store" "this" {
+  count       = module.names.existing.metadata_store ? 0 : 1
   provider    = google-beta
   name        = "default"
   region      = local.chosen.region
@@ -45,7 +47,7 @@ resource "google_vertex_ai_metadata_store" "this" {
 
 # What is deployed to it, and who gets how many requests, is the pipeline's business.
 resource "google_vertex_ai_endpoint" "this" {
-  #checkov:skip=CKV2_GCP_33:it is private where cloud.private says so; nobody without rights is answered elsewhere
+  #checkov:skip=CKV2_GCP_33:only who has rights is answered; in the private mode it is reached at the network's own address for Google's APIs
   name         = module.names.endpoint
   display_name = local.chosen.name
   description  = "Answers with the champion"
@@ -56,14 +58,6 @@ resource "google_vertex_ai_endpoint" "this" {
     for_each = try(local.keys.vertex, null)[*]
     content {
       kms_key_name = encryption_spec.value
-    }
-  }
-
-  dynamic "private_service_connect_config" {
-    for_each = local.chosen.private ? [1] : []
-    content {
-      enable_private_service_connect = true
-      project_allowlist              = [local.chosen.project]
     }
   }
 

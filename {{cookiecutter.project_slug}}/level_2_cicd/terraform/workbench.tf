@@ -23,15 +23,15 @@ resource "google_workbench_instance" "this" {
     boot_disk {
       disk_type       = "PD_BALANCED"
       disk_size_gb    = 150
-      disk_encryption = contains(keys(local.keys), "vertex") ? "CMEK" : "GMEK"
-      kms_key         = try(local.keys.vertex, null)
+      disk_encryption = contains(keys(local.keys), "compute") ? "CMEK" : "GMEK"
+      kms_key         = try(local.keys.compute, null)
     }
 
     data_disks {
       disk_type       = "PD_BALANCED"
       disk_size_gb    = 100
-      disk_encryption = contains(keys(local.keys), "vertex") ? "CMEK" : "GMEK"
-      kms_key         = try(local.keys.vertex, null)
+      disk_encryption = contains(keys(local.keys), "compute") ? "CMEK" : "GMEK"
+      kms_key         = try(local.keys.compute, null)
     }
 
     dynamic "network_interfaces" {

@@ -55,6 +55,9 @@ if [ -n "$registry" ] && docker pull --quiet "$name" 2>/dev/null; then
     echo "toolbox: taken from the registry"
 else
     if [ -z "$(docker image ls --quiet "$name")" ]; then build; fi
-    if [ -n "$registry" ] && [ "$what" = get ]; then docker push --quiet "$name"; fi
+    if [ -n "$registry" ] && [ "$what" = get ]; then
+        # Another build may have sent the same meanwhile, and tags never move.
+        docker push --quiet "$name" || docker pull --quiet "$name"
+    fi
 fi
 docker tag "$name" toolbox

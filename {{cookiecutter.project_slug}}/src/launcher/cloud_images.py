@@ -10,6 +10,7 @@ runs there is what was tried.
 """
 
 import argparse
+import contextlib
 import json
 import re
 import sys
@@ -78,10 +79,14 @@ def build_elsewhere(container: Container, place: Place, name: str) -> str:
     log = LOGS / f"{container.name}.log"
     tell(f"▶ {container.name:<12} building …  (log: {log})")
     told = submit_build.substitutions_of_image(place, container)
-    submit_build.run(submit_build.submit_command(place, submit_build.IMAGE, told), log)
+    problem: UserError | None = None
+    try:
+        submit_build.run(submit_build.submit_command(place, submit_build.IMAGE, told), log)
+    except UserError as error:
+        problem = error  # or another build has sent the same image meanwhile, and tags never move
     there = image_registry.digest(name)
     if there is None:
-        raise UserError(f"the build succeeded, and {name} is not in the registry. Its log: {log}")
+        raise problem or UserError(f"the build succeeded, and {name} is not in the registry. Its log: {log}")
     tell(f"↑ {container.name:<12} pushed      {name}@{there}")
     return there
 
@@ -126,7 +131,7 @@ def promote(container: Container, source: Place, name: str) -> str:
     """Copy an image from the registry of another environment; returns its digest, which is the same.
 
     Raises:
-        UserError: it is not there yet.
+        UserError: it is not there yet, or has not passed there.
     """
     passed = containers.image(container, source.images)
     there = image_registry.digest(passed)
@@ -135,10 +140,28 @@ def promote(container: Container, source: Place, name: str) -> str:
             f"{passed} is not there: this code has not been built in {source.environment} yet, and is built nowhere else. "
             f"Push it there first, or type: make submit ENVIRONMENT={source.environment}"
         )
+    if storage.read(passed_address(source, container.name, there)) is None:
+        raise UserError(
+            f"{passed} is there, and has not passed in {source.environment} yet: its tests and its functional test must, first. "
+            "When the build there has ended well, start this one again."
+        )
     tell(f"▶ {container.name:<12} copying from {source.environment} …")
     copied = image_registry.copy(f"{source.images}/{container.name}@{there}", name)
     tell(f"↑ {container.name:<12} copied      {name}@{copied}")
     return copied
+
+
+def passed_address(place: Place, container: str, digest: str) -> str:
+    """Where an environment notes that an image has passed."""
+    return f"{place.builds}/passed/{container}/{digest.removeprefix('sha256:')}"
+
+
+def note_passed(images: Mapping[str, str], place: Place) -> None:
+    """Note that these images have passed all tests here: other environments may run them."""
+    for container, image in images.items():
+        with contextlib.suppress(storage.Conflict):
+            address = passed_address(place, container, image.partition("@")[2])
+            storage.write(address, f"{submit_build.commit()}\n".encode(), if_generation_match=0)
 
 
 def build_here(container: Container, chosen: Settings, address: str, tag: str) -> None:

@@ -26,8 +26,8 @@ REPOSITORY: Mapping[str, tuple[Sequence[Mapping[str, str]], str]] = {
         "where that is sc://…, id is the organisation's GUID and name is organisation/project/service-connection",
     ),
     "cloud-build": (
-        [{"name": "projects/[^/]+/locations/[^/]+/connections/[^/]+/repositories/[^/]+"}],
-        "name is projects/…/locations/…/connections/…/repositories/…, as "
+        [{"name": "[^/]+/[^/]+"}],
+        "name is CONNECTION/NAME of the linked repository, as "
         "`gcloud builds repositories list --connection=CONNECTION --region=REGION` shows it",
     ),
 }

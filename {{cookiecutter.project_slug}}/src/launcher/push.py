@@ -44,7 +44,8 @@ from project.settings import Settings
 
 PUBLICATION = Path("build/publication.json")
 EPOCHS = 2  # of the functional test
-ATTEMPTS = 100  # of the same functional test, over all builds
+ATTEMPTS = 100  # of the same functional test, or of the same push, over all builds
+FAILED = {"FAILED", "CANCELLED"}  # states of a run that may be attempted again
 POLL = 10.0  # seconds between two looks at its run
 ENOUGH = "cpu"  # the job of the functional test where all of project.yaml's would wait for a machine
 
@@ -173,7 +174,7 @@ def start(found: Published, values: Mapping[str, Any], what: str, place: Place) 
         asked = Submission(found.spec, values, what, found.address, attempt, f"{place.name} functional test", labels)
         sent = kfp_submit.request(asked, target)
         started = kfp_submit.submit(sent)
-        if started.new or kfp_follow.look(started.name).state not in {"FAILED", "CANCELLED"}:
+        if started.new or kfp_follow.look(started.name).state not in FAILED:
             return sent, started
     raise UserError(f"{ATTEMPTS} attempts of this functional test have failed: mend what they found, and push again.")
 
@@ -209,9 +210,10 @@ def release(place: Place) -> str:
     before = kfp_publish.read_current(place)
     done = []
     what = event(found)
-    if not has_run(found, what, place):
-        request_run.publish(place, request_run.compose(what, version=found.version, actor="build"))
-        done.append("a run is asked for")
+    attempt = wanted_attempt(found, what, place)
+    if attempt:
+        request_run.publish(place, request_run.compose(what, version=found.version, actor="build", attempt=attempt))
+        done.append("a run is asked for" + (f", attempt {attempt}: the one before failed" if attempt > 1 else ""))
     elif before is None or before["version"] != told["version"]:
         done.append(f"this was trained before, in {run_of(found, what, place).link}")
         if image_is_new(found, place):
@@ -219,30 +221,45 @@ def release(place: Place) -> str:
     if before is None or before["version"] != told["version"]:
         kfp_publish.write_current(place, told)
         done.append(f"version {told['version']} is current")
+    cloud_images.note_passed(cloud_images.read(), place)
     return "; ".join(done) or "nothing changed: nothing is started"
 
 
 def redeployed(outcome: Mapping[str, Any] | None) -> list[str]:
-    """What became of the champion with another predictor, in words."""
+    """What became of the champion with another predictor, in words.
+
+    Raises:
+        UserError: another run has changed the champion meanwhile.
+    """
     if outcome is None:
         return []
-    return [outcome["problem"] or f"the champion is served by the new predictor, as version {outcome['version']}"]
+    if outcome["problem"]:
+        raise UserError(f"the champion has the predictor that it had: {outcome['problem']}. Type the same again, or push again.")
+    return [f"the champion is served by the new predictor, as version {outcome['version']}"]
 
 
-def run_of(found: Published, what: str, place: Place) -> kfp_submit.Started:
+def run_of(found: Published, what: str, place: Place, attempt: int = 1) -> kfp_submit.Started:
     """The run that an event has, if it was started."""
-    return kfp_submit.Started(f"{place.parent}/pipelineJobs/{Submission(found.spec, {}, what).identity}", new=False)
+    identity = Submission(found.spec, {}, what, attempt=attempt).identity
+    return kfp_submit.Started(f"{place.parent}/pipelineJobs/{identity}", new=False)
 
 
-def has_run(found: Published, what: str, place: Place) -> bool:
-    """Whether a run of this event was started."""
-    try:
-        kfp_follow.look(run_of(found, what, place).name)
-    except api.ApiError as error:
-        if error.code == 404:
-            return False
-        raise
-    return True
+def wanted_attempt(found: Published, what: str, place: Place) -> int:
+    """The number of the run that this event wants: 1, or more where those before failed; 0 where one goes on, or has succeeded.
+
+    Raises:
+        UserError: too many have failed.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            state = kfp_follow.look(run_of(found, what, place, attempt).name).state
+        except api.ApiError as error:
+            if error.code == 404:
+                return attempt
+            raise
+        if state not in FAILED:
+            return 0
+    raise UserError(f"{ATTEMPTS} runs of this push have failed: mend what they found, and push again.")
 
 
 def image_is_new(found: Published, place: Place) -> bool:

@@ -155,12 +155,13 @@ def trigger_commands(place: Place, chosen: Settings, root: Path) -> list[list[st
     Raises:
         UserError: project.yaml names no linked repository.
     """
-    repository = chosen.cloud.repository.name
-    if not repository.startswith("projects/"):
+    connection, slash, name = chosen.cloud.repository.name.partition("/")
+    if not slash or "/" in name:
         raise UserError(
-            f"cloud.repository.name in {settings.FILE} is '{repository}': triggers want the repository that is linked to "
-            "Cloud Build, projects/…/locations/…/connections/…/repositories/…"
+            f"cloud.repository.name in {settings.FILE} is '{chosen.cloud.repository.name}': triggers want the repository that is "
+            "linked to Cloud Build, CONNECTION/NAME"
         )
+    repository = f"{place.parent}/connections/{connection}/repositories/{name}"
     commands = []
     for container in containers.find(root):
         given = substitutions_of_container(chosen, place, container)

@@ -165,7 +165,7 @@ def backend(part: Part) -> list[str]:
 
 def approval(yes: bool) -> list[str]:
     """Whether Terraform asks before it changes something."""
-    return ["-auto-approve", "-input=false"] if yes else []
+    return ["-auto-approve", "-input=false", "-lock-timeout=20m"] if yes else []
 
 
 # ── the stack ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -90,7 +90,7 @@ Actor = Literal["trainer", "pipeline", "build", "infra", "function", "trigger", 
 # What the three buckets are for.
 Root = Literal["pipeline_root", "storage", "data"]
 # What customer-managed keys are for, one each.
-KeyUse = Literal["storage", "registry", "vertex", "pubsub", "run", "secrets", "airflow"]
+KeyUse = Literal["storage", "registry", "vertex", "pubsub", "run", "secrets", "airflow", "compute"]
 
 
 class Existing(Block):
@@ -100,6 +100,7 @@ class Existing(Block):
         network, subnetwork: of the private mode; build_pool: a private pool of Cloud Build.
         key_ring, keys: of customer-managed encryption; who may use such a key is its owner's business.
         images: a repository of images; buckets: names without gs://; accounts: e-mail addresses.
+        metadata_store: Vertex AI was used in this project before, and has its own.
     """
 
     network: Annotated[str, Field(pattern=r"^(projects/[^/]+/global/networks/[^/]+)?$")] = ""
@@ -112,6 +113,13 @@ class Existing(Block):
     images: Annotated[str, Field(pattern=rf"^({IN_REGION}/repositories/[^/]+)?$")] = ""
     buckets: dict[Root, Annotated[str, Field(pattern=rf"^{BUCKET}$")]] = Field(default_factory=dict)
     accounts: dict[Actor, Annotated[str, Field(pattern=rf"^{ACCOUNT}$")]] = Field(default_factory=dict)
+    metadata_store: Annotated[bool, Field(strict=True)] = False
+
+    @model_validator(mode="after")
+    def _in_one_network(self) -> "Existing":
+        if self.subnetwork and not self.network:
+            raise ValueError("network: is needed where a subnetwork is named")
+        return self
 
 
 class Environment(Block):
@@ -135,7 +143,7 @@ class Repository(Block):
 
     Attributes:
         name: OWNER/NAME on GitHub, GROUP/NAME on GitLab; on Azure DevOps what stands behind /sc/ in the service connection's
-            subject identifier; for Cloud Build alone the linked repository, projects/…/locations/…/connections/…/repositories/….
+            subject identifier; for Cloud Build alone CONNECTION/NAME of the repository that is linked in each environment.
         id: what nobody else can have after a rename: GitHub's or GitLab's number. Of an older service connection of Azure
             DevOps, whose subject is sc://NAME, the organisation's GUID.
         host: a GitLab of your own (empty: gitlab.com); the issuer that Azure DevOps' service connection shows.

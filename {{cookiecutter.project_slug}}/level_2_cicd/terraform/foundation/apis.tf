@@ -9,7 +9,7 @@ locals {
     local.chosen.customer_managed ? ["cloudkms"] : [],
     local.chosen.data_ingestion == "managed-airflow" ? ["composer"] : [],
     local.chosen.workbench ? ["notebooks"] : [],
-    local.chosen.private ? ["dns", "servicenetworking"] : [],
+    local.chosen.private ? ["dns", "servicedirectory", "servicenetworking"] : [],
     local.chosen.budget > 0 ? ["billingbudgets"] : [],
   ))
 }

@@ -9,6 +9,7 @@ resource "google_monitoring_notification_channel" "email" {
 }
 
 resource "google_billing_budget" "this" {
+  provider        = google.billing
   count           = local.chosen.budget > 0 ? 1 : 0
   billing_account = local.chosen.billing
   display_name    = "${local.chosen.name} ${local.chosen.environment}"

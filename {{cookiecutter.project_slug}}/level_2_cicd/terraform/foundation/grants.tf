@@ -20,6 +20,7 @@ locals {
       { who = "pipeline", role = "storage.objectUser", on = "bucket pipeline_root", why = "its steps hand artifacts on" },
       { who = "pipeline", role = "storage.objectUser", on = "bucket storage", why = "the registry says which version is the champion" },
       { who = "pipeline", role = "storage.objectViewer", on = "bucket data", why = "reads rows" },
+      { who = "pipeline", role = "artifactregistry.reader", on = "repository images", why = "its steps' images" },
       { who = "pipeline", role = "iam.serviceAccountUser", on = "account trainer", why = "training jobs act as the trainer" },
       { who = "pipeline", role = "iam.serviceAccountUser", on = "account predictor", why = "deployed models act as the predictor" },
 
@@ -30,6 +31,7 @@ locals {
       { who = "build", role = "artifactregistry.writer", on = "repository templates", why = "publishes compiled pipelines" },
       { who = "build", role = "logging.logWriter", on = "project", why = "writes its log" },
       { who = "build", role = "storage.objectUser", on = "bucket storage", why = "reads the source, writes the images' digests and the pipeline" },
+      { who = "build", role = "storage.objectViewer", on = "bucket pipeline_root", why = "deploys the champion anew, where the predictor alone has changed" },
       { who = "build", role = "storage.objectUser", on = "bucket data", why = "brings the rows that project.yaml names, where they are a sample or a file" },
       { who = "build", role = "own.stager", on = "bucket storage", why = "gcloud looks whether the bucket is there" },
       { who = "build", role = "cloudbuild.builds.editor", on = "project", why = "starts a build for each image that changed" },
@@ -40,7 +42,8 @@ locals {
       { who = "build", role = "iam.serviceAccountUser", on = "account predictor", why = "a change of the predictor alone is deployed by the build" },
       { who = "build", role = "pubsub.publisher", on = "topic requests", why = "asks for a run when all is published" },
 
-      { who = "infra", role = "storage.objectUser", on = "bucket state", why = "keeps the stack's state" },
+      { who = "infra", role = "storage.objectUser", on = "bucket state", only = "stack/", why = "keeps the stack's state, and not the foundation's" },
+      { who = "infra", role = "storage.objectViewer", on = "bucket state", why = "Terraform lists what states there are" },
       { who = "infra", role = "run.developer", on = "project", why = "makes the function, and jobs" },
       { who = "infra", role = "pubsub.editor", on = "project", why = "makes subscriptions, which a topic's own rights do not allow" },
       { who = "infra", role = "cloudscheduler.admin", on = "project", why = "makes the clock" },
@@ -56,7 +59,7 @@ locals {
 
       { who = "function", role = "aiplatform.user", on = "project", why = "starts runs" },
       { who = "function", role = "iam.serviceAccountUser", on = "account pipeline", why = "runs act as the pipeline" },
-      { who = "function", role = "storage.objectViewer", on = "bucket storage", only = "templates/", why = "reads published pipelines" },
+      { who = "function", role = "storage.objectViewer", on = "bucket storage", why = "reads published pipelines; that there is none yet is told only to who may list" },
       { who = "function", role = "logging.logWriter", on = "project", why = "writes its log" },
 
       { who = "trigger", role = "run.invoker", on = "project", why = "delivers events; the function does not exist yet when this is granted" },
@@ -79,6 +82,8 @@ locals {
       ],
       [for service in ["aiplatform", "cloudscheduler", "monitoring", "pubsub", "run"] :
       { who = "checker", role = "${service}.viewer", on = "project", why = "plans: looks, and changes nothing" }],
+      [for service in concat(local.chosen.workbench ? ["notebooks.viewer"] : [], local.chosen.data_ingestion == "managed-airflow" ? ["composer.user"] : []) :
+      { who = "checker", role = service, on = "project", why = "plans: looks at what was chosen" }],
       [{ who = "checker", role = "browser", on = "project", why = "plans: looks up the project's number" }],
     ) : [],
     local.has_ingestion ? [
@@ -91,7 +96,7 @@ locals {
       { who = "infra", role = "composer.admin", on = "project", why = "makes the Airflow environment" },
     ] : [],
     local.chosen.workbench ? [
-      { who = "infra", role = "notebooks.legacyAdmin", on = "project", why = "makes the Workbench instance" },
+      { who = "infra", role = "notebooks.admin", on = "project", why = "makes the Workbench instance" },
       { who = "infra", role = "iam.serviceAccountUser", on = "account trainer", why = "that instance acts as the trainer" },
     ] : [],
     local.chosen.private ? [
@@ -223,6 +228,20 @@ resource "google_service_account_iam_member" "push" {
 
 # ── the environment whose images are run here ───────────────────────────────────────────────────────────────────────────
 # Its images can be read, and not written. Whoever applies this needs the right to grant there.
+resource "google_storage_bucket_iam_member" "source" {
+  count  = local.builds_here ? 0 : 1
+  bucket = module.names.source.storage
+  role   = "roles/storage.objectViewer"
+  member = "serviceAccount:${module.names.accounts.build}"
+
+  condition {
+    title      = "only-what-has-passed"
+    expression = "resource.name.startsWith(\"projects/_/buckets/${module.names.source.storage}/objects/builds/passed/\")"
+  }
+
+  depends_on = [google_service_account.this]
+}
+
 resource "google_artifact_registry_repository_iam_member" "source" {
   count      = local.builds_here ? 0 : 1
   project    = split("/", module.names.source.images)[1]

@@ -11,6 +11,8 @@ locals {
     pubsub      = "service-${local.number}@gcp-sa-pubsub.iam.gserviceaccount.com"
     run         = "service-${local.number}@serverless-robot-prod.iam.gserviceaccount.com"
     secrets     = "service-${local.number}@gcp-sa-secretmanager.iam.gserviceaccount.com"
+    compute     = "service-${local.number}@compute-system.iam.gserviceaccount.com"
+    notebooks   = "service-${local.number}@gcp-sa-notebooks.iam.gserviceaccount.com"
     airflow     = "service-${local.number}@cloudcomposer-accounts.iam.gserviceaccount.com"
   }
   # What a key is for → the agents that need it.
@@ -21,11 +23,14 @@ locals {
     pubsub   = ["pubsub"]
     run      = ["run"]
     secrets  = ["secrets"]
+    compute  = ["compute", "notebooks"]
     airflow  = ["airflow", "storage"]
   }
   made_keys = setsubtract(keys(module.names.keys), local.existing.keys)
+  # Keys of other projects are their owners' business. Those of this one are granted, made here or before.
+  own_keys = toset([for use, key in module.names.keys : use if split("/", key)[1] == local.chosen.project])
   key_grants = {
-    for pair in flatten([for use in local.made_keys : [for agent in local.key_users[use] : { use = use, agent = agent }]]) :
+    for pair in flatten([for use in local.own_keys : [for agent in local.key_users[use] : { use = use, agent = agent }]]) :
     "${pair.use} ${pair.agent}" => pair
   }
 }
@@ -35,6 +40,7 @@ resource "google_project_service_identity" "this" {
   for_each = toset(concat(
     ["aiplatform", "artifactregistry", "pubsub", "run", "secretmanager"],
     local.chosen.data_ingestion == "managed-airflow" ? ["composer"] : [],
+    local.chosen.workbench ? ["notebooks"] : [],
   ))
   provider = google-beta
   project  = local.chosen.project
@@ -67,10 +73,21 @@ resource "google_kms_crypto_key" "this" {
 }
 
 resource "google_kms_crypto_key_iam_member" "this" {
-  for_each      = local.key_grants
-  crypto_key_id = google_kms_crypto_key.this[each.value.use].id
+  for_each      = { for name, pair in local.key_grants : name => pair if pair.agent != "vertex-code" }
+  crypto_key_id = module.names.keys[each.value.use]
   role          = "roles/cloudkms.cryptoKeyEncrypterDecrypter"
   member        = "serviceAccount:${local.agents[each.value.agent]}"
 
-  depends_on = [google_project_service_identity.this, data.google_storage_project_service_account.this]
+  depends_on = [google_kms_crypto_key.this, google_project_service_identity.this, data.google_storage_project_service_account.this]
+}
+
+# Apart, so that nothing waits for it: Google makes this agent with the project's first training job, and refuses the grant
+# before. Then type `make foundation` once more.
+resource "google_kms_crypto_key_iam_member" "custom_code" {
+  for_each      = { for name, pair in local.key_grants : name => pair if pair.agent == "vertex-code" }
+  crypto_key_id = module.names.keys[each.value.use]
+  role          = "roles/cloudkms.cryptoKeyEncrypterDecrypter"
+  member        = "serviceAccount:${local.agents[each.value.agent]}"
+
+  depends_on = [google_kms_crypto_key.this, google_project_service_identity.this, google_kms_crypto_key_iam_member.this]
 }

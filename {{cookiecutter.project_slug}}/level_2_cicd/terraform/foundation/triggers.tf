@@ -10,6 +10,8 @@ locals {
     _PYTHON_INDEX = local.chosen.python_index
   }
   told_of_push = { _COMMIT = "$COMMIT_SHA", _JOB_SPEC = "", _INFRA_ACCOUNT = module.names.accounts.infra }
+  # A trigger takes only what is linked in its own project and region.
+  linked = "projects/${local.chosen.project}/locations/${local.chosen.region}/connections/${split("/", local.repository.name)[0]}/repositories/${try(split("/", local.repository.name)[1], "")}"
   # Changes that build nothing.
   ignored = ["**/*.md"]
 }
@@ -24,7 +26,7 @@ resource "google_cloudbuild_trigger" "pull_request" {
   substitutions   = local.told
 
   repository_event_config {
-    repository = local.repository.name
+    repository = local.linked
     pull_request {
       branch          = "^${local.repository.branch}$"
       comment_control = "COMMENTS_ENABLED_FOR_EXTERNAL_CONTRIBUTORS_ONLY"
@@ -33,8 +35,8 @@ resource "google_cloudbuild_trigger" "pull_request" {
 
   lifecycle {
     precondition {
-      condition     = can(regex("^projects/[^/]+/locations/[^/]+/connections/[^/]+/repositories/[^/]+$", local.repository.name))
-      error_message = "cloud.repository.name in project.yaml must be the linked repository, such as projects/PROJECT/locations/REGION/connections/CONNECTION/repositories/NAME; `gcloud builds repositories list --connection=CONNECTION --region=REGION` shows it."
+      condition     = can(regex("^[^/]+/[^/]+$", local.repository.name))
+      error_message = "cloud.repository.name in project.yaml must be CONNECTION/NAME of the linked repository, which is linked in each environment's project under the same names; `gcloud builds repositories list --connection=CONNECTION --region=REGION` shows it."
     }
   }
 
@@ -52,7 +54,7 @@ resource "google_cloudbuild_trigger" "push" {
   ignored_files   = local.ignored
 
   repository_event_config {
-    repository = local.repository.name
+    repository = local.linked
     push {
       branch = "^${local.repository.branch}$"
     }
@@ -64,8 +66,8 @@ resource "google_cloudbuild_trigger" "push" {
 
   lifecycle {
     precondition {
-      condition     = can(regex("^projects/[^/]+/locations/[^/]+/connections/[^/]+/repositories/[^/]+$", local.repository.name))
-      error_message = "cloud.repository.name in project.yaml must be the linked repository, such as projects/PROJECT/locations/REGION/connections/CONNECTION/repositories/NAME; `gcloud builds repositories list --connection=CONNECTION --region=REGION` shows it."
+      condition     = can(regex("^[^/]+/[^/]+$", local.repository.name))
+      error_message = "cloud.repository.name in project.yaml must be CONNECTION/NAME of the linked repository, which is linked in each environment's project under the same names; `gcloud builds repositories list --connection=CONNECTION --region=REGION` shows it."
     }
   }
 

@@ -21,6 +21,14 @@ provider "google" {
   default_labels = local.labels
 }
 
+# Budgets are asked of the billing account, and want to know which project pays for the question.
+provider "google" {
+  alias                 = "billing"
+  project               = module.names.chosen.project
+  billing_project       = module.names.chosen.project
+  user_project_override = true
+}
+
 provider "google-beta" {
   project        = module.names.chosen.project
   region         = module.names.chosen.region

@@ -27,6 +27,7 @@ locals {
 
   customer_managed = local.cloud.encryption == "customer-managed"
   private          = try(local.cloud.private, false)
+  workbench        = try(local.cloud.workbench, false)
   airflow          = local.cloud.data_ingestion == "managed-airflow"
 
   # Actor → the account's e-mail address.
@@ -58,7 +59,7 @@ locals {
     try(local.existing.key_ring, ""), "projects/${local.project}/locations/${local.region}/keyRings/${local.name}"
   )
   keys = {
-    for use in concat(["storage", "registry", "vertex", "pubsub", "run", "secrets"], local.airflow ? ["airflow"] : []) :
+    for use in concat(["storage", "registry", "vertex", "pubsub", "run", "secrets"], local.airflow ? ["airflow"] : [], local.workbench ? ["compute"] : []) :
     use => try(local.existing.keys[use], "${local.key_ring}/cryptoKeys/${use}") if local.customer_managed
   }
 
@@ -68,7 +69,7 @@ locals {
       "workbench", "budget", "alerts", "mirrors",
     ]
     environment = ["project", "bucket", "promote_from", "existing"]
-    existing    = ["network", "subnetwork", "build_pool", "key_ring", "keys", "images", "buckets", "accounts"]
+    existing    = ["network", "subnetwork", "build_pool", "key_ring", "keys", "images", "buckets", "accounts", "metadata_store"]
   }
   unknown = concat(
     [for key in setsubtract(keys(local.cloud), local.known.cloud) : "cloud.${key}"],
@@ -88,7 +89,7 @@ output "chosen" {
     data_ingestion = local.cloud.data_ingestion
     alerts         = local.cloud.alerts
     private        = local.private
-    workbench      = try(local.cloud.workbench, false)
+    workbench      = local.workbench
     schedule       = try(local.cloud.events.schedule, "")
     data_source    = startswith(try(local.chosen.data.source, ""), "gs://") ? local.chosen.data.source : ""
     ingest         = try(local.cloud.events.ingest, "0 3 * * *")
@@ -114,6 +115,10 @@ output "chosen" {
   precondition {
     condition     = local.project != "" || !contains(keys(local.cloud.environments), var.environment)
     error_message = "cloud.environments.${var.environment}.project in project.yaml is empty. Write the id of your Google Cloud project there; `gcloud projects list` shows those that you have."
+  }
+  precondition {
+    condition     = !can(regex("^(gcp-|goog)|google", local.name))
+    error_message = "name in project.yaml is '${local.name}': Google takes no names that begin with gcp- or goog, or hold google."
   }
   precondition {
     condition     = length(local.unknown) == 0
@@ -151,7 +156,11 @@ output "images_address" {
 
 output "source" {
   description = "The environment whose images are run here, if there is one: its project's id, and the id of its repository of images."
-  value       = { project = try(local.source.project, ""), images = local.images_of_source }
+  value = {
+    project = try(local.source.project, "")
+    images  = local.images_of_source
+    storage = try(local.source.existing.buckets.storage, "${try(local.source.project, "")}-${local.name}-storage")
+  }
 }
 
 output "templates" {
@@ -170,21 +179,22 @@ output "key_ring" {
 }
 
 output "keys" {
-  description = "storage, registry, vertex, pubsub, run, secrets, airflow → the key's id; empty where Google's own keys are used."
+  description = "storage, registry, vertex, pubsub, run, secrets, airflow, compute → the key's id; empty where Google's own keys are used."
   value       = local.keys
 }
 
 output "existing" {
   description = "What is there already and is not made: see class Existing in src/project/settings.py."
   value = {
-    network    = try(local.existing.network, "")
-    subnetwork = try(local.existing.subnetwork, "")
-    build_pool = try(local.existing.build_pool, "")
-    key_ring   = try(local.existing.key_ring, "")
-    images     = try(local.existing.images, "")
-    keys       = keys(try(local.existing.keys, {}))
-    buckets    = keys(try(local.existing.buckets, {}))
-    accounts   = keys(try(local.existing.accounts, {}))
+    network        = try(local.existing.network, "")
+    subnetwork     = try(local.existing.subnetwork, "")
+    build_pool     = try(local.existing.build_pool, "")
+    key_ring       = try(local.existing.key_ring, "")
+    images         = try(local.existing.images, "")
+    metadata_store = try(local.existing.metadata_store, false)
+    keys           = keys(try(local.existing.keys, {}))
+    buckets        = keys(try(local.existing.buckets, {}))
+    accounts       = keys(try(local.existing.accounts, {}))
   }
 }
 
