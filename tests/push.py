@@ -108,11 +108,10 @@ class Cloud:
         """Run cloudbuild.yaml as a push does, in the project's folder as it is now."""
         with within(self.project), settings_of_nobody():
             chosen = settings.load("")
-            told = {
-                **submit_build.substitutions_of_pull_request(chosen, cloud.place(chosen, "dev")),
-                "_COMMIT": COMMIT,
-                "_JOB_SPEC": "cpu",
-            }
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("COMMIT", COMMIT)
+                patch.setenv("JOB_SPEC", "cpu")
+                told = submit_build.substitutions(chosen, cloud.place(chosen, "dev"))
         shutil.rmtree(self.project / "build", ignore_errors=True)  # each build begins with an empty workspace
         return steps.run(steps.read(self.project / submit_build.PUSH, told), self.project, self.command(instead), kill_after)
 

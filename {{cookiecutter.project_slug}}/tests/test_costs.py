@@ -111,6 +111,11 @@ def test_keys_that_are_there_already_are_not_paid(ingestion, keys, made):
     assert found["keys"] == pytest.approx(made * PRICES["key version"])
 
 
+def test_the_workbenchs_disks_have_a_key_of_their_own():
+    with_it = idle(encryption="customer-managed", workbench="true", data_ingestion="none")
+    assert with_it["keys"] == pytest.approx(7 * PRICES["key version"])
+
+
 def test_a_network_that_is_there_already_is_not_paid():
     existing = "{dev: {project: '', existing: {network: projects/p/global/networks/theirs}}}"
     assert idle(private="true", environments=existing) == idle()

@@ -89,7 +89,8 @@ def idle(chosen: Settings, where: Environment) -> Iterator[Cost]:
         f"{serve.replicas[0]} × {serve.machine}, day and night, from the first model on",
     )
     if cloud.encryption == "customer-managed":
-        uses = set(get_args(KeyUse)) - ({"airflow"} if cloud.data_ingestion != "managed-airflow" else set())
+        of_choice = {"airflow": cloud.data_ingestion == "managed-airflow", "compute": cloud.workbench}
+        uses = {use for use in get_args(KeyUse) if of_choice.get(use, True)}
         made = len(uses - set(where.existing.keys))
         yield Cost("keys", made * PRICES["key version"], f"{made} keys in Cloud KMS; every 90 days each costs as much again")
     if cloud.data_ingestion == "managed-airflow":
