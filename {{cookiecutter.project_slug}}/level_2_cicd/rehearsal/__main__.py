@@ -31,9 +31,9 @@ def main() -> None:
             sys.exit(2)
         for name in given.bucket:
             storage.make(name)
-        print(exports(vertex, storage), flush=True)
-        for double in (vertex, storage):
+        for double in (vertex, storage):  # before anyone can know where they are
             double.log = lambda line: print(line, flush=True)
+        print(exports(vertex, storage), flush=True)
         try:
             signal.pause()
         except KeyboardInterrupt:
