@@ -125,14 +125,14 @@ def test_nothing_waits_for_what_it_does_not_need() -> None:
         "test": {"setup"},
         "apply": {"lint", "test", "images"},
         "publish": {"setup", "images"},
-        "sbom": {"images"},
+        "sbom": {"setup", "images"},
         "functional-test": {"apply", "publish"},
-        "release": {"functional-test"},
+        "release": {"functional-test", "sbom"},
     }
     before = {name: needed for name, needed in waits.items()}
     for name in waits:  # what must have succeeded before, all in all
         before[name] = before[name].union(*(before[other] for other in before[name] if other != "-"))
-    assert {"lint", "test", "images", "apply", "publish", "functional-test"} <= before["release"]
+    assert {"lint", "test", "images", "apply", "publish", "sbom", "functional-test"} <= before["release"]
     assert {"lint", "test"} <= before["apply"]
 
 
@@ -351,21 +351,30 @@ def test_what_cloud_build_would_refuse_the_double_refuses(here: Path, doubles: t
     assert not doubles[0].calls("builds.create")
 
 
-def test_triggers_for_each_container_name_their_files(here: Path) -> None:
-    with within(here):
-        chosen = settings.load("cloud.repository.name=connection/code")
-        commands = submit_build.trigger_commands(cloud.place(chosen), chosen, here)
-    by_name = {next(word for word in command if word.startswith("--name=")): command for command in commands}
-    assert len(by_name) == len(containers.find(here))
-    predict = by_name["--name=digit-reader-predict"]
-    [files] = [word for word in predict if word.startswith("--included-files=")]
-    linked = "projects/my-project/locations/europe-west4/connections/connection/repositories/code"
-    assert f"--repository={linked}" in predict
-    assert "src/predictor/app.py" in files
-    assert "src/trainer" not in files
+def test_triggers_for_each_container_name_their_files_and_are_made_anew(here: Path, doubles: tuple[CloudBuild, Storage]) -> None:
+    linked = "cloud.repository.name=connection/code"
+    for turn in ("made", "made anew"):
+        done = make("setup-triggers", SET=linked)
+        assert done.returncode == 0, f"{turn}: {done.stderr}"
+    builds, _ = doubles
+    assert len(builds.triggers) == len(containers.find(here))
+    assert len(builds.calls("triggers.create")) == len(builds.triggers)  # the second time, they are there
+    predict = builds.triggers["digit-reader-predict"]
+    repository = "projects/my-project/locations/europe-west4/connections/connection/repositories/code"
+    assert predict.repository_event_config.repository == repository
+    assert predict.repository_event_config.push.branch == "^main$"
+    assert predict.filename == "level_2_cicd/cloudbuild.container.yaml"
+    assert predict.service_account == "projects/my-project/serviceAccounts/digit-reader-build@my-project.iam.gserviceaccount.com"
+    assert predict.substitutions["_CONTAINER"] == "predict"
+    assert {"src/predictor/app.py", "level_1_pipeline/predict_container/Dockerfile"} <= set(predict.included_files)
+    assert not any(name.startswith("src/trainer") for name in predict.included_files)
+
+
+def test_triggers_without_a_linked_repository_are_refused(here: Path, doubles: tuple[CloudBuild, Storage]) -> None:
     done = make("setup-triggers")
     assert done.returncode == 2
     assert "cloud.repository.name" in done.stderr
+    assert not doubles[0].received
 
 
 # ── the runner of steps ─────────────────────────────────────────────────────────────────────────────────

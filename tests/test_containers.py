@@ -21,7 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from launcher import containers
+from launcher import containers, image_contents
+from packaging.requirements import Requirement
 from project import manifest
 from project.errors import UserError
 from rehearsal.storage import Storage
@@ -278,6 +279,20 @@ def test_the_predictor_is_small_and_holds_nothing_to_train_with(images: dict[str
     }
     size, base = (int(str(inspect(image, ".Size"))) for image in (images["predict"], BASE))
     assert 50 * MEGABYTE < size - base <= 220 * MEGABYTE
+
+
+@pytest.mark.parametrize(("name", "locks"), [("predict", ["predict"]), ("train", ["train", "kfp", "torch"])])
+def test_the_list_of_what_an_image_holds_is_what_its_locks_say(
+    project: Project, images: dict[str, str], name: str, locks: list[str]
+) -> None:
+    text = "".join((project.folder / "requirements" / f"{lock}.txt").read_text(encoding="utf-8") for lock in locks)
+    wanted = [Requirement(line.rstrip(" \\")) for line in re.findall(r"^\w.*$", text, re.MULTILINE)]
+    here = {(one.name, str(one.specifier)) for one in wanted if one.marker is None or one.marker.evaluate()}
+    held = image_contents.ask(images[name])
+    python = [one for one in held if one.kind == "pypi"]
+    found = {(re.sub(r"[-_.]+", "-", one.name).lower(), f"=={one.version.partition('+')[0]}") for one in python}
+    assert found == here
+    assert {"libc6", "dpkg"} <= {one.name for one in held if one.kind == "deb"}
 
 
 class EmptyIndex(http.server.BaseHTTPRequestHandler):

@@ -187,7 +187,10 @@ def test_stopped_while_it_follows(submit: list[str], cloud: Cloud, cancel: bool,
             assert time.monotonic() < limit, "it does not look"
             time.sleep(0.02)
         process.send_signal(number)
-        out, err = process.communicate(timeout=60)
+        try:
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()  # or a mistake would wait for ever
     assert process.returncode == 128 + number, err
     assert out.splitlines()[-1] == ("stopped; the run is cancelled" if cancel else "stopped; the run goes on")
     assert len(cloud.vertex.calls("pipelineJobs.cancel")) == int(cancel)

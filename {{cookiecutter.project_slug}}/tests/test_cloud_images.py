@@ -174,48 +174,6 @@ def test_what_is_not_in_dev_does_not_get_into_prod(sources, place, registry, pro
     assert not gcloud
 
 
-# ── what it holds ───────────────────────────────────────────────────────────────────────────────────────────────────
-IMAGE = f"europe-west4-docker.pkg.dev/my-project/demo/predict@sha256:{'0' * 64}"
-
-
-@pytest.fixture
-def scanner(sources, monkeypatch):
-    """Artifact Registry's lists: `scanner["failures"]` times the image is not scanned yet."""
-    monkeypatch.setattr(cloud_images, "PAUSE", 0)
-    state = {"failures": 0, "lists": set(), "commands": []}
-
-    def run(command, log):
-        [image] = [word.partition("=")[2] for word in command if word.startswith(("--uri=", "--resource="))]
-        state["commands"].append(command[3])
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text(
-            "projects/my-project/occurrences/1\n" if command[3] == "list" and image in state["lists"] else "Listed 0 items.\n"
-        )
-        if command[3] == "export":
-            state["failures"] -= 1
-            if state["failures"] >= 0:
-                raise UserError("it is not scanned yet.")
-            state["lists"].add(image)
-
-    monkeypatch.setattr(submit_build, "run", run)
-    return state
-
-
-def test_artifact_registry_lists_what_an_image_holds_when_it_is_scanned(scanner, place):
-    scanner["failures"] = 2
-    cloud_images.list_contents({"predict": IMAGE, "train": "localhost:5000/demo/train@sha256:0"}, place)
-    assert scanner["lists"] == {IMAGE}
-    scanner["commands"].clear()
-    cloud_images.list_contents({"predict": IMAGE}, place)
-    assert scanner["commands"] == ["list"]
-
-
-def test_a_list_that_does_not_come_about_is_told(scanner, place):
-    scanner["failures"] = cloud_images.LOOKS
-    with pytest.raises(UserError, match="predict: there is no list of what it holds: it is not scanned yet"):
-        cloud_images.list_contents({"predict": IMAGE}, place)
-
-
 # ── one image, in its own build ─────────────────────────────────────────────────────────────────────────────────────
 def test_an_image_is_built_only_from_the_files_that_are_meant(sources, monkeypatch):
     built = []

@@ -268,6 +268,26 @@ def test_what_was_trained_before_is_not_trained_again(pushed):
     assert len(pushed.requests()) == 2
 
 
+def test_a_build_that_is_overtaken_releases_nothing(pushed):
+    pushed.publish()
+    told = json.loads(push.PUBLICATION.read_text())
+    version = pushed.publish("gate.threshold=0.5", commit="3c4d")
+    pushed.release()
+    earlier = {"published": "2026-01-01T00:00:00+00:00"}  # whose build took longer
+    manifest.write_json(push.PUBLICATION, told | earlier)
+    said = pushed.release()
+    assert "commit 3c4d was published later" in said
+    assert len(pushed.requests()) == 1
+    assert kfp_publish.read_current(pushed.place)["version"] == version
+
+
+def test_a_pointer_that_is_damaged_is_written_anew(pushed):
+    version = pushed.publish()
+    storage.write(f"{kfp_publish.templates_folder(pushed.place)}/current.json", b"{")
+    assert pushed.release().endswith(f"version {version} is current")
+    assert kfp_publish.read_current(pushed.place)["version"] == version
+
+
 # ── another predictor ───────────────────────────────────────────────────────────────────────────────────────────────
 def champion(pushed):
     """A version that is served, and the endpoint that Terraform makes."""

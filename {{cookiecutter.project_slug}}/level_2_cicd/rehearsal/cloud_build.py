@@ -1,4 +1,5 @@
-"""A double of Cloud Build: builds as gcloud sends them, read strictly with Google's own definitions, checked, kept, and run.
+"""A double of Cloud Build: builds and triggers as gcloud sends them, read strictly with Google's own definitions, checked and
+kept; builds are run.
 
 `with CloudBuild(work) as builds:` where `work(build)` does what the build asks for; without it, every build succeeds at once.
 CLOUDSDK_API_ENDPOINT_OVERRIDES_CLOUDBUILD=`address` brings gcloud here.
@@ -45,6 +46,7 @@ class CloudBuild(Double):
         super().__init__(port)
         self.work = work
         self.builds: dict[str, Any] = {}  # id → Build
+        self.triggers: dict[str, Any] = {}  # name → BuildTrigger
         self._threads: list[threading.Thread] = []
         build = rf"{PARENT}/builds/(?P<id>[^/:]+)"
         self.routes = [
@@ -53,6 +55,8 @@ class CloudBuild(Double):
             ("GET", build, "builds.get", self._get),
             ("POST", rf"{build}:cancel", "builds.cancel", self._cancel),
             ("GET", rf"{PARENT}/operations/(?P<id>[^/:]+)", "operations.get", self._operation),
+            ("POST", rf"{PARENT}/triggers", "triggers.create", self._create_trigger),
+            ("PATCH", rf"{PARENT}/triggers/(?P<id>[^/:]+)", "triggers.patch", self._patch_trigger),
         ]
 
     def __exit__(self, *exception: object) -> None:
@@ -112,6 +116,27 @@ class CloudBuild(Double):
 
     def _operation(self, _: Request, found: re.Match[str]) -> tuple[Any, Response]:
         return None, Response(self._told(self._build(found["id"])))
+
+    def _create_trigger(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
+        trigger = read(types.BuildTrigger, request.body)
+        if trigger.name in self.triggers:
+            raise Refused(409, f"trigger {trigger.name} already exists")
+        return trigger, self._keep_trigger(trigger, found)
+
+    def _patch_trigger(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
+        trigger = read(types.BuildTrigger, request.body)
+        if found["id"] not in self.triggers:
+            raise Refused(404, f"Requested entity was not found: trigger {found['id']}")
+        return trigger, self._keep_trigger(trigger, found)
+
+    def _keep_trigger(self, trigger: Any, found: re.Match[str]) -> Response:
+        if not re.fullmatch(r"[a-zA-Z0-9]([a-zA-Z0-9-]{0,62}[a-zA-Z0-9])?", trigger.name):
+            raise Refused(400, f"invalid value for 'trigger.name': {trigger.name!r}")
+        if not trigger.repository_event_config.repository.startswith(f"{found['parent']}/connections/"):
+            raise Refused(400, "this double knows triggers of a linked repository in the same region")
+        self.triggers[trigger.name] = kept = types.BuildTrigger(trigger)
+        kept.id, kept.resource_name = trigger.name, f"{found['parent']}/triggers/{trigger.name}"
+        return Response(written(kept))
 
     def _build(self, identity: str) -> Any:
         if identity not in self.builds:

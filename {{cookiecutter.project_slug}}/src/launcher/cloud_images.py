@@ -1,7 +1,6 @@
 """The images of a push: each that the registry lacks is built in a build of its own, in parallel; the rest is left alone.
 
 python -m launcher.cloud_images [NAME …]                           make images: all; writes their digests to build/images.json
-python -m launcher.cloud_images --list-contents                    make sbom: what each of them holds, kept by Artifact Registry
 python -m launcher.cloud_images NAME --image ADDRESS --tag TAG     make image: builds one, here; Cloud Build pushes it
 
 An image's tag is a hash of what goes into it (launcher.containers), so the registry itself tells what is missing. An environment
@@ -12,9 +11,7 @@ runs there is what was tried.
 import argparse
 import contextlib
 import json
-import re
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,7 +25,6 @@ from project.settings import Settings
 
 DIGESTS = Path("build/images.json")
 LOGS = Path("build/images")
-LOOKS, PAUSE = 10, 30.0  # how often a list of contents is asked for, and the seconds between
 
 
 def make(wanted: Sequence[Container], chosen: Settings, place: Place) -> dict[str, str]:
@@ -89,42 +85,6 @@ def build_elsewhere(container: Container, place: Place, name: str) -> str:
         raise problem or UserError(f"the build succeeded, and {name} is not in the registry. Its log: {log}")
     tell(f"↑ {container.name:<12} pushed      {name}@{there}")
     return there
-
-
-def list_contents(images: Mapping[str, str], place: Place) -> None:
-    """Let Artifact Registry keep a list of what each image holds (SBOM) beside its digest, unless it is there.
-
-    The list is made of what the registry's scanner has found, which takes it some minutes.
-
-    Raises:
-        UserError: it could not be had in time.
-    """
-    # Another registry keeps none.
-    wanted = {name: image for name, image in images.items() if re.match(r"[a-z0-9-]+-docker\.pkg\.dev/", image)}
-    if not wanted:
-        return
-    with ThreadPoolExecutor(max_workers=len(wanted)) as pool:
-        done = [pool.submit(_list_contents, name, image, place) for name, image in wanted.items()]
-    problems = [str(error) for result in done if (error := result.exception())]
-    if problems:
-        raise UserError("\n       ".join(problems))
-
-
-def _list_contents(name: str, image: str, place: Place) -> None:
-    log, found = LOGS / f"{name}.sbom.log", LOGS / f"{name}.sbom.list"
-    own = f"--project={place.project}"
-    for look in range(LOOKS):
-        submit_build.run(["gcloud", "artifacts", "sbom", "list", f"--resource={image}", own, "--format=value(name)"], found)
-        if any(line.startswith("projects/") for line in found.read_text(encoding="utf-8").splitlines()):
-            tell(f"✓ {name:<12} listed      {image}")
-            return
-        try:
-            submit_build.run(["gcloud", "artifacts", "sbom", "export", f"--uri={image}", own], log)
-        except UserError as error:
-            if look == LOOKS - 1:
-                raise UserError(f"{name}: there is no list of what it holds: {error}") from None
-            time.sleep(PAUSE)
-    tell(f"✓ {name:<12} listed      {image}")
 
 
 def promote(container: Container, source: Place, name: str) -> str:
@@ -209,12 +169,8 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="a container, such as train; otherwise all")
     parser.add_argument("--image", help="build one image here, for this address without a tag")
     parser.add_argument("--tag", help="with --image: the tag that its files must make")
-    parser.add_argument("--list-contents", action="store_true", help="let Artifact Registry list what the images hold")
     asked = parser.parse_args()
     chosen = settings.load()
-    if asked.list_contents:
-        list_contents(read(), cloud.place(chosen))
-        return
     wanted = containers.find(settings.project_root(), asked.names)
     if asked.image or asked.tag:
         if not (asked.image and asked.tag and len(wanted) == 1):

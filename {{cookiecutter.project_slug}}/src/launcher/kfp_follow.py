@@ -129,7 +129,7 @@ def start_and_follow(start: Callable[[], Any], name: str, poll: float, cancel: b
             with stop.held():
                 start()
                 started = True
-            seen = follow(name, poll)
+            seen = follow(name, poll, changed=lambda _: stop.check())
         except SystemExit:
             stop.holding = True  # it is ending already
             if cancel:

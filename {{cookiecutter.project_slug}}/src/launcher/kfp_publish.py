@@ -110,24 +110,20 @@ def templates_folder(place: Place) -> str:
 
 
 def read_current(place: Place) -> dict[str, Any] | None:
-    """What is told of the version that events start: what `publish` returned for it, and the commit; None: there is none yet.
+    """What is told of the version that events start: see published.FIELDS; None: there is none yet, or that is damaged.
 
     Raises:
         UserError: it cannot be read.
     """
-    return published.read_pointer(templates_folder(place))
+    try:
+        return published.read_pointer(templates_folder(place))
+    except published.Damaged:
+        return None  # a build writes it anew
 
 
-def write_current(place: Place, told: Mapping[str, Any]) -> None:
-    """Let events start another version from now on.
-
-    Args:
-        told: what `publish` returned, and the commit.
-
-    Raises:
-        UserError: a field is missing, or it cannot be written.
-    """
-    published.write_pointer(templates_folder(place), told)
+def write_current(place: Place, told: Mapping[str, Any]) -> bool:
+    """Let events start another version from now on; see published.write_pointer."""
+    return published.write_pointer(templates_folder(place), told)
 
 
 def upload(made: Publication, templates: str, tag: str) -> str:

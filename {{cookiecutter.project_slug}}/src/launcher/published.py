@@ -19,11 +19,19 @@ from project.errors import UserError
 NAME = "train-and-register"  # as level_1_pipeline/pipeline.py calls the pipeline
 POINTER = "current.json"
 VERSION = r"[0-9a-f]{16}"
-FIELDS = ("version", "pipeline", "parameters", "template", "sha256", "commit")  # of the pointer
+FIELDS = ("version", "pipeline", "parameters", "template", "sha256", "commit", "published")  # of the pointer
 
 
 class NotPublished(UserError):
     """There is no such version, or none is current yet."""
+
+
+class Damaged(UserError):
+    """What says which version is current cannot be read."""
+
+    def __init__(self, message: str, generation: int) -> None:
+        super().__init__(f"{message}. The next build that passes its tests writes it anew.")
+        self.generation = generation
 
 
 @dataclass(frozen=True)
@@ -82,26 +90,41 @@ def read_pointer(folder: str) -> dict[str, Any] | None:
     """What current.json says; None where nothing is current yet.
 
     Raises:
-        UserError: it cannot be read, or does not name a version.
+        Damaged: it is no JSON, or names no version.
+        UserError: it cannot be read.
     """
+    return _read_pointer(folder)[0]
+
+
+def _read_pointer(folder: str) -> tuple[dict[str, Any] | None, int]:
+    """The same, and the object's generation; 0 where it is not there."""
     address = f"{folder}/{POINTER}"
     found = storage.read(address)
     if found is None:
-        return None
+        return None, 0
+    content, generation = found
     try:
-        document = command_line.parse(found[0].decode())
+        document = command_line.parse(content.decode())
     except ValueError as error:
-        raise UserError(f"{address} is no JSON: {error}.") from None
+        raise Damaged(f"{address} is no JSON: {error}", generation) from None
     if not isinstance(document, dict) or not re.fullmatch(VERSION, str(document.get("version"))):
-        raise UserError(f"{address} names no version. The next build writes it anew.")
-    return document
+        raise Damaged(f"{address} names no version", generation)
+    return document, generation
 
 
-def write_pointer(folder: str, told: Mapping[str, Any]) -> None:
-    """Make a version the current one: from now on, events start it.
+def is_later(told: Mapping[str, Any], other: Mapping[str, Any] | None) -> bool:
+    """Whether one was published after the other: of two builds that end out of order, the later push counts."""
+    return other is None or str(told["published"]) >= str(other.get("published", ""))
+
+
+def write_pointer(folder: str, told: Mapping[str, Any]) -> bool:
+    """Make a version the current one: from now on, events start it. What was published later stays.
 
     Args:
-        told: the line that launcher.kfp_publish printed, and the commit.
+        told: the line that launcher.kfp_publish printed, the commit, and when it was published, in ISO 8601 and UTC.
+
+    Returns:
+        Whether it is the current one.
 
     Raises:
         UserError: a field is missing, or the object cannot be written.
@@ -111,5 +134,16 @@ def write_pointer(folder: str, told: Mapping[str, Any]) -> None:
         raise UserError(f"{POINTER} wants {', '.join(FIELDS)}; {', '.join(missing)} is missing.")
     if not re.fullmatch(VERSION, str(told["version"])):
         raise UserError(f"{POINTER}: '{told['version']}' is no version; one has 16 digits, such as 0123456789abcdef.")
-    document = {name: told[name] for name in FIELDS}
-    storage.write(f"{folder}/{POINTER}", (json.dumps(document, indent=1) + "\n").encode())
+    content = (json.dumps({name: told[name] for name in FIELDS}, indent=1) + "\n").encode()
+    while True:
+        try:
+            there, generation = _read_pointer(folder)
+        except Damaged as error:
+            there, generation = None, error.generation
+        if not is_later(told, there):
+            return False
+        try:
+            storage.write(f"{folder}/{POINTER}", content, if_generation_match=generation)
+        except storage.Conflict:
+            continue  # somebody else was quicker: which of the two is later?
+        return True

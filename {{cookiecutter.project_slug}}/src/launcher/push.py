@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def publish(chosen: Settings, place: Place) -> dict[str, Any]:
     """Publish the pipeline; what is current already is not published again under another commit.
 
     Returns:
-        What kfp_publish.publish does, and the commit.
+        What kfp_publish.publish does, the commit, and the time.
 
     Raises:
         UserError: an image, the rows or the pipeline are not right, or something was refused.
@@ -92,9 +93,10 @@ def publish(chosen: Settings, place: Place) -> dict[str, Any]:
     images = cloud_images.read()
     made = kfp_publish.make(chosen, place, images, csv, commit)
     current = kfp_publish.read_current(place)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
     if current and is_same(made, published.read(kfp_publish.templates_folder(place), current["version"])):
-        return current
-    return {**kfp_publish.publish(made, place, templates(place), commit), "commit": commit}
+        return {**current, "published": now}
+    return {**kfp_publish.publish(made, place, templates(place), commit), "commit": commit, "published": now}
 
 
 def templates(place: Place) -> str:
@@ -201,28 +203,41 @@ def release(place: Place) -> str:
     """Let events start what is published, start a run for this push if there is none, and give the champion the predictor.
 
     The request comes before the pointer: it names its version, and whoever is cut off between the two sends it again, which
-    starts nothing twice.
+    starts nothing twice. A build that is overtaken by that of a later push releases nothing.
 
     Raises:
         UserError: something was refused; the same again goes on from there.
     """
     told, found = publication(place)
     before = kfp_publish.read_current(place)
+    if not published.is_later(told, before):
+        return overtaken(before)
     done = []
     what = event(found)
     attempt = wanted_attempt(found, what, place)
+    is_current = before is not None and before["version"] == told["version"]
     if attempt:
         request_run.publish(place, request_run.compose(what, version=found.version, actor="build", attempt=attempt))
         done.append("a run is asked for" + (f", attempt {attempt}: the one before failed" if attempt > 1 else ""))
-    elif before is None or before["version"] != told["version"]:
+    elif not is_current:
         done.append(f"this was trained before, in {run_of(found, what, place).link}")
         if image_is_new(found, place):
             done += redeployed(deploy.redeploy(place.registry, found.values["serving"]))
-    if before is None or before["version"] != told["version"]:
-        kfp_publish.write_current(place, told)
+    if not kfp_publish.write_current(place, told):
+        done.append(overtaken(kfp_publish.read_current(place)))
+    elif not is_current:
         done.append(f"version {told['version']} is current")
     cloud_images.note_passed(cloud_images.read(), place)
     return "; ".join(done) or "nothing changed: nothing is started"
+
+
+def overtaken(current: Mapping[str, Any] | None) -> str:
+    """Why a version does not become the current one, in words."""
+    told = current or {}
+    return (
+        f"commit {told.get('commit')} was published later ({told.get('published')}) and is current already, so this one does not "
+        "become it. If it shall all the same, push again, or type: make images publish release"
+    )
 
 
 def redeployed(outcome: Mapping[str, Any] | None) -> list[str]:

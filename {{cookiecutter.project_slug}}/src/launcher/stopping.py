@@ -15,7 +15,14 @@ class Stop:
     def __call__(self, number: int, _: object) -> None:
         """The signals' handler."""
         self.code = 128 + number
-        if not self.holding:
+        self.check()
+
+    def check(self) -> None:
+        """End the program if it has been told to.
+
+        Whoever waits in a loop calls this: what a handler raises is lost where Python runs a finaliser at that moment.
+        """
+        if self.code and not self.holding:
             raise SystemExit(self.code)
 
     @contextmanager
@@ -26,8 +33,7 @@ class Stop:
             yield
         finally:
             self.holding = False
-            if self.code:
-                raise SystemExit(self.code)
+            self.check()
 
 
 @contextmanager

@@ -13,9 +13,12 @@ import shlex
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from launcher import containers
-from project import cloud, git, settings
+from project import cloud, git, manifest, settings
 from project.cloud import Place
 from project.errors import UserError, run_command
 from project.settings import Settings
@@ -23,6 +26,7 @@ from project.settings import Settings
 FOLDER = "level_2_cicd"
 PUSH, PULL_REQUEST, IMAGE, CONTAINER = (f"{FOLDER}/cloudbuild{kind}.yaml" for kind in ("", ".pr", ".image", ".container"))
 TOOLBOX = f"{FOLDER}/toolbox/toolbox.sh"
+TRIGGERS = Path("build/triggers.yaml")
 
 
 def level_2(place: Place) -> None:
@@ -149,8 +153,8 @@ def last_words(log: Path) -> str:
 
 
 # ── a trigger for each container ────────────────────────────────────────────────────────────────────────────────────
-def trigger_commands(place: Place, chosen: Settings, root: Path) -> list[list[str]]:
-    """The commands that make a trigger for each container: a push that changes its files builds its image, and no more.
+def triggers(place: Place, chosen: Settings, root: Path) -> list[dict[str, Any]]:
+    """A trigger for each container, in the API's form: a push that changes its files builds its image, and no more.
 
     Raises:
         UserError: project.yaml names no linked repository.
@@ -161,31 +165,33 @@ def trigger_commands(place: Place, chosen: Settings, root: Path) -> list[list[st
             f"cloud.repository.name in {settings.FILE} is '{chosen.cloud.repository.name}': triggers want the repository that is "
             "linked to Cloud Build, CONNECTION/NAME"
         )
-    repository = f"{place.parent}/connections/{connection}/repositories/{name}"
-    commands = []
-    for container in containers.find(root):
-        given = substitutions_of_container(chosen, place, container)
-        files = sorted({str(containers.BASE), str(container.dockerfile), f"{container.dockerfile}.dockerignore"})
-        files += [path.as_posix() for path in container.inputs()]
-        commands.append(
-            [
-                "gcloud",
-                "builds",
-                "triggers",
-                "create",
-                "github",
-                f"--name={place.name}-{container.name.replace('_', '-')}",
-                f"--project={place.project}",
-                f"--region={place.region}",
-                f"--repository={repository}",
-                f"--branch-pattern=^{re.escape(chosen.cloud.repository.branch)}$",
-                f"--build-config={CONTAINER}",
-                f"--service-account=projects/{place.project}/serviceAccounts/{place.account('build')}",
-                f"--included-files={','.join(files)}",
-                f"--substitutions={as_flag(given)}",
-            ]
-        )
-    return commands
+    push = {
+        "repository": f"{place.parent}/connections/{connection}/repositories/{name}",
+        "push": {"branch": f"^{re.escape(chosen.cloud.repository.branch)}$"},
+    }
+    return [
+        {
+            "name": f"{place.name}-{container.name.replace('_', '-')}",
+            "repositoryEventConfig": push,
+            "filename": CONTAINER,
+            "includedFiles": files_of(container),
+            "serviceAccount": f"projects/{place.project}/serviceAccounts/{place.account('build')}",
+            "substitutions": substitutions_of_container(chosen, place, container),
+        }
+        for container in containers.find(root)
+    ]
+
+
+def files_of(container: containers.Container) -> list[str]:
+    """The files whose change asks for another image."""
+    own = {str(containers.BASE), str(container.dockerfile), f"{container.dockerfile}.dockerignore"}
+    return sorted(own | {path.as_posix() for path in container.inputs()})
+
+
+def triggers_command(place: Place) -> list[str]:
+    """The command that makes the triggers of a file, or makes them anew."""
+    own = [f"--project={place.project}", f"--region={place.region}"]
+    return ["gcloud", "builds", "triggers", "import", f"--source={TRIGGERS}", *own]
 
 
 # ── command line ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -193,20 +199,23 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="make submit", description="Start what a push would start.")
     parser.add_argument("--triggers", action="store_true", help="make a trigger for each container instead")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands, and run none")
+    parser.add_argument("--dry-run", action="store_true", help="print the command, and do not run it")
     asked = parser.parse_args()
     chosen = settings.load()
     place = cloud.place(chosen)
     level_2(place)
     if asked.triggers:
-        commands = trigger_commands(place, chosen, settings.project_root())
+        made = triggers(place, chosen, settings.project_root())
+        TRIGGERS.parent.mkdir(exist_ok=True)
+        manifest.write_bytes(TRIGGERS, yaml.safe_dump_all(made, sort_keys=False).encode())
+        print(f"{TRIGGERS}: {', '.join(one['name'] for one in made)}", flush=True)
+        command = triggers_command(place)
     else:
-        commands = [submit_command(place, PUSH, substitutions(chosen, place))]
-    for command in commands:
-        if asked.dry_run:
-            print(shlex.join(command))
-        else:
-            run(command)
+        command = submit_command(place, PUSH, substitutions(chosen, place))
+    if asked.dry_run:
+        print(shlex.join(command))
+    else:
+        run(command)
 
 
 if __name__ == "__main__":

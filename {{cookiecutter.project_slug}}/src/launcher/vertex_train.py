@@ -191,6 +191,7 @@ class Jobs:
         print(f"waiting for the end of {job.name}, which is being cancelled", flush=True)
         wait = waits[0]
         while state(job) == CANCELLING:
+            self.stop.check()
             time.sleep(wait)
             wait = min(1.5 * wait, waits[1])
             job = self.get(job.name)
@@ -370,6 +371,7 @@ def follow(jobs: Jobs, job: Any, waits: tuple[float, float]) -> Any:
                     continue
             if state(job) not in {*ALIVE, CANCELLING}:
                 return job
+            jobs.stop.check()
             time.sleep(wait)
             wait = min(1.5 * wait, waits[1])
             job = jobs.get(job.name)

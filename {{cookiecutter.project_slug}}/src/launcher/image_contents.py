@@ -1,0 +1,120 @@
+"""What each image of a push holds (SBOM), written in CycloneDX's form beside the builds: make sbom.
+
+The image itself is asked, because it alone knows what was installed in the end: Debian's packages, and Python's, torch among
+them. PLACE/builds/contents/NAME/DIGEST.json is written once, for the image that has this digest.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from cyclonedx.model.bom import Bom
+from cyclonedx.model.component import Component, ComponentType
+from cyclonedx.output.json import JsonV1Dot5
+from packageurl import PackageURL
+
+from launcher import cloud_images, submit_build
+from project import cloud, settings, storage
+from project.cloud import Place
+from project.errors import UserError, run_command
+
+# Runs in the image, with its own Python and nothing else.
+ASK = """
+import json, pathlib, re
+from importlib import metadata
+status = pathlib.Path("/var/lib/dpkg/status")
+packages = re.split(r"\\n{2,}", status.read_text(encoding="utf-8")) if status.exists() else []
+fields = [dict(re.findall(r"^(\\S+): (.*)$", package, re.MULTILINE)) for package in packages]
+found = [("deb", one["Package"], one["Version"]) for one in fields if one.get("Status", "").endswith(" installed")]
+found += [("pypi", one.metadata["Name"], one.version) for one in metadata.distributions()]
+print(json.dumps(sorted(set(found))))
+"""
+
+
+@dataclass(frozen=True, order=True)
+class Package:
+    """What an image holds: kind is deb or pypi."""
+
+    kind: str
+    name: str
+    version: str
+
+    @property
+    def address(self) -> PackageURL:
+        """The package's name all over the world (github.com/package-url/purl-spec)."""
+        name = self.name.lower().replace("_", "-") if self.kind == "pypi" else self.name
+        return PackageURL(self.kind, "debian" if self.kind == "deb" else None, name, self.version)
+
+
+def ask(image: str) -> list[Package]:
+    """What an image says that it holds; Docker fetches it, if it is not here.
+
+    Raises:
+        UserError: there is no Docker, the image cannot be had, or it has no Python.
+    """
+    command = ["docker", "run", "--rm", "--network=none", "--read-only", "--entrypoint=python", image, "-c", ASK]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise UserError("docker is not installed: see docs.docker.com/engine/install") from None
+    if done.returncode != 0:
+        raise UserError(f"{image} does not say what it holds: {(done.stderr.strip().splitlines() or ['no reason is told'])[-1]}")
+    return [Package(*one) for one in json.loads(done.stdout)]
+
+
+def document(name: str, image: str, packages: Sequence[Package]) -> str:
+    """The list in CycloneDX 1.5, as JSON."""
+    own = Component(name=name, version=image.partition("@")[2], type=ComponentType.CONTAINER, bom_ref=image)
+    parts = [
+        Component(name=one.name, version=one.version, purl=one.address, type=ComponentType.LIBRARY, bom_ref=str(one.address))
+        for one in packages
+    ]
+    made = Bom(components=parts)
+    made.metadata.component = own
+    made.register_dependency(own, parts)
+    return JsonV1Dot5(made).output_as_string(indent=1)
+
+
+def address(place: Place, name: str, image: str) -> str:
+    """Where an image's list is kept."""
+    return f"{place.builds}/contents/{name}/{image.rpartition(':')[2]}.json"
+
+
+def keep(images: Mapping[str, str], place: Place) -> None:
+    """Keep the list of each image, unless it is there.
+
+    Args:
+        images: container → its image by digest.
+
+    Raises:
+        UserError: tells every failure.
+    """
+
+    def keep_one(name: str, image: str) -> None:
+        kept = address(place, name, image)
+        if storage.generation(kept) is None:
+            packages = ask(image)
+            storage.write(kept, document(name, image, packages).encode())
+            cloud_images.tell(f"✓ {name:<12} {len(packages)} packages  {kept}")
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        done = {name: pool.submit(keep_one, name, image) for name, image in images.items()}
+    problems = [f"{name}: {error}" for name, result in done.items() if (error := result.exception())]
+    if problems:
+        raise UserError("\n       ".join(problems))
+
+
+def main() -> None:
+    """Command line."""
+    argparse.ArgumentParser(prog="make sbom", description="Keep a list of what each image of this push holds.").parse_args()
+    place = cloud.place(settings.load())
+    submit_build.level_2(place)
+    keep(cloud_images.read(), place)
+
+
+if __name__ == "__main__":
+    run_command(main)
