@@ -182,7 +182,7 @@ def test_what_logging_in_writes_is_not_sent_to_the_build() -> None:
     gitlab = parsed(".gitlab-ci.yml")[".submit"]["variables"]
     assert set(gitlab.values()) == {"/tmp/google.json"}
     azure = parsed("level_2_cicd/azure-submit.yml")["steps"][-1]["env"]
-    assert set(azure.values()) == {"$(Agent.TempDirectory)/google.json"}
+    assert {azure[name] for name in gitlab} == {"$(Agent.TempDirectory)/google.json"}
 
 
 # ── the same in each ────────────────────────────────────────────────────────────────────────────────────────
@@ -210,9 +210,16 @@ def steps_of_azure(*stages: str) -> list[dict[str, Any]]:
     return found
 
 
+def commands_of_azure(*stages: str) -> list[str]:
+    """The shell commands of these stages' steps, or of all."""
+    scripts = [step.get("script") or step.get("inputs", {}).get("inlineScript") for step in steps_of_azure(*stages)]
+    return [script for script in scripts if script]
+
+
 def makes(commands: list[str]) -> list[str]:
-    """The calls of make among shell commands, word for word."""
-    return [" ".join(line.split()) for command in commands for line in command.splitlines() if line.startswith("make ")]
+    """The calls of make among shell commands, word for word; but for what every other target calls for itself."""
+    lines = [" ".join(line.split()) for command in commands for line in command.splitlines()]
+    return [line for line in lines if line.startswith("make ") and line != "make setup"]
 
 
 def called() -> dict[str, dict[str, list[str]]]:
@@ -227,7 +234,7 @@ def called() -> dict[str, dict[str, list[str]]]:
     return {
         "github-actions": github,
         "gitlab": {stage: makes(gitlab[stage]["script"]) for stage in when},
-        "azure-devops": {stage: makes([step["script"] for step in steps_of_azure(stage) if "script" in step]) for stage in when},
+        "azure-devops": {stage: makes(commands_of_azure(stage)) for stage in when},
     }
 
 
@@ -265,6 +272,16 @@ def test_each_calls_the_same_in_the_same_order() -> None:
             "dev": ["make submit ENVIRONMENT=dev"],
             "prod": ["make submit ENVIRONMENT=prod"],
         }, ci
+
+
+def test_azure_s_token_does_not_age_while_packages_are_installed() -> None:
+    """It is valid for ten minutes."""
+    for environment in ENVIRONMENTS:
+        scripts = commands_of_azure(environment)
+        (login,) = (number for number, script in enumerate(scripts) if "idToken" in script)
+        assert "make setup" in scripts[:login]
+        assert scripts[login + 1 :] == []
+        assert scripts[login].splitlines()[-1] == f"make submit ENVIRONMENT={environment}"
 
 
 def test_each_call_is_a_target() -> None:
@@ -436,7 +453,10 @@ FROM_A_PERSON = {
     "azure-devops": {"DEPLOY_TO", "GCP_WORKLOAD_IDENTITY_PROVIDER", "GCP_DEPLOYER", "GCP_SERVICE_CONNECTION"},
 }
 # What the CI, or the file itself, sets.
-GIVEN = re.compile(r"CI_[A-Z_]+|AGENT_TEMPDIRECTORY|Agent\.TempDirectory|Build\.\w+|idToken|GOOGLE_\w+|PWD|ENVIRONMENT")
+GIVEN = re.compile(
+    r"CI_[A-Z_]+|AGENT_TEMPDIRECTORY|Agent\.TempDirectory|Build\.\w+|idToken|GOOGLE_\w+|ENVIRONMENT|token|"
+    r"SYSTEM_ACCESSTOKEN|System\.AccessToken|SYSTEM_OIDCREQUESTURI|AZURESUBSCRIPTION_SERVICE_CONNECTION_ID"
+)
 USES = {
     "github-actions": r"vars\.(\w+)|secrets\.(\w+)|\$(\w+)",
     "gitlab": r"\$\{?(\w+)",
@@ -470,11 +490,11 @@ VARIABLES = {
 
 
 def login(ci: str) -> str:
-    """What GitLab and Azure run to log in, without what installs packages."""
+    """What GitLab and Azure run to log in, without what installs packages, and what comes after the login."""
     if ci == "gitlab":
         return "\n".join(line for line in parsed(".gitlab-ci.yml")[".submit"]["before_script"] if "apt-get" not in line)
-    (step,) = (step for step in parsed("level_2_cicd/azure-submit.yml")["steps"] if step.get("task") == "AzureCLI@2")
-    script: str = step["inputs"]["inlineScript"]
+    script, follows, _ = commands_of_azure("dev")[-1].partition("renew() (")
+    assert follows
     return script
 
 
@@ -483,10 +503,12 @@ def log_in(ci: str, folder: Path, **variables: str) -> "subprocess.CompletedProc
     if shutil.which("gcloud") is None:
         (pytest.fail if os.environ.get("REQUIRE_DOCKER") else pytest.skip)("this test needs gcloud")
     given = {
-        "gitlab": {"GOOGLE_TOKEN": "a.b.c", "GOOGLE_APPLICATION_CREDENTIALS": f"{folder}/google.json"},
+        "gitlab": {"GOOGLE_TOKEN": "a.b.c"},
         "azure-devops": {"idToken": "a.b.c", "AGENT_TEMPDIRECTORY": str(folder)},
     }
     script = login(ci).replace("/tmp/", f"{folder}/")
+    file = str(folder / "google.json")
+    given[ci] |= {"GOOGLE_APPLICATION_CREDENTIALS": file, "CLOUDSDK_AUTH_CREDENTIAL_FILE_OVERRIDE": file}
     environment = {"CLOUDSDK_CONFIG": str(folder / "gcloud"), "CLOUDSDK_CORE_DISABLE_PROMPTS": "1", **given[ci], **variables}
     return tool("bash", "-e", "-o", "pipefail", "-c", script, cwd=folder, **environment)
 
@@ -519,6 +541,65 @@ def test_a_connection_without_a_token_is_told(tmp_path: Path) -> None:
     done = log_in("azure-devops", tmp_path, **VARIABLES, idToken="")
     assert done.returncode != 0
     assert "idToken: is not set; the service connection must use workload identity federation" in done.stderr
+
+
+# Programs in the place of those that Azure's step calls: make ends, with an error, when the third token has come.
+DOUBLES = {
+    "gcloud": "exit 0",
+    "make": """
+echo "$*; ${SYSTEM_ACCESSTOKEN-no token of the job}; ${idToken-no token of the connection}" >made
+for _ in $(seq 200); do grep -q third google.jwt && break; /bin/sleep 0.1; done
+echo "$(cat google.jwt) $(stat -c %a google.jwt)" >>made
+exit 3""",
+    "sleep": """
+echo "$1" >>slept
+[ $(wc -l <slept) -gt 2 ] || exit 0
+/bin/sleep 20
+echo nobody ended it >>slept
+exit 1""",
+}
+
+
+def test_azure_s_token_stays_fresh_while_the_build_is_followed(tmp_path: Path) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    class Azure(SimpleHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append((self.path, self.headers["Authorization"]))
+            answer = [b'{"oidcToken": "the.first"}', None, b'{"oidcToken": "the.third"}'][min(len(asked), 3) - 1]
+            self.send_response(200 if answer else 403)
+            self.end_headers()
+            self.wfile.write(answer or b"not now")
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Nobody reads it."""
+
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, script in DOUBLES.items():
+        (programs / name).write_text(f"#!/bin/bash\n{script}\n", encoding="utf-8")
+        (programs / name).chmod(0o755)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Azure) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        variables = {
+            **VARIABLES,
+            "PATH": f"{programs}:{os.environ['PATH']}",
+            "AGENT_TEMPDIRECTORY": str(tmp_path),
+            "GOOGLE_APPLICATION_CREDENTIALS": str(tmp_path / "google.json"),
+            "idToken": "a.b.c",
+            "SYSTEM_ACCESSTOKEN": "of-the-job",
+            "SYSTEM_OIDCREQUESTURI": f"http://127.0.0.1:{server.server_port}/oidctoken",
+            "AZURESUBSCRIPTION_SERVICE_CONNECTION_ID": "1234-5678",
+        }
+        done = tool("bash", "-c", commands_of_azure("prod")[-1], cwd=tmp_path, **variables)
+        server.shutdown()
+    assert done.returncode == 3, done.stderr
+    made = (tmp_path / "made").read_text(encoding="utf-8").splitlines()
+    assert made == ["submit ENVIRONMENT=prod; no token of the job; no token of the connection", "the.third 600"]
+    assert set((tmp_path / "slept").read_text(encoding="utf-8").splitlines()) == {"300"}
+    assert set(asked) == {("/oidctoken?api-version=7.1&serviceConnectionId=1234-5678", "Bearer of-the-job")}
+    assert "Azure gave no new token; the next attempt is in five minutes." in done.stderr
+    assert not re.search(r"the\.(first|third)|of-the-job|a\.b\.c", done.stdout + done.stderr)
 
 
 # ── Terraform for the CI ────────────────────────────────────────────────────────────────────────────────────

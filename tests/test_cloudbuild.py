@@ -352,7 +352,7 @@ def test_what_cloud_build_would_refuse_the_double_refuses(here: Path, doubles: t
 
 
 def test_triggers_for_each_container_name_their_files_and_are_made_anew(here: Path, doubles: tuple[CloudBuild, Storage]) -> None:
-    linked = "cloud.repository.name=connection/code"
+    linked = "cloud.ci=cloud-build cloud.repository.name=connection/code"
     for turn in ("made", "made anew"):
         done = make("setup-triggers", SET=linked)
         assert done.returncode == 0, f"{turn}: {done.stderr}"
@@ -371,9 +371,13 @@ def test_triggers_for_each_container_name_their_files_and_are_made_anew(here: Pa
 
 
 def test_triggers_without_a_linked_repository_are_refused(here: Path, doubles: tuple[CloudBuild, Storage]) -> None:
-    done = make("setup-triggers")
-    assert done.returncode == 2
-    assert "cloud.repository.name" in done.stderr
+    for chosen, told in (
+        ("", "cloud.ci in project.yaml is github-actions"),
+        ("cloud.ci=cloud-build", "cloud.repository.name in"),
+    ):
+        done = make("setup-triggers", SET=chosen)
+        assert done.returncode == 2
+        assert told in done.stderr
     assert not doubles[0].received
 
 

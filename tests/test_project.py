@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -69,6 +70,33 @@ def test_the_projects_own_tests_and_linters_pass(project: Path) -> None:
     assert " passed" in done.stdout
     assert "skipped" not in done.stdout
     make(project, "lint")
+
+
+def test_they_pass_at_level_2_too_where_a_push_depends_on_them(project: Path) -> None:
+    """As in a build: with the project's own environments, and with what cloudbuild.yaml gives to each step."""
+    path = project / "project.yaml"
+    before = path.read_text(encoding="utf-8")
+    own = {
+        r"    dev: .*\n    prod: .*\n": "    lab: {project: lab-12345}\n",
+        r'region: "[a-z0-9-]+"': 'region: "us-central1"',
+        "encryption: google-managed": "encryption: customer-managed",
+        "private: false": "private: true",
+        'repository: {name: "", id: ""': 'repository: {name: "owner/name", id: "12345"',
+        'schedule: ""': 'schedule: "0 4 * * 1"',
+        "canary_percent: 10": "canary_percent: 25",
+        r"jobs: \[.*\]": "jobs: [cpu]",
+    }
+    text = before
+    for pattern, replacement in own.items():
+        text, count = re.subn(pattern, replacement, text, count=1)
+        assert count == 1, pattern
+    path.write_text(text, encoding="utf-8")
+    try:
+        make(project, "lint")
+        done = make(project, "test", "ENVIRONMENT=lab", "COMMIT=1a2b3c4d", "JOB_SPEC=cpu")
+    finally:
+        path.write_text(before, encoding="utf-8")
+    assert " passed" in done.stdout
 
 
 def test_level_0_reads_digits_and_answers_in_a_picture(project: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from launcher import kfp_compile, published, request_message, request_run, trigger
 from launcher import terraform as launcher_terraform
-from project import cloud, settings
+from project import cloud, settings, storage
 from project.errors import UserError
 from rehearsal.storage import Storage
 
@@ -146,6 +146,31 @@ def test_each_actor_has_one_account_and_every_grant_names_one(planned: Planned) 
     granted = planned.foundation.output("grants")
     assert {grant["who"] for grant in granted} == actors
     assert all(grant["why"] for grant in granted)
+
+
+def pool_users(foundation: Plan) -> set[str]:
+    """Who may build in private pools of the project."""
+    given = [right for right in rights(foundation) if right[1] == "roles/cloudbuild.workerPoolUser"]
+    assert all(kind == "google_project_iam_member" for kind, _, _ in given)
+    return {re.sub(r"serviceAccount:digit-reader-(\w+)@.*", r"\1", member) for _, _, member in given}
+
+
+def test_whoever_starts_a_build_may_use_the_private_pool(planned: Planned) -> None:
+    """That of another project, which the existing one is here, is its owner's to grant."""
+    own = planned.case["private"] and not planned.case["existing"]
+    starters = {"build"} if planned.case["ci"] == "cloud-build" else {"build", "deployer"}
+    assert pool_users(planned.foundation) == (starters if own else set())
+
+
+@pytest.mark.parametrize(("project", "users"), [("my-project-dev", {"build", "deployer"}), ("my-project", set())])
+def test_a_pool_that_is_there_already_is_used_without_the_private_mode_too(
+    copies: dict[str, Configuration], default_project: Path, project: str, users: set[str]
+) -> None:
+    [case] = [case for case in CASES if not case["private"] and not case["existing"] and case["ci"] == "gitlab"][:1]
+    document = settings_of(read_settings(default_project), {**case, "environment": "dev"})
+    pool = f"projects/{project}/locations/europe-west4/workerPools/theirs"
+    document["cloud"]["environments"]["dev"]["existing"] = {"build_pool": pool}
+    assert pool_users(copies["foundation"].plan("dev", document)) == users
 
 
 def test_prod_reads_the_images_of_dev_and_cannot_write_them(planned: Planned) -> None:
@@ -611,6 +636,9 @@ def launch(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
+LOCK = rb'\{"ID":.*/stack/default.*\}'  # as Terraform writes it
+
+
 def test_the_state_begins_here_and_moves_to_the_bucket(
     clean_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -636,6 +664,18 @@ def test_the_state_begins_here_and_moves_to_the_bucket(
         assert "No changes" in launch("plan").stdout
         locks = [call for call in store.received if "tflock" in str(call.request.path)]
         assert locks  # two applies at once are refused by the state's lock
+        # The last lock is laid there again, as an apply leaves it that is killed.
+        [*_, written] = [found[0] for call in store.received if (found := re.search(LOCK, call.request.body))]
+        lock = tmp_path / "buckets" / "my-project-dev-digit-reader-terraform" / "stack" / "default.tflock"
+        storage.write("gs://my-project-dev-digit-reader-terraform/stack/default.tflock", written)
+        refused = launch("destroy", "--yes")  # which waits for no lock
+        found = re.search(r"make unlock ID=(\d+) ENVIRONMENT=dev\n$", refused.stderr)
+        assert found, refused.stderr
+        assert lock.exists()
+        unlocked = launch("unlock", "--id", found[1])
+        assert unlocked.returncode == 0, unlocked.stderr
+        assert not lock.exists()
+        assert "Apply complete" in launch("apply", "--yes").stdout
 
 
 def test_a_mistake_is_told_by_make_plan_and_by_make_doctor_alike(clean_project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

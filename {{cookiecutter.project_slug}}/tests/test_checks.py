@@ -332,3 +332,14 @@ def test_setup_inside_a_hook_of_another_repository_finds_its_own(project, git, t
     assert install_hooks() == ""
     assert Path(".git/hooks/pre-commit").is_file()
     assert not (tmp_path / "other" / ".git" / "hooks" / "pre-commit").exists()
+
+
+def test_a_check_that_is_not_there_is_not_skipped(monkeypatch):
+    monkeypatch.setenv("SKIP", "tpyes")
+    assert "there is no check tpyes; there are secrets," in lint()
+
+
+def test_a_job_that_is_not_there_is_found_before_a_commit(repository):
+    path = repository / "project.yaml"
+    path.write_text(re.sub(r"jobs: \[.*\]", "jobs: [l4-sopt]", path.read_text(encoding="utf-8")), encoding="utf-8")
+    assert "there is no GPU job 'l4-sopt'; near it are l4-spot" in checks.problems("settings", [])[0]

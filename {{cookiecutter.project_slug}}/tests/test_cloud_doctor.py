@@ -27,8 +27,9 @@ def machine(tmp_path, monkeypatch):
     """A machine with gcloud and Docker, both of them scripts, and no credentials."""
     programs = tmp_path / "programs"
     programs.mkdir()
-    for name, says in (("gcloud", "Google Cloud SDK 528.0.0"), ("docker", "engine 29.0.0")):
-        (programs / name).write_text(f"#!/bin/sh\necho '{says}'\n")
+    gcloud = 'case "$1" in auth) echo ada@example.com ;; *) echo Google Cloud SDK 528.0.0 ;; esac'
+    for name, does in (("gcloud", gcloud), ("docker", "echo engine 29.0.0")):
+        (programs / name).write_text(f"#!/bin/sh\n{does}\n")
         (programs / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(programs))
     for name in ("DOCKER_CONFIG", "CLOUDSDK_CONFIG"):
@@ -36,7 +37,7 @@ def machine(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
     (tmp_path / "DOCKER_CONFIG" / "config.json").write_text(json.dumps({"credHelpers": {HOST: "gcloud"}}))
     monkeypatch.setenv("NO_GCE_CHECK", "true")  # do not look for Google's machines' own credentials
-    for name in ("GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_CLOUD_QUOTA_PROJECT", "ENVIRONMENT", "STORAGE_EMULATOR_HOST"):
+    for name in ("GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_CLOUD_QUOTA_PROJECT", "STORAGE_EMULATOR_HOST"):
         monkeypatch.delenv(name, raising=False)
     for service in rest.SERVICES:
         monkeypatch.delenv(f"CLOUDSDK_API_ENDPOINT_OVERRIDES_{service.upper()}", raising=False)
@@ -213,6 +214,21 @@ def test_one_job_that_has_its_quota_is_enough(chosen, overridden, capsys):
     assert "'l4-spot' needs 1; enough for 'l4'" in said["quota"][1]
 
 
+def test_nobody_is_logged_in_with_gcloud(chosen, overridden, capsys, machine):
+    assert examine(chosen, capsys)[1]["gcloud"][1].endswith(", as ada@example.com")
+    (machine / "programs" / "gcloud").write_text("#!/bin/sh\ncase $1 in auth) echo WARNING: nobody >&2 ;; *) echo SDK ;; esac\n")
+    ready, said = examine(chosen, capsys)
+    assert not ready
+    assert "nobody is logged in\n      mend it: gcloud auth login" in said["gcloud"][1]
+
+
+def test_an_engine_that_does_not_answer_is_not_called_missing(chosen, overridden, capsys, machine):
+    (machine / "programs" / "docker").write_text("#!/bin/sh\nexit 1\n")
+    assert "its engine does not answer" in examine(chosen, capsys)[1]["docker"][1]
+    (machine / "programs" / "docker").unlink()
+    assert "it is not installed" in examine(chosen, capsys)[1]["docker"][1]
+
+
 def test_docker_and_gcloud(chosen, overridden, capsys, machine):
     (machine / "DOCKER_CONFIG" / "config.json").unlink()
     (machine / "programs" / "gcloud").unlink()
@@ -225,7 +241,7 @@ def test_docker_and_gcloud(chosen, overridden, capsys, machine):
     (machine / "DOCKER_CONFIG" / "config.json").write_text("[]")
     assert "something of another form" in examine(chosen, capsys)[1]["docker"][1]
     (machine / "programs" / "docker").unlink()
-    assert "no Docker engine runs" in examine(chosen, capsys)[1]["docker"][1]
+    assert "it is not installed" in examine(chosen, capsys)[1]["docker"][1]
 
 
 def test_a_job_that_is_not_there_is_told_offline(chosen, overridden, capsys):

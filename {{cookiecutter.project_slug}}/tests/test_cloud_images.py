@@ -23,8 +23,6 @@ def sources(project, monkeypatch):
     """A project with all that containers are made of."""
     for part in ("level_1_pipeline", "level_2_cicd", "requirements"):
         shutil.copytree(ROOT / part, project / part, ignore=shutil.ignore_patterns("__pycache__", "rehearsal"))
-    for name in ("ENVIRONMENT", "JOB_SPEC"):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SET", BOTH)
     monkeypatch.setenv("COMMIT", "1a2b")
     return project

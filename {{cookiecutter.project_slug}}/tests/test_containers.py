@@ -127,7 +127,7 @@ def test_an_unknown_container_is_told_with_those_that_are_there():
 @pytest.mark.parametrize(
     ("said", "advice"),
     [
-        ("Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is it running?", "Start Docker Desktop"),
+        ("Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is it running?", "start Docker Desktop"),
         ("dial unix /var/run/docker.sock: connect: permission denied", "usermod -aG docker"),
         ("write /var/lib/docker/tmp/x: no space left on device", "docker system prune"),
         ("the --mount option requires BuildKit.", "buildx plugin"),
@@ -149,7 +149,7 @@ def test_without_docker_the_way_around_is_told(monkeypatch, tmp_path):
         containers.docker("info")
 
 
-def test_where_packages_come_from_is_handed_over_as_secrets(monkeypatch):
+def test_where_packages_come_from_is_handed_over_as_secrets(own_root, monkeypatch):
     for name in [name for name in os.environ if name.startswith(("PIP_", "UV_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PIP_INDEX_URL", "https://user:pass word@example.com/simple")
@@ -158,7 +158,7 @@ def test_where_packages_come_from_is_handed_over_as_secrets(monkeypatch):
         monkeypatch.delenv(name.lower(), raising=False)
     with containers.secrets(load("cloud.mirrors.certificates=README.md")) as options:
         text = Path(options[1].split("src=")[1]).read_text()
-        assert options[2:] == ["--secret", f"id=certificates,src={ROOT / 'README.md'}"]
+        assert options[2:] == ["--secret", f"id=certificates,src={own_root / 'README.md'}"]
         assert "pass" not in " ".join(options)
     assert text.splitlines() == [
         "export PIP_INDEX_URL='https://user:pass word@example.com/simple'",

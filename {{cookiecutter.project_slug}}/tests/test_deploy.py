@@ -528,7 +528,6 @@ def in_project(cloud, monkeypatch):
     where = next(iter(chosen.cloud.environments.values())).model_copy(update={"project": "a-project", "bucket": "bucket"})
     own = chosen.cloud.model_copy(update={"region": "europe-west4", "environments": {"dev": where}})
     monkeypatch.setattr(settings, "load", lambda: chosen.model_copy(update={"name": "animals", "cloud": own}))
-    monkeypatch.delenv("ENVIRONMENT", raising=False)
     monkeypatch.setenv("RUNNER", "vertex")
     return cloud
 

@@ -23,6 +23,14 @@ def test_what_is_missing_is_named_with_the_way_to_get_it(monkeypatch, capsys):
     assert [line for line in out.splitlines() if line.startswith("Level")] == list(doctor.LEVELS)
 
 
+def test_an_engine_that_does_not_answer_is_there(monkeypatch, capsys, tmp_path):
+    (tmp_path / "docker").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "docker").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    doctor.report()
+    assert f"docker       does not answer: runs the steps as containers\n      {doctor.START_DOCKER}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("platform_name", "release", "expected"),
     [("darwin", "24.0", "macos"), ("linux", "6.1.0", "linux"), ("linux", "5.15-microsoft-standard-WSL2", "wsl")],

@@ -13,6 +13,7 @@ from project.cloud import place
 from project.errors import UserError
 from project.settings import load, project_root
 from rehearsal.platform import Platform
+from rehearsal.server import Refused, Response
 
 PROJECT, PROD, REGION = "my-project", "my-prod", "europe-west4"
 LINKED = "mine/code"
@@ -25,11 +26,11 @@ def programs(tmp_path, monkeypatch):
     """A machine with gcloud and Terraform, both of them scripts, and no credentials."""
     folder = tmp_path / "programs"
     folder.mkdir()
-    for name, says in (("gcloud", "Google Cloud SDK 528.0.0"), ("terraform", '{"terraform_version": "1.11.4"}')):
-        (folder / name).write_text(f"#!/bin/sh\necho '{says}'\n")
+    gcloud = 'case "$1" in auth) echo ada@example.com ;; *) echo Google Cloud SDK 528.0.0 ;; esac'
+    for name, does in (("gcloud", gcloud), ("terraform", """echo '{"terraform_version": "1.11.4"}'""")):
+        (folder / name).write_text(f"#!/bin/sh\n{does}\n")
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(folder))
-    monkeypatch.delenv("ENVIRONMENT", raising=False)
     return folder
 
 
@@ -52,11 +53,33 @@ def chosen():
     return settings_with()
 
 
+class Surroundings(Platform):
+    """A project's surroundings, with Vertex AI's metadata store, or without."""
+
+    def __init__(self, project):
+        super().__init__(project)
+        self.metadata_store = False
+        path = f"/v1/projects/{project}/locations/{REGION}/metadataStores/default"
+        self.routes.append(("GET", path, "metadataStores.get", self._metadata_store))
+
+    def _metadata_store(self, request, _):
+        if not self.metadata_store:
+            raise Refused(404, f"The metadata store {request.path} does not exist.")
+        return request.path, Response({"name": request.path.removeprefix("/v1/")})
+
+
+def ask(double, monkeypatch):
+    """Bring everybody to a double: gcloud's variables do, and the emulator's."""
+    for service in (*rest.SERVICES, "aiplatform"):
+        monkeypatch.setenv(f"CLOUDSDK_API_ENDPOINT_OVERRIDES_{service.upper()}", double.address)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", double.address)
+
+
 @pytest.fixture
 def platform(chosen, monkeypatch):
-    """A project with the foundation, and a published pipeline; gcloud's variables bring everybody to it."""
+    """A project with the foundation, and a published pipeline."""
     where = place(chosen)
-    with Platform(PROJECT) as double:
+    with Surroundings(PROJECT) as double:
         double.services = {*doctor_level_2.FIRST, *(f"{name}.googleapis.com" for name in doctor_level_2.APIS)}
         double.buckets = dict.fromkeys([where.terraform_state, *buckets(where)], REGION.upper())
         pointer = f"{kfp_publish.templates_folder(where)}/current.json".removeprefix("gs://")
@@ -66,9 +89,7 @@ def platform(chosen, monkeypatch):
         double.permissions = {("project", right) for right in doctor_level_2.RIGHTS}
         double.permissions |= {(bucket, right) for bucket in buckets(where) for right in doctor.OBJECTS}
         double.permissions.add((where.account("build"), doctor.ACT_AS))
-        for service in rest.SERVICES:
-            monkeypatch.setenv(f"CLOUDSDK_API_ENDPOINT_OVERRIDES_{service.upper()}", double.address)
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", double.address)
+        ask(double, monkeypatch)
         yield double
 
 
@@ -96,6 +117,7 @@ def test_nothing_is_missing(chosen, platform, capsys):
     assert said["foundation"][1] == f"its state is in gs://{where.terraform_state}"
     assert said["buckets"][1].startswith(", ".join(f"gs://{name}" for name in sorted(buckets(where))))
     assert f"as {where.account('build')}" in said["rights"][1]
+    assert said["metadata"][1] == "it is not there yet: the first apply makes it"
     # What was asked, and not only what was answered.
     names = [f"projects/{PROJECT}/services/{name}" for name in sorted(platform.services)]
     assert [sorted(asked) for asked in platform.calls("services.batchGet")] == [names]
@@ -108,14 +130,12 @@ def test_nothing_is_missing(chosen, platform, capsys):
 def test_another_environment_is_looked_at_in_its_own_project(chosen, platform, capsys, monkeypatch):
     monkeypatch.setenv("ENVIRONMENT", "prod")
     where = place(chosen)
-    with Platform(PROD) as other:
+    with Surroundings(PROD) as other:
         for name in ("services", "quotas", "permissions"):
             setattr(other, name, getattr(platform, name))
         other.buckets = dict.fromkeys([where.terraform_state, *buckets(where)], REGION.upper())
         other.permissions = platform.permissions | {(bucket, right) for bucket in buckets(where) for right in doctor.OBJECTS}
-        for service in rest.SERVICES:
-            monkeypatch.setenv(f"CLOUDSDK_API_ENDPOINT_OVERRIDES_{service.upper()}", other.address)
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", other.address)
+        ask(other, monkeypatch)
         ready, said = examine(chosen, capsys)
     assert not ready
     assert "gs://my-prod-" in said["foundation"][1]
@@ -211,6 +231,67 @@ def test_a_bucket_that_was_brought_along_is_nobodys_to_make(platform, capsys):
     assert "make foundation" not in mend
 
 
+# ── Vertex AI's metadata store, of which there is one ───────────────────────────────────────────────────────────────
+def test_a_metadata_store_from_earlier_use_is_told_before_an_apply_fails(chosen, platform, capsys):
+    platform.metadata_store = True
+    what, mend = alone(examine(chosen, capsys)[1], "metadata")
+    assert what.strip() == "Vertex AI's metadata store is there already, from earlier use"
+    assert mend == "write existing: {metadata_store: true} under cloud.environments.dev in project.yaml"
+    assert platform.calls("metadataStores.get") == [f"/v1/projects/{PROJECT}/locations/{REGION}/metadataStores/default"]
+
+
+def test_the_metadata_store_that_the_stack_has_made_is_right(chosen, platform, capsys):
+    platform.metadata_store = True
+    platform.objects.add(f"{place(chosen).terraform_state}/stack/default.tfstate")
+    ready, said = examine(chosen, capsys)
+    assert ready
+    assert said["metadata"] == ("✓", "it is there, and so is the stack's state")
+
+
+def test_a_metadata_store_that_project_yaml_tells_of_is_not_looked_for(platform, capsys):
+    platform.metadata_store = True
+    ready, said = examine(settings_with(f"{{dev: {{project: {PROJECT}, existing: {{metadata_store: true}}}}}}"), capsys)
+    assert ready
+    assert said["metadata"] == ("✓", "project.yaml says that it is there already")
+    assert platform.calls("metadataStores.get") == []
+
+
+# ── a private pool ──────────────────────────────────────────────────────────────────────────────────────────────────
+def with_pool(owner):
+    """Environments where builds run in somebody's pool."""
+    pool = f"projects/{owner}/locations/{REGION}/workerPools/theirs"
+    return f"{{dev: {{project: {PROJECT}, existing: {{build_pool: {pool}}}}}}}"
+
+
+@pytest.mark.parametrize("owner", [PROJECT, "shared"])
+def test_who_builds_in_a_private_pool_must_be_allowed_to(platform, capsys, owner):
+    """In the private mode, or in one that is there already, as another project's is."""
+    chosen = settings_with(private="true") if owner == PROJECT else settings_with(with_pool(owner))
+    what = "project" if owner == PROJECT else owner
+
+    def answer(*_):
+        return platform._allowed(owner, [doctor_level_2.USE_POOL])
+
+    platform.routes.append(("POST", "/v1/projects/shared:testIamPermissions", "shared.test", answer))
+    lacks, mend = alone(examine(chosen, capsys)[1], "rights")
+    assert place(chosen).build_pool.startswith(f"projects/{owner}/")
+    assert lacks.strip() == f"you lack cloudbuild.workerpools.use for {place(chosen).build_pool}"
+    typed = f"gcloud projects add-iam-policy-binding {owner} --member=user:YOU --role=roles/cloudbuild.workerPoolUser"
+    assert mend.strip() == f"ask an owner to type: {typed}"
+    platform.permissions.add((what, doctor_level_2.USE_POOL))
+    assert examine(chosen, capsys)[0]
+
+
+def test_a_pool_whose_project_you_may_not_look_at_is_not_called_missing(platform, capsys):
+    chosen = settings_with(with_pool("shared"))
+    platform.routes.append(("POST", "/v1/projects/shared:testIamPermissions", "shared.test", lambda *_: None))
+    platform.fail("shared.test", status=403, message="you do not have access to it", times=9)
+    ready, said = examine(chosen, capsys)
+    assert ready
+    whether = f"whether you may build in {place(chosen).build_pool}"
+    assert said["rights"] == ("·", f"not checked: {whether}: you do not have access to it")
+
+
 # ── what is told without asking anybody ─────────────────────────────────────────────────────────────────────────────
 PUSHES = [
     ("github-actions", "{id: '12345'}", "12345, branch main"),
@@ -289,7 +370,9 @@ def test_terraform_and_gcloud(chosen, platform, capsys, programs):
     assert "terraform is not installed" in examine(chosen, capsys)[1]["terraform"][1]
 
 
-@pytest.mark.parametrize("call", ["services.batchGet", "objects.get", "buckets.get", "serviceAccounts", "projects.test"])
+@pytest.mark.parametrize(
+    "call", ["services.batchGet", "objects.get", "buckets.get", "serviceAccounts", "projects.test", "metadata"]
+)
 @pytest.mark.parametrize("status", [503, 0, 429])
 def test_what_cannot_be_found_out_is_not_called_missing(chosen, platform, capsys, call, status):
     platform.fail(call, status=status, times=9)
@@ -298,7 +381,7 @@ def test_what_cannot_be_found_out_is_not_called_missing(chosen, platform, capsys
     assert {sign for sign, _ in said.values()} == {"✓", "·"}
 
 
-@pytest.mark.parametrize("call", ["objects.get", "serviceAccounts", "projects.test"])
+@pytest.mark.parametrize("call", ["objects.get", "serviceAccounts", "projects.test", "metadata"])
 def test_what_you_may_not_look_at_is_not_called_missing(chosen, platform, capsys, call):
     platform.fail(call, status=403, message="you do not have access to it", times=9)
     ready, said = examine(chosen, capsys)

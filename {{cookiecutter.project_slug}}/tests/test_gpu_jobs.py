@@ -369,16 +369,14 @@ def test_prices(machine, gpu, count, strategy, expected):
 
 # ── command line ────────────────────────────────────────────────────────────────────────────────────────────────────
 @pytest.fixture
-def run(monkeypatch, tmp_path, capsys):
+def run(own_root, monkeypatch, tmp_path, capsys):
     """Runs the command in a project in europe-west4, as yet in no Google Cloud project; returns what it wrote."""
-    document = yaml.safe_load((ROOT / "project.yaml").read_text(encoding="utf-8"))
-    document["cloud"] |= {"region": "europe-west4", "environments": {"dev": {"project": ""}, "prod": {"project": ""}}}
+    document = yaml.safe_load((own_root / "project.yaml").read_text(encoding="utf-8"))
     document |= {"containers": {"registry": ""}}
     (tmp_path / "project.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
     for part in ("level_1_pipeline", "requirements", "src"):
         (tmp_path / part).symlink_to(ROOT / part)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("ENVIRONMENT", raising=False)
 
     def run(*arguments: str, **environment: str) -> tuple[str, str]:
         for name, value in environment.items():

@@ -44,6 +44,43 @@ def test_a_copy_comes_about_also_when_an_answer_is_lost(registries, call):
     assert image_registry.copy(f"{source.host}/demo/train@{there}", f"{target.host}/other/train:abc") == there
 
 
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_copy_comes_about_also_when_the_connection_is_cut_while_a_layer_is_read(registries, after):
+    source, target = registries
+    there = source.push(f"{source.host}/demo/train:abc", b"a layer" * 1000)
+    source.fail("^blobs.get$", status=None, share=0.5, after=after)
+    assert image_registry.copy(f"{source.host}/demo/train@{there}", f"{target.host}/other/train:abc") == there
+    assert sorted(target.blobs.values()) == sorted(source.blobs.values())
+    assert len(source.calls("blobs.get")) == 3  # the layer and the description, and one of them again
+
+
+def test_a_connection_that_is_always_cut_is_told_in_one_line_and_nothing_is_left(registries, monkeypatch):
+    source, target = registries
+    monkeypatch.setattr(api, "PATIENCE", 0.1)
+    there = source.push(f"{source.host}/demo/train:abc", b"a layer" * 1000)
+    source.fail("^blobs.get$", status=None, share=0.5, after=1, times=1000)  # the description is whole, the layer never
+    with pytest.raises(api.ApiError, match=rf"^reading {source.host}/demo/train@{there} failed: .*Type the same again") as told:
+        image_registry.copy(f"{source.host}/demo/train@{there}", f"{target.host}/other/train:abc")
+    assert "\n" not in str(told.value)
+    assert len(source.calls("blobs.get")) > 2
+    assert not target.names()
+    assert not target.calls("manifests.put")
+    assert len(target.calls("blobs.put")) == 1
+    assert image_registry.digest(f"{target.host}/other/train:abc") is None
+
+
+def test_a_layer_that_is_not_what_its_name_says_is_not_sent(registries, monkeypatch):
+    source, target = registries
+    monkeypatch.setattr(api, "PATIENCE", 0.1)
+    there = source.push(f"{source.host}/demo/train:abc", b"a layer")
+    [layer] = [key for key, content in source.blobs.items() if content == b"a layer"]
+    source.blobs[layer] = b"another"
+    with pytest.raises(UserError, match=f"{layer[1]} was asked for, and sha256:[0-9a-f]+ came"):
+        image_registry.copy(f"{source.host}/demo/train@{there}", f"{target.host}/other/train:abc")
+    assert not target.names()
+    assert b"another" not in target.blobs.values()
+
+
 def test_a_copy_that_becomes_another_image_is_refused(registries, monkeypatch):
     source, target = registries
     there = source.push(f"{source.host}/demo/train:abc")

@@ -78,8 +78,6 @@ def pushed(tmp_path, project, monkeypatch):
     for part in ("level_1_pipeline", "level_2_cicd"):
         shutil.copytree(ROOT / part, project / part, ignore=shutil.ignore_patterns("__pycache__", "rehearsal"))
     monkeypatch.setattr(api, "FIRST_WAIT", 0.01)
-    for name in ("ENVIRONMENT", "JOB_SPEC", "COMMIT"):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("POLL", "0")
     monkeypatch.setenv("SET", DEV)
     name = load().name
@@ -269,14 +267,15 @@ def test_what_was_trained_before_is_not_trained_again(pushed):
 
 
 def test_a_build_that_is_overtaken_releases_nothing(pushed):
-    pushed.publish()
-    told = json.loads(push.PUBLICATION.read_text())
+    """The older commit builds images, and so publishes later than the one that reverts it."""
+    push.BEGAN.parent.mkdir(exist_ok=True)
+    push.BEGAN.write_text("2026-11-30T04:04:00+00:00\n")
     version = pushed.publish("gate.threshold=0.5", commit="3c4d")
     pushed.release()
-    earlier = {"published": "2026-01-01T00:00:00+00:00"}  # whose build took longer
-    manifest.write_json(push.PUBLICATION, told | earlier)
+    push.BEGAN.write_text("2026-11-30T04:00:00+00:00\n")
+    pushed.publish()
     said = pushed.release()
-    assert "commit 3c4d was published later" in said
+    assert "commit 3c4d, whose build began later" in said
     assert len(pushed.requests()) == 1
     assert kfp_publish.read_current(pushed.place)["version"] == version
 
@@ -289,17 +288,29 @@ def test_a_pointer_that_is_damaged_is_written_anew(pushed):
 
 
 # ── another predictor ───────────────────────────────────────────────────────────────────────────────────────────────
+def event_of(pushed):
+    """What `run_of` wants of what is published now."""
+    _, found = push.publication(pushed.place)
+    return found, push.event(found), pushed.place
+
+
+def saved(pushed, run):
+    """A saved model, and its address."""
+    place = pushed.place
+    model = pushed.store.root / place.pipeline_root.removeprefix("gs://") / run / "model"
+    model.mkdir(parents=True)
+    (model / "model.onnx").write_text(f"the model of {run}")
+    manifest.write(model, {"schema": SCHEMA, "data_sha256": "0" * 64, "code_version": "abc"})
+    return model, f"{place.pipeline_root}/{run}/model"
+
+
 def champion(pushed):
     """A version that is served, and the endpoint that Terraform makes."""
     client, place = api.client("EndpointService", "europe-west4"), pushed.place
     request = {"parent": place.parent, "endpoint_id": place.name, "endpoint": {"display_name": place.name}}
     client.create_endpoint(request=request).result()
-    model = pushed.store.root / place.pipeline_root.removeprefix("gs://") / "run-1" / "model"
-    model.mkdir(parents=True)
-    (model / "model.onnx").write_text("a model")
-    manifest.write(model, {"schema": SCHEMA, "data_sha256": "0" * 64, "code_version": "abc"})
+    model, address = saved(pushed, "run-1")
     serving = parameters.serving(load(), place, pushed.images["predict"])
-    address = f"{place.pipeline_root}/run-1/model"
     assert deploy.deploy(place.registry, model, {"accuracy": 0.9}, "run-1", "better", None, serving, address)["champion"]
 
 
@@ -394,6 +405,31 @@ def test_without_a_champion_the_next_run_brings_the_predictor(pushed):
     said = release_with_predictor(pushed, "1")
     assert said.endswith("is current")
     assert not pushed.vertex.calls("models.upload")
+
+
+@pytest.mark.parametrize("evaluated", ["before", "after"])
+def test_a_run_that_goes_on_while_another_predictor_is_pushed_loses_neither(serving, evaluated):
+    serving.publish("train.epochs=41")
+    serving.release()
+    told_at_its_start = parameters.serving(load(), serving.place, serving.images["predict"])
+    serving.vertex.outcome(state="RUNNING", through=(), times=1)
+    serving.start_what_is_asked_for()
+    run = push.run_of(*event_of(serving)).name.rpartition("/")[2]
+    serving.images["predict"] = f"example.com/predict@sha256:{'1' * 64}"
+    serving.publish("train.epochs=41", commit="with1")
+    assert "as version 2" in serving.release()  # at once, for the champion that there is
+    compared_with = 1 if evaluated == "before" else 2
+    model, address = saved(serving, run)
+    outcome = deploy.deploy(
+        serving.place.registry, model, {"accuracy": 0.99}, run, "better", compared_with, told_at_its_start, address
+    )
+    assert outcome == {"version": 3, "champion": True, "problem": None}
+    assert images_of_versions(serving)[3] == "0"
+    serving.publish("train.epochs=41", commit="later")
+    assert "as version 4" in serving.release()
+    assert images_of_versions(serving)[4] == "1"
+    assert served(serving) == {4: 100}
+    assert serving.release() == "nothing changed: nothing is started"
 
 
 # ── where ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,16 +1,23 @@
 """project.yaml: read as it is, and refused with the key and the rule."""
 
+import contextlib
+import re
+from pathlib import Path
+
 import pydantic
 import pytest
 import yaml
 
 from project.errors import UserError
 from project.settings import load
+from tests.conftest import ROOT
 
 
-def test_the_project_file_is_valid(settings):
+def test_the_project_file_is_valid():
+    with contextlib.chdir(ROOT):
+        settings = load("")
     assert settings.name
-    assert settings.data.test_share == 0.2
+    assert settings.cloud.environments
     assert settings.cloud.train.jobs
 
 
@@ -107,3 +114,20 @@ def test_outside_a_project_the_way_is_shown(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"no project\.yaml"):
         load("")
+
+
+def test_a_name_that_cannot_be_one_is_told_in_words(project):
+    text = Path("project.yaml").read_text(encoding="utf-8")
+    Path("project.yaml").write_text(re.sub(r"(?m)^name: .*$", "name: My Project", text), encoding="utf-8")
+    with pytest.raises(UserError, match=r"name: should be 3 to 20 of a-z, 0-9 and -.*it is 'My Project'"):
+        load("")
+
+
+def test_alerts_go_to_an_address():
+    with pytest.raises(UserError, match=r"cloud\.alerts: should be an e-mail address"):
+        load("cloud.alerts=nobody")
+
+
+def test_a_misspelt_block_is_guessed():
+    with pytest.raises(UserError, match=r"did you mean 'train\.epochs'\?"):
+        load("trian.epochs=3")

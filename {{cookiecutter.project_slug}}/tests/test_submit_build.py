@@ -14,8 +14,6 @@ DEV = "cloud.environments.dev.project=my-project"
 
 @pytest.fixture(autouse=True)
 def _chosen(project, monkeypatch):
-    for name in ("ENVIRONMENT", "JOB_SPEC", "COMMIT"):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SET", DEV)
 
 
@@ -76,3 +74,10 @@ def test_a_program_that_is_not_there_or_fails_is_told(tmp_path):
 def test_a_toolbox_that_is_not_there_is_told():
     with pytest.raises(UserError, match="toolbox"):
         submit_build.toolbox(cloud.place(load()))  # this copy of the project has none
+
+
+def test_a_job_for_the_functional_test_that_is_not_there_is_told_before_anything_is_built(monkeypatch):
+    monkeypatch.setenv("COMMIT", "1a2b")
+    monkeypatch.setenv("JOB_SPEC", "l5")
+    with pytest.raises(UserError, match="no GPU job 'l5'"):
+        submit_build.substitutions(load(), cloud.place(load()))

@@ -39,3 +39,11 @@ def test_what_is_no_commit_is_told_with_what_to_do(record, commit):
     record(commit)
     with pytest.raises(UserError, match=rf"template.commit in project.yaml is '{commit}'.*Write the commit that comes nearest"):
         link_command("https://example.com/template.git")
+
+
+def test_a_folder_that_is_not_there_is_no_template(record, tmp_path):
+    record(COMMIT)
+    with pytest.raises(UserError, match="there is no such folder"):
+        link_command(str(tmp_path / "nowhere"))
+    assert link_command(str(tmp_path)).startswith("cruft link")
+    assert link_command("gh:org/template").startswith("cruft link")

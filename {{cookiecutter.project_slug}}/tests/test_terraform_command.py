@@ -29,6 +29,7 @@ FOLDER = Path("level_2_cicd/terraform")
 OVERRIDE = FOLDER / "foundation" / "backend_override.tf"
 DIGEST = "@sha256:" + "1" * 64
 ENVIRONMENTS = f"{{dev: {{project: {PROJECT}}}, prod: {{project: {PROD}, promote_from: dev}}}}"
+MIRROR = "https://mirror.example.com/terraform/"
 GRANT = {"who": "trainer", "role": "storage.objectViewer", "on": "bucket data", "only": "", "why": "reads rows"}
 
 # What stands in for Terraform: it keeps calls.jsonl beside it, and a state where the backend says, as the real one does.
@@ -48,6 +49,7 @@ said = {{
     "data": str(data),
     "automation": os.environ.get("TF_IN_AUTOMATION"),
     "local": override.read_text() if override.is_file() else None,
+    "config": os.environ.get("TF_CLI_CONFIG_FILE"),
 }}
 with (here / "calls.jsonl").open("a") as stream:
     stream.write(json.dumps(said) + "\n")
@@ -60,6 +62,7 @@ def trouble(when):
     fault = json.loads((here / "fault").read_text()) if (here / "fault").is_file() else {{}}
     if (fault.get("kind"), fault.get("when")) == (kind, when):
         (here / "fault").unlink()
+        print(fault["says"], end="", file=sys.stderr, flush=True)
         if fault["how"] == "fails":
             sys.exit(1)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -120,9 +123,9 @@ class Program:
         """Forget what it was told."""
         (self.folder / "calls.jsonl").unlink(missing_ok=True)
 
-    def fault(self, kind, when, how):
+    def fault(self, kind, when, how, says=""):
         """Let it fail, or be killed, once at this word, before or after it has done what it is there for."""
-        (self.folder / "fault").write_text(json.dumps({"kind": kind, "when": when, "how": how}))
+        (self.folder / "fault").write_text(json.dumps({"kind": kind, "when": when, "how": how, "says": says}))
 
 
 @pytest.fixture
@@ -141,7 +144,7 @@ def here(tmp_path, monkeypatch, program):
     (folder / FOLDER / "foundation").mkdir(parents=True)
     (folder / "project.yaml").write_text((project_root() / "project.yaml").read_text(encoding="utf-8"), encoding="utf-8")
     monkeypatch.chdir(folder)
-    for name in ("ENVIRONMENT", "TF_DATA_DIR"):
+    for name in ("ENVIRONMENT", "TF_DATA_DIR", "TF_CLI_CONFIG_FILE"):
         monkeypatch.delenv(name, raising=False)
     values = {
         "name": NAME,
@@ -262,7 +265,7 @@ def test_images_are_those_made_here_or_else_those_of_the_last_build(here, progra
     assert program.words[-1][-1] == '-var=images={"predict": "built"}'
 
 
-@pytest.mark.parametrize("words", [["plan"], ["apply", "--yes"], ["destroy", "--yes"]])
+@pytest.mark.parametrize("words", [["plan"], ["apply", "--yes"], ["destroy", "--yes"], ["unlock", "--id", "1"]])
 @pytest.mark.parametrize("there", ["a bucket", "nothing"])
 def test_the_foundation_comes_first(here, program, store, monkeypatch, words, there):
     keep_images(here)
@@ -289,6 +292,88 @@ def test_a_failure_is_told_with_terraforms_own_words(here, program, founded, mon
     out, err = capfd.readouterr()
     assert out == "terraform apply speaks\n"  # what initialising says is nobody's business where it succeeds
     assert err == ""
+
+
+# ── a lock that is left ─────────────────────────────────────────────────────────────────────────────────────────────
+LOCKED = """╷
+│ \x1b[1mError: \x1b[0mError acquiring the state lock
+│
+│ Error message: writing "gs://BUCKET/stack/default.tflock" failed:
+│ googleapi: Error 412: conditionNotMet
+│ Lock Info:
+│   ID:        1764214871234567
+│   Path:      {path}
+│   Operation: OperationTypeApply
+│   Who:       root@build
+╵
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "typed"),
+    [
+        (["apply", "--yes"], "apply", "make unlock ID=1764214871234567 ENVIRONMENT=dev"),
+        (["destroy", "--yes"], "plan -destroy", "make unlock ID=1764214871234567 ENVIRONMENT=dev"),
+        (["foundation", "--yes"], "apply", "make unlock ID=1764214871234567 ENVIRONMENT=dev FOUNDATION=1"),
+    ],
+)
+def test_a_lock_is_told_with_what_takes_it_away(here, program, founded, monkeypatch, capfd, words, kind, typed):
+    keep_images(here)
+    said = LOCKED.format(path="gs://BUCKET/stack/default.tflock")
+    program.fault(kind, "before", "fails", said)
+    with pytest.raises(UserError) as told:
+        launch(monkeypatch, *words)
+    assert str(told.value).endswith(f"Where none goes on, type: {typed}")
+    assert said in capfd.readouterr().err  # Terraform's own words, as it says them
+
+
+@pytest.mark.parametrize("said", [LOCKED.format(path="/tmp/foundation.tfstate"), "Error: ID:  5\n  Path:  gs://x\n", ""])
+def test_what_is_no_lock_in_the_bucket_is_not_to_be_unlocked(here, program, founded, monkeypatch, said):
+    """A state on this machine is held by a program that runs, and by nothing else."""
+    keep_images(here)
+    program.fault("apply", "before", "fails", said)
+    with pytest.raises(UserError) as told:
+        launch(monkeypatch, "apply", "--yes")
+    assert str(told.value).endswith("what it says above names the cause.")
+
+
+@pytest.mark.parametrize(("words", "part"), [([], "stack"), (["--foundation"], "foundation")])
+def test_unlock(here, program, founded, monkeypatch, words, part):
+    monkeypatch.setenv("ENVIRONMENT", "prod")
+    launch(monkeypatch, "unlock", "--id", "1764214871234567", *words)
+    assert program.words == [
+        (part, "init", "-reconfigure", "-input=false", *bucket_of(part, founded, PROD)),
+        (part, "force-unlock", "-force", "1764214871234567"),
+    ]
+
+
+# ── where providers come from ───────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("words", [["plan"], ["foundation", "--plan"], ["check"], ["unlock", "--id", "1"]])
+def test_providers_come_from_the_mirror_that_is_named(here, program, founded, monkeypatch, words):
+    config = here / "build" / "terraform.rc"
+    launch(monkeypatch, *words)
+    assert {call["config"] for call in program.calls} == {None}
+    assert not config.exists()
+    program.forget()
+    monkeypatch.setenv("SET", f"{os.environ['SET']} cloud.mirrors.terraform={MIRROR}")
+    launch(monkeypatch, *words)
+    assert {call["config"] for call in program.calls} == {str(config)}
+    assert config.read_text() == f'provider_installation {{\n  network_mirror {{\n    url = "{MIRROR}"\n  }}\n}}\n'
+
+
+def test_a_file_that_the_environment_names_counts_more_than_the_mirror(here, program, founded, monkeypatch):
+    monkeypatch.setenv("SET", f"{os.environ['SET']} cloud.mirrors.terraform={MIRROR}")
+    monkeypatch.setenv("TF_CLI_CONFIG_FILE", "/mine.rc")
+    launch(monkeypatch, "plan")
+    assert {call["config"] for call in program.calls} == {"/mine.rc"}
+    assert not (here / "build" / "terraform.rc").exists()
+
+
+@pytest.mark.parametrize("mirror", [MIRROR.rstrip("/"), MIRROR.replace("https", "http"), "https://", '"https://m/${x}/"'])
+def test_a_mirror_is_an_address_that_ends_as_terraform_wants_it(here, monkeypatch, mirror):
+    monkeypatch.setenv("SET", f"{os.environ['SET']} cloud.mirrors.terraform={mirror}")
+    with pytest.raises(UserError, match=r"cloud\.mirrors\.terraform: should be an address such as https://.*, with / at its end"):
+        launch(monkeypatch, "plan")
 
 
 # ── destroy ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -484,13 +569,44 @@ def test_cut_off_anywhere_the_same_command_goes_on(here, program, store, monkeyp
     with pytest.raises(UserError, match="of the foundation failed"):
         launch(monkeypatch, "foundation", "--yes")
     assert not OVERRIDE.exists()
-    applied = any(words[1] == "apply" for words in program.words) and not (kind == "apply" and when == "before")
-    assert local_of(here).is_file() == applied
+    moved = storage.read(f"gs://{STATE}/foundation/default.tfstate") is not None
+    assert moved == (when == "after" and kind != "init")  # what a failed apply has made is no longer known here alone
+    assert local_of(here).is_file() == (kind == "init -migrate-state")
     launch(monkeypatch, "foundation", "--yes")
     assert not OVERRIDE.exists()
     assert not local_of(here).exists()
     assert json.loads(storage.read(f"gs://{STATE}/foundation/default.tfstate")[0])["lineage"] == "this"
     launch(monkeypatch, "plan")
+
+
+@pytest.mark.parametrize("bucket", [True, False])
+def test_a_failed_apply_moves_the_state_if_it_has_made_the_bucket(here, program, store, monkeypatch, capfd, bucket):
+    """As with keys of one's own, where an account of Google's comes with the first training job only."""
+    if not bucket:
+        (store.root / STATE).rmdir()
+    program.fault("apply", "after", "fails", "that account does not exist")
+    with pytest.raises(UserError, match="terraform apply of the foundation failed"):
+        launch(monkeypatch, "foundation", "--yes")
+    out, err = capfd.readouterr()
+    assert "that account does not exist" in err
+    assert ("from now on" in out) == bucket
+    assert [words[1:3] for words in program.words] == [
+        ("init", "-reconfigure"),
+        ("apply", "-auto-approve"),
+        *([("init", "-migrate-state")] if bucket else []),
+    ]
+    assert local_of(here).is_file() == (not bucket)
+    assert not OVERRIDE.exists()
+
+
+def test_a_failed_plan_moves_nothing(here, program, store, monkeypatch):
+    program.fault("plan", "after", "fails")
+    local_of(here).parent.mkdir(parents=True)
+    local_of(here).write_text('{"lineage": "this", "serial": 1}')
+    with pytest.raises(UserError, match="terraform plan of the foundation failed"):
+        launch(monkeypatch, "foundation", "--plan")
+    assert [words[1] for words in program.words] == ["init", "plan"]
+    assert local_of(here).is_file()
 
 
 def test_once_moved_the_bucket_counts(here, program, store, monkeypatch):

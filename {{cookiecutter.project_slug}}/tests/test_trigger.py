@@ -660,7 +660,7 @@ def test_a_variable_that_is_missing_ends_the_server_with_one_line(monkeypatch):
 def test_the_pointer_is_written_and_read(bucket):
     place = replace(cloud.place(load("cloud.environments.dev.project=my-project"), "dev"), storage="gs://storage")
     told = {"template": None, "sha256": None, "pipeline": "gs://p", "parameters": "gs://q", "version": OTHER, "commit": "1a2b"}
-    told["published"] = "2026-11-30T04:00:00+00:00"
+    told["began"] = "2026-11-30T04:00:00+00:00"
     kfp_publish.write_current(place, {**told, "more": "than that"})
     assert kfp_publish.read_current(place) == told
     assert published.read(TEMPLATES).version == OTHER
@@ -674,7 +674,7 @@ def test_the_pointer_is_written_and_read(bucket):
 
 def test_of_two_builds_that_end_out_of_order_the_later_push_counts(bucket, monkeypatch):
     def told(version, day):
-        return dict.fromkeys(published.FIELDS, "x") | {"version": version, "published": f"2026-11-{day}T04:00:00+00:00"}
+        return dict.fromkeys(published.FIELDS, "x") | {"version": version, "began": f"2026-11-{day}T04:00:00+00:00"}
 
     first, second, third = (told(digit * 16, day) for digit, day in (("1", 1), ("2", 2), ("3", 3)))
     assert published.write_pointer(TEMPLATES, second)

@@ -35,7 +35,6 @@ def cloud(project, trained, tmp_path, monkeypatch):
     monkeypatch.setenv("DOCKER_DEFAULT_PLATFORM", "linux/amd64")
     monkeypatch.setenv("TORCH", "cu130")
     monkeypatch.setenv("SET", f"{DATA} {CLOUD} cloud.train.jobs=[l4-spot,l4]")
-    monkeypatch.delenv("ENVIRONMENT", raising=False)
     bucket = tmp_path / "buckets" / "some-bucket"
     shutil.copytree(trained / "model", bucket / "pipeline-root" / "runs" / NAME / "model")
     with Vertex() as vertex, Storage(tmp_path / "buckets") as storage:

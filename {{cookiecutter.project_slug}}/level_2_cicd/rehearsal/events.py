@@ -21,6 +21,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -41,7 +42,7 @@ class Refusal(Exception):
         self.status = status
 
 
-class Process:
+class Process(ABC):
     """A server in a process group of its own, which ends with it."""
 
     def __init__(self, log: Path | None = None) -> None:
@@ -61,9 +62,9 @@ class Process:
         """Its number; 0 while it does not run."""
         return self._process.pid if self._process else 0
 
+    @abstractmethod
     def command(self) -> tuple[list[str], dict[str, str]]:
         """What is started, and its environment."""
-        raise NotImplementedError
 
     def start(self) -> None:
         """Start it, and wait until it listens.

@@ -1,6 +1,7 @@
 """Custom jobs and pipeline jobs of Vertex AI: they are kept, their states advance, they may fail or be cancelled."""
 
 import re
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,7 +51,7 @@ class Job:
     running: Container | None = None  # what really runs it
 
 
-class Jobs:
+class Jobs(ABC):
     """What both kinds of jobs have in common."""
 
     plural: str
@@ -76,9 +77,9 @@ class Jobs:
             ("DELETE", one, f"{self.plural}.delete", self.delete),
         ]
 
+    @abstractmethod
     def create(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
         """Take in a job that the API would take."""
-        raise NotImplementedError
 
     def keep(self, message: Any, found: re.Match[str], identity: str) -> Job:
         """Take a new job in; `message` gets its name, times and first state."""

@@ -20,6 +20,8 @@ case "${1:-}" in
         ;;
 esac
 registry=${1:-} mirror=${2:-} index=${3:-}
+# The first step of every build: of two builds, the one that began later counts (src/launcher/push.py).
+if [ -n "$registry" ] && [ "$what" = get ]; then mkdir -p build && date -u +%Y-%m-%dT%H:%M:%S+00:00 >build/began; fi
 folder=level_2_cicd/toolbox base=level_1_pipeline/base_image.txt
 inputs="$base $folder/Dockerfile level_1_pipeline/install_packages.sh requirements/launcher.txt requirements/uv.txt"
 # shellcheck disable=SC2086  # a list of words
@@ -29,6 +31,11 @@ if [ "$what" = name ]; then
     if [ -z "$registry" ]; then echo "error: --name: of which registry?" >&2 && exit 2; fi
     echo "$name"
     exit
+fi
+
+if ! docker info >/dev/null 2>&1; then
+    echo "error: Docker's engine does not run: start Docker Desktop, or type: sudo systemctl start docker" >&2
+    exit 2
 fi
 
 build() {

@@ -12,11 +12,11 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
-from launcher import command_line, containers, image_registry, submit_build
+from launcher import command_line, containers, image_registry, submit_build, together
 from launcher.containers import Container
 from project import cloud, manifest, settings, storage
 from project.cloud import Place
@@ -50,20 +50,7 @@ def make(wanted: Sequence[Container], chosen: Settings, place: Place) -> dict[st
             there = build_elsewhere(container, place, name)
         return f"{place.images}/{container.name}@{there}"
 
-    return _all(wanted, make_one)
-
-
-def _all(wanted: Sequence[Container], make_one: Callable[[Container], str]) -> dict[str, str]:
-    made, failures = {}, []
-    with ThreadPoolExecutor(max_workers=len(wanted)) as pool:
-        for container, result in [(container, pool.submit(make_one, container)) for container in wanted]:
-            try:
-                made[container.name] = result.result()
-            except UserError as error:
-                failures.append(f"{container.name}: {error}")
-    if failures:
-        raise UserError("\n       ".join(failures))
-    return made
+    return together.gather({container.name: partial(make_one, container) for container in wanted})
 
 
 def build_elsewhere(container: Container, place: Place, name: str) -> str:

@@ -17,13 +17,15 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
+from launcher import together
 from project import cloud, git, manifest, settings
+from project.doctor import START_DOCKER
 from project.errors import UserError, run_command
 
 BASE = Path("level_1_pipeline/base_image.txt")
@@ -125,9 +127,7 @@ CAUSES = {
     r"requires BuildKit|buildx.*(missing|broken|not found)": (
         "this Docker cannot build with BuildKit. Install its buildx plugin: see docs.docker.com/build/buildx."
     ),
-    r"Cannot connect to the Docker daemon|failed to connect to the docker API": (
-        "Docker's engine does not run. Start Docker Desktop, or type: sudo systemctl start docker"
-    ),
+    r"Cannot connect to the Docker daemon|failed to connect to the docker API": (f"Docker's engine does not run: {START_DOCKER}"),
     r"unauthorized|denied: |access.* denied|no basic auth|authentication required": (
         "the registry refuses you. For Google's: gcloud auth configure-docker {host}; does the repository exist?"
     ),
@@ -324,19 +324,9 @@ def make_all(containers: Sequence[Container], chosen: settings.Settings, registr
     Raises:
         UserError: tells every failure.
     """
-    failures: dict[str, list[str]] = {}
-    made: dict[str, str] = {}
-    with ThreadPoolExecutor(max_workers=len(containers)) as pool:
-        running = [(container, pool.submit(make, container, chosen, registry)) for container in containers]
-        for container, result in running:
-            try:
-                lines, made[container.name] = result.result()
-                print("\n".join(lines), flush=True)
-            except UserError as error:
-                failures.setdefault(str(error), []).append(container.name)
-    if failures:  # the same one, such as a missing Docker, is told once
-        raise UserError("\n       ".join(f"{', '.join(names)}: {error}" for error, names in failures.items()))
-    return made
+    work = {container.name: partial(make, container, chosen, registry) for container in containers}
+    made = together.gather(work, lambda result: print("\n".join(result[0]), flush=True), told_once=True)
+    return {name: image for name, (_, image) in made.items()}
 
 
 def chosen_registry(chosen: settings.Settings) -> str:

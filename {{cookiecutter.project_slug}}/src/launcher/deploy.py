@@ -140,14 +140,14 @@ def _serve(cloud: VertexRegistry, lease: Lease, number: int, reason: str, replac
     """Steps 2 to 5.
 
     Raises:
-        Overtaken: the champion is no longer `replaces`.
+        Overtaken: the champion is no longer the model of `replaces`.
         UserError: the version does not answer; what was served before is served.
     """
     endpoint = Endpoint(cloud.serving)
     champion = cloud.champion_number()
     try:
         if champion != number:
-            if champion != replaces:
+            if not _is_same_model(cloud, champion, replaces):
                 raise overtaken(number, replaces, champion)
             lease.check()
             tell(f"deploying version {number} to {endpoint.name}: this takes some minutes")
@@ -156,12 +156,19 @@ def _serve(cloud: VertexRegistry, lease: Lease, number: int, reason: str, replac
             endpoint.try_out(deployed, champion)
             endpoint.check(deployed, manifest.example(cloud.document(number)["schema"]))
             lease.check()
-            cloud.promote(number, reason, replaces)
+            cloud.promote(number, reason, champion)
             tell(f"version {number} answers, and is the champion")
     except BaseException as error:
         _return(cloud, lease, endpoint, str(error) or f"It was ended by {type(error).__name__}.")
         raise
     _settle(cloud, lease, endpoint)
+
+
+def _is_same_model(cloud: VertexRegistry, champion: int | None, other: int | None) -> bool:
+    """Whether two versions are one model, perhaps with another image of the predictor."""
+    if champion is None or other is None:
+        return champion == other
+    return champion == other or origin(cloud.version(champion).run) == origin(cloud.version(other).run)
 
 
 def _settle(cloud: VertexRegistry, lease: Lease, endpoint: Endpoint) -> None:

@@ -9,6 +9,7 @@ unchecked, and not to be missing.
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -24,7 +25,7 @@ from launcher.machines import SHARED
 from launcher.rest import Missing, Refused, Rest, Unchecked, credentials, enable
 from project import settings
 from project.cloud import Place, place
-from project.doctor import version_of
+from project.doctor import START_DOCKER, version_of
 from project.errors import UserError, run_command
 
 PATIENCE = 30.0  # seconds for all of it
@@ -86,18 +87,23 @@ def create_repository(where: Place, name: str) -> str:
 
 # ── the checks: each returns what is there ──────────────────────────────────────────────────────────────────────────
 def gcloud(cloud: Cloud) -> str:
-    """The command-line program."""
+    """The command-line program, and who is logged in there: another login than that of programs."""
     found = version_of("gcloud", "--version")()
     if not found:
         raise Missing("it is not installed", "https://cloud.google.com/sdk/docs/install")
-    return found
+    account = version_of("gcloud", "auth", "list", "--filter=status:ACTIVE", "--format=value(account)")()
+    if not account or "@" not in account:
+        raise Missing(f"{found}, where nobody is logged in", "gcloud auth login")
+    return f"{found}, as {account}"
 
 
 def docker(cloud: Cloud) -> str:
     """Docker, and whether it may push to the registry of images."""
     engine = version_of("docker", "version", "--format", "engine {{.Server.Version}}")()
+    if not engine and shutil.which("docker"):
+        raise Missing("its engine does not answer, which builds the images", START_DOCKER)
     if not engine:
-        raise Missing("no Docker engine runs, which builds the images", "https://docs.docker.com/engine/install")
+        raise Missing("it is not installed, which builds the images", "https://docs.docker.com/engine/install")
     host = cloud.place.images.split("/")[0]
     if not host.endswith("-docker.pkg.dev"):
         return f"{engine}; containers.registry in {settings.FILE} is {host}, where nothing is looked up"
@@ -444,7 +450,8 @@ def main() -> None:
         level = LEVEL_2
     ready = report(settings.load(), settings.project_root(), level)
     print(f"\n{'Nothing' if ready else 'Something'} that level {asked} needs is missing{'.' if ready else ' (✗).'}")
-    print(f"Next: {level.then}" if ready else f"Mend it, then: make doctor LEVEL={asked}")
+    where = f" ENVIRONMENT={os.environ['ENVIRONMENT']}" if os.environ.get("ENVIRONMENT") else ""
+    print(f"Next: {level.then}" if ready else f"Mend it, then: make doctor LEVEL={asked}{where}")
     if not ready:
         sys.exit(2)
 

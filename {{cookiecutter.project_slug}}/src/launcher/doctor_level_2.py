@@ -4,10 +4,10 @@ import re
 from collections.abc import Mapping, Sequence
 from urllib.parse import quote
 
-from launcher import doctor, kfp_publish, terraform
+from launcher import api, doctor, kfp_publish, terraform
 from launcher.doctor import ACT_AS, Cloud, Level
 from launcher.published import POINTER
-from launcher.rest import Missing, Refused, Unchecked, enable
+from launcher.rest import CALL, Missing, Refused, Unchecked, enable
 from project.errors import UserError
 from project.settings import FILE, Repository
 
@@ -15,6 +15,7 @@ from project.settings import FILE, Repository
 FIRST = ("cloudresourcemanager.googleapis.com", "serviceusage.googleapis.com")
 APIS = ("aiplatform", "artifactregistry", "cloudbuild", "cloudscheduler", "iam", "monitoring", "pubsub", "run", "storage", "sts")
 RIGHTS = ("cloudbuild.builds.create", "cloudbuild.builds.get")  # roles/cloudbuild.builds.editor holds them
+USE_POOL = "cloudbuild.workerpools.use"  # and roles/cloudbuild.workerPoolUser this one
 
 # What cloud.repository must say, by CI: the form of its keys (or of others) and where to find them. Terraform checks it too.
 REPOSITORY: Mapping[str, tuple[Sequence[Mapping[str, str]], str]] = {
@@ -95,14 +96,42 @@ def foundation(cloud: Cloud) -> str:
     """That a person has applied it."""
     _require_terraforms(cloud)
     bucket = cloud.place.terraform_state
+    if not _has_state(cloud, "foundation"):
+        mend = f"make foundation ENVIRONMENT={cloud.place.environment}, by somebody who may grant rights there"
+        raise Missing(f"gs://{bucket}/foundation is not there", mend)
+    return f"its state is in gs://{bucket}"
+
+
+def _has_state(cloud: Cloud, part: str) -> bool:
+    """Whether this part of Terraform's has been applied."""
+    path = f"/storage/v1/b/{cloud.place.terraform_state}/o/{quote(f'{part}/default.tfstate', safe='')}"
     try:
-        cloud.rest.ask("storage", f"/storage/v1/b/{bucket}/o/{quote('foundation/default.tfstate', safe='')}")
+        cloud.rest.ask("storage", path)
     except Refused as refused:
         if refused.status != 404:
             raise Unchecked(str(refused)) from None
-        mend = f"make foundation ENVIRONMENT={cloud.place.environment}, by somebody who may grant rights there"
-        raise Missing(f"gs://{bucket}/foundation is not there", mend) from None
-    return f"its state is in gs://{bucket}"
+        return False
+    return True
+
+
+def metadata(cloud: Cloud) -> str:
+    """That the stack can make Vertex AI's metadata store, of which a region has one, or has made it."""
+    _require_terraforms(cloud)
+    where = cloud.place
+    if cloud.chosen.cloud.environments[where.environment].existing.metadata_store:
+        return f"{FILE} says that it is there already"
+    try:
+        service = api.client("MetadataService", where.region)
+        request = {"name": f"{where.parent}/metadataStores/default"}
+        api.call(service.get_metadata_store, request, "looking for it", repeatable=False, patience=CALL)
+    except UserError as error:
+        if isinstance(error, api.ApiError) and error.code == 404:
+            return "it is not there yet: the first apply makes it"
+        raise Unchecked(str(error)) from None
+    if not _has_state(cloud, "stack"):
+        mend = f"write existing: {{metadata_store: true}} under cloud.environments.{where.environment} in {FILE}"
+        raise Missing("Vertex AI's metadata store is there already, from earlier use", mend)
+    return "it is there, and so is the stack's state"
 
 
 def _require_terraforms(cloud: Cloud) -> None:
@@ -132,7 +161,21 @@ def rights(cloud: Cloud) -> str:
     if lacking:
         mend = f"gcloud projects add-iam-policy-binding {where.project} --member=user:YOU --role=roles/cloudbuild.builds.editor"
         raise Missing(f"you lack {', '.join(lacking)}", f"ask an owner to type: {mend}")
+    if where.build_pool:
+        _require_pool(cloud)
     return f"you may start builds as {account}; the CI may too, if the foundation is there"
+
+
+def _require_pool(cloud: Cloud) -> None:
+    """That you may build in the private pool, which may be another project's."""
+    project = cloud.place.build_pool.split("/")[1]
+    try:
+        lacking = cloud.rest.lacking("cloudresourcemanager", f"/v1/projects/{project}:testIamPermissions", [USE_POOL])
+    except Refused as refused:
+        raise Unchecked(f"whether you may build in {cloud.place.build_pool}: {refused}") from None
+    if lacking:
+        mend = f"gcloud projects add-iam-policy-binding {project} --member=user:YOU --role=roles/cloudbuild.workerPoolUser"
+        raise Missing(f"you lack {USE_POOL} for {cloud.place.build_pool}", f"ask an owner to type: {mend}")
 
 
 def buckets(cloud: Cloud) -> str:
@@ -177,6 +220,7 @@ LEVEL_2 = Level(
         "pushes": pushes,
         "APIs": apis,
         "foundation": foundation,
+        "metadata": metadata,
         "buckets": buckets,
         "rights": rights,
         "quota": doctor.quota,

@@ -81,18 +81,23 @@ def resolve(name: str, root: Path, place: Place | None, image: str) -> dict[str,
     }
 
 
-def chosen_jobs(chosen: Settings, root: Path, place: Place | None, image: str) -> list[dict[str, Any]]:
-    """The jobs of cloud.train.jobs, in their order, as `resolve` gives them.
-
-    Raises:
-        UserError: one is not there, or is wrong.
-    """
+def require_known(chosen: Settings, root: Path) -> None:
+    """Raises UserError where cloud.train.jobs names a job that is not there."""
     known = names(root)
     for name in chosen.cloud.train.jobs:
         if name not in known:
             raise UserError(
                 f"cloud.train.jobs in {FILE}: there is no GPU job '{name}'{nearest(name, known)}. make gpu-jobs lists them."
             )
+
+
+def chosen_jobs(chosen: Settings, root: Path, place: Place | None, image: str) -> list[dict[str, Any]]:
+    """The jobs of cloud.train.jobs, in their order, as `resolve` gives them.
+
+    Raises:
+        UserError: one is not there, or is wrong.
+    """
+    require_known(chosen, root)
     return [resolve(name, root, place, image) for name in chosen.cloud.train.jobs]
 
 
@@ -181,7 +186,7 @@ def _expense(row: Row) -> tuple[float, str]:
 LEGEND = f"""
 USD: list prices with Vertex AI's share, {machines.AS_OF}; they may have changed, and some are only believed.
 <: less than that, because Spot and Flex-start are cheaper than STANDARD. ≈: Spot, which changes daily. ?: not known here.
-in REGION: whether Google offers the GPU there; whether one is free shows only when a job asks.
+in …: whether Google offers the GPU in that region; whether one is free shows only when a job asks.
 tried: has this file ever run on such a machine? never: its fields are checked, no more."""
 
 
@@ -239,6 +244,7 @@ def main() -> None:
         return
     print(table(root, chosen.cloud.region, minutes_of(given.minutes) if given.minutes is not None else None))
     print(LEGEND)
+    require_known(chosen, root)
 
 
 if __name__ == "__main__":

@@ -6,18 +6,17 @@ them. PLACE/builds/contents/NAME/DIGEST.json is written once, for the image that
 
 import argparse
 import json
-import os
 import subprocess
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 from cyclonedx.model.bom import Bom
 from cyclonedx.model.component import Component, ComponentType
 from cyclonedx.output.json import JsonV1Dot5
 from packageurl import PackageURL
 
-from launcher import cloud_images, submit_build
+from launcher import cloud_images, submit_build, together
 from project import cloud, settings, storage
 from project.cloud import Place
 from project.errors import UserError, run_command
@@ -101,11 +100,7 @@ def keep(images: Mapping[str, str], place: Place) -> None:
             storage.write(kept, document(name, image, packages).encode())
             cloud_images.tell(f"✓ {name:<12} {len(packages)} packages  {kept}")
 
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        done = {name: pool.submit(keep_one, name, image) for name, image in images.items()}
-    problems = [f"{name}: {error}" for name, result in done.items() if (error := result.exception())]
-    if problems:
-        raise UserError("\n       ".join(problems))
+    together.gather({name: partial(keep_one, name, image) for name, image in images.items()})
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 No Docker is needed. A registry on this machine (localhost, 127.0.0.1) is asked over http:// and without credentials.
 """
 
+import hashlib
 import re
 import tempfile
 from collections.abc import Iterator
@@ -109,6 +110,7 @@ def _copy_blob(source: str, target: str, blob: str) -> None:
         return True
 
     def send() -> bool:
+        # With the download in it: an answer that breaks off is asked for again, into a new file.
         with tempfile.TemporaryDirectory() as folder:
             file = _File(Path(folder, "blob"))
             _download(source, blob, file.path)
@@ -128,11 +130,28 @@ def _copy_blob(source: str, target: str, blob: str) -> None:
 
 
 def _download(source: str, blob: str, path: Path) -> None:
+    """Read a layer, or the image's description, into a file.
+
+    Raises:
+        ApiError: the registry refused or did not answer; or, and then it is worth another attempt, the answer broke off, or is
+            not what was asked for.
+    """
     base, repository, _ = _split(source)
-    read = kfp_template.ask_registry("GET", f"{base}/{repository}/blobs/{blob}", f"reading {source}", stream=True)
-    with read, path.open("wb") as stream:
-        for chunk in read.iter_content(CHUNK):
-            stream.write(chunk)
+    what, content = f"reading {source}", hashlib.sha256()
+    read = kfp_template.ask_registry("GET", f"{base}/{repository}/blobs/{blob}", what, stream=True)
+    try:
+        with read, path.open("wb") as stream:
+            for chunk in read.iter_content(CHUNK):
+                content.update(chunk)
+                stream.write(chunk)
+    except Exception as error:
+        raise api.explain(error, what) from error
+    came = f"sha256:{content.hexdigest()}"
+    if came != blob:
+        message = (
+            f"{what} failed: {blob} was asked for, and {came} came. Type the same again; if it stays so, it is broken there."
+        )
+        raise api.ApiError(message, 0, transient=True)
 
 
 class _File:

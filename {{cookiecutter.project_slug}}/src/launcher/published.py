@@ -19,7 +19,7 @@ from project.errors import UserError
 NAME = "train-and-register"  # as level_1_pipeline/pipeline.py calls the pipeline
 POINTER = "current.json"
 VERSION = r"[0-9a-f]{16}"
-FIELDS = ("version", "pipeline", "parameters", "template", "sha256", "commit", "published")  # of the pointer
+FIELDS = ("version", "pipeline", "parameters", "template", "sha256", "commit", "began")  # of the pointer
 
 
 class NotPublished(UserError):
@@ -113,15 +113,15 @@ def _read_pointer(folder: str) -> tuple[dict[str, Any] | None, int]:
 
 
 def is_later(told: Mapping[str, Any], other: Mapping[str, Any] | None) -> bool:
-    """Whether one was published after the other: of two builds that end out of order, the later push counts."""
-    return other is None or str(told["published"]) >= str(other.get("published", ""))
+    """Whether one's build began after the other's: of two builds that end out of order, the later push counts."""
+    return other is None or str(told["began"]) >= str(other.get("began", ""))
 
 
 def write_pointer(folder: str, told: Mapping[str, Any]) -> bool:
-    """Make a version the current one: from now on, events start it. What was published later stays.
+    """Make a version the current one: from now on, events start it. What a later build has released stays.
 
     Args:
-        told: the line that launcher.kfp_publish printed, the commit, and when it was published, in ISO 8601 and UTC.
+        told: the line that launcher.kfp_publish printed, the commit, and when the build began, in ISO 8601 and UTC.
 
     Returns:
         Whether it is the current one.

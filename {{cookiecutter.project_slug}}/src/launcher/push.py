@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,9 +42,11 @@ from launcher.published import Published
 from project import cloud, manifest, settings, storage
 from project.cloud import Place
 from project.errors import UserError, run_command
+from project.registry import Version, open_registry
 from project.settings import Settings
 
 PUBLICATION = Path("build/publication.json")
+BEGAN = Path("build/began")  # in a build, the first step writes it
 EPOCHS = 2  # of the functional test
 ATTEMPTS = 100  # of the same functional test, or of the same push, over all builds
 FAILED = {"FAILED", "CANCELLED"}  # states of a run that may be attempted again
@@ -81,7 +84,7 @@ def publish(chosen: Settings, place: Place) -> dict[str, Any]:
     """Publish the pipeline; what is current already is not published again under another commit.
 
     Returns:
-        What kfp_publish.publish does, the commit, and the time.
+        What kfp_publish.publish does, the commit, and when the build began: a slower build of an older commit publishes later.
 
     Raises:
         UserError: an image, the rows or the pipeline are not right, or something was refused.
@@ -93,10 +96,10 @@ def publish(chosen: Settings, place: Place) -> dict[str, Any]:
     images = cloud_images.read()
     made = kfp_publish.make(chosen, place, images, csv, commit)
     current = kfp_publish.read_current(place)
-    now = datetime.now(UTC).isoformat(timespec="seconds")
+    began = BEGAN.read_text(encoding="utf-8").strip() if BEGAN.is_file() else datetime.now(UTC).isoformat(timespec="seconds")
     if current and is_same(made, published.read(kfp_publish.templates_folder(place), current["version"])):
-        return {**current, "published": now}
-    return {**kfp_publish.publish(made, place, templates(place), commit), "commit": commit, "published": now}
+        return {**current, "began": began}
+    return {**kfp_publish.publish(made, place, templates(place), commit), "commit": commit, "began": began}
 
 
 def templates(place: Place) -> str:
@@ -210,6 +213,7 @@ def release(place: Place) -> str:
     """
     told, found = publication(place)
     before = kfp_publish.read_current(place)
+    cloud_images.note_passed(cloud_images.read(), place)
     if not published.is_later(told, before):
         return overtaken(before)
     done = []
@@ -219,15 +223,16 @@ def release(place: Place) -> str:
     if attempt:
         request_run.publish(place, request_run.compose(what, version=found.version, actor="build", attempt=attempt))
         done.append("a run is asked for" + (f", attempt {attempt}: the one before failed" if attempt > 1 else ""))
-    elif not is_current:
-        done.append(f"this was trained before, in {run_of(found, what, place).link}")
-        if image_is_new(found, place):
+    else:
+        if not is_current:
+            done.append(f"this was trained before, in {run_of(found, what, place).link}")
+        # The run of this push brings the predictor that it was told at its start, perhaps long ago.
+        if image_is_new(found, place) or came_of(open_registry(place.registry).champion(), found, what, place):
             done += redeployed(deploy.redeploy(place.registry, found.values["serving"]))
     if not kfp_publish.write_current(place, told):
         done.append(overtaken(kfp_publish.read_current(place)))
     elif not is_current:
         done.append(f"version {told['version']} is current")
-    cloud_images.note_passed(cloud_images.read(), place)
     return "; ".join(done) or "nothing changed: nothing is started"
 
 
@@ -235,7 +240,7 @@ def overtaken(current: Mapping[str, Any] | None) -> str:
     """Why a version does not become the current one, in words."""
     told = current or {}
     return (
-        f"commit {told.get('commit')} was published later ({told.get('published')}) and is current already, so this one does not "
+        f"commit {told.get('commit')}, whose build began later ({told.get('began')}), is current already, so this one does not "
         "become it. If it shall all the same, push again, or type: make images publish release"
     )
 
@@ -275,6 +280,14 @@ def wanted_attempt(found: Published, what: str, place: Place) -> int:
         if state not in FAILED:
             return 0
     raise UserError(f"{ATTEMPTS} runs of this push have failed: mend what they found, and push again.")
+
+
+def came_of(champion: Version | None, found: Published, what: str, place: Place) -> bool:
+    """Whether the champion is the model that an event's run, or one of its attempts, has made."""
+    if champion is None:
+        return False
+    identity = run_of(found, what, place).name.rpartition("/")[2]
+    return re.fullmatch(rf"{re.escape(identity)}(-a\d+)?", deploy.origin(champion.run)) is not None
 
 
 def image_is_new(found: Published, place: Place) -> bool:

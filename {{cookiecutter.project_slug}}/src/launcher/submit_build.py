@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from launcher import containers
+from launcher import containers, gpu_jobs
 from project import cloud, git, manifest, settings
 from project.cloud import Place
 from project.errors import UserError, run_command
@@ -52,10 +52,12 @@ def substitutions(chosen: Settings, place: Place) -> dict[str, str]:
     """What cloudbuild.yaml is told.
 
     Raises:
-        UserError: nobody knows the commit.
+        UserError: nobody knows the commit, or there is no such job.
     """
     if not commit():
         raise UserError("a build bears the code's version, and git knows no commit here. Commit first, or set COMMIT=1a2b3c.")
+    for name in os.environ.get("JOB_SPEC", "").split():
+        gpu_jobs.load(name, settings.project_root())
     own = {"_INFRA_ACCOUNT": place.account("infra"), "_COMMIT": commit(), "_JOB_SPEC": os.environ.get("JOB_SPEC", "")}
     return {**substitutions_of_pull_request(chosen, place), **own}
 
@@ -159,6 +161,11 @@ def triggers(place: Place, chosen: Settings, root: Path) -> list[dict[str, Any]]
     Raises:
         UserError: project.yaml names no linked repository.
     """
+    if chosen.cloud.ci != "cloud-build":
+        raise UserError(
+            f"cloud.ci in {settings.FILE} is {chosen.cloud.ci}, so cloud.repository names no repository that is linked to Cloud "
+            "Build. For such triggers: make setup-triggers SET='cloud.ci=cloud-build cloud.repository.name=CONNECTION/NAME'"
+        )
     connection, slash, name = chosen.cloud.repository.name.partition("/")
     if not slash or "/" in name:
         raise UserError(

@@ -2,6 +2,7 @@
 
 python -m launcher.terraform plan | apply [--yes] | destroy [--yes]      the stack, which each push applies
 python -m launcher.terraform foundation [--plan] [--yes]                 what a person with the rights applies, once
+python -m launcher.terraform unlock --id ID [--foundation]               takes a lock away that a killed apply has left
 python -m launcher.terraform check                                       form and grammar, with no account and no state
 python -m launcher.terraform grants                                      every right that the foundation gives, and why
 
@@ -17,7 +18,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +34,11 @@ from project.settings import Settings
 FOLDER = Path("level_2_cicd/terraform")
 WORK = Path("build/terraform")
 IMAGES = Path("build/images.json")
+CONFIG = Path("build/terraform.rc")
 OVERRIDE = "backend_override.tf"  # Terraform reads it instead of the backend in versions.tf
 OLDEST = (1, 9)
+# What Terraform says of a lock in the bucket; one of a state on this machine ends with whoever holds it.
+LOCKED = re.compile(r"Error acquiring the state lock.*?\bID:\s+(\S+)\W+Path:\s+gs://", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -43,11 +48,13 @@ class Part:
     Attributes:
         name: stack or foundation.
         root: the project's folder.
+        mirror: the address that providers come from; empty: Terraform's own registry.
     """
 
     name: str
     place: Place
     root: Path
+    mirror: str = ""
 
     @property
     def folder(self) -> Path:
@@ -101,16 +108,24 @@ class Running:
         if number == signal.SIGTERM and self.process:
             self.process.terminate()
 
-    def run(self, command: Sequence[str], environment: Mapping[str, str], quiet: bool) -> tuple[int, str]:
-        """Run it to its end; its exit code, and with `quiet` what it prints.
+    def run(self, command: Sequence[str], environment: Mapping[str, str], quiet: bool) -> tuple[int, str, str]:
+        """Run it to its end; its exit code, with `quiet` what it prints, and its errors, which are shown as they come.
 
         Raises:
             KeyboardInterrupt, SystemExit: somebody interrupted.
         """
         before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE if quiet else None, text=True)
-            printed, _ = self.process.communicate()
+            printing = subprocess.PIPE if quiet else None
+            with subprocess.Popen(
+                command, env=environment, stdout=printing, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
+            ) as self.process:
+                errors: list[str] = []
+                showing = threading.Thread(target=show, args=(self.process.stderr, errors))
+                showing.start()
+                printed = self.process.stdout.read() if self.process.stdout else ""
+                self.process.wait()
+                showing.join()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -118,7 +133,14 @@ class Running:
             raise KeyboardInterrupt
         if self.heard:
             raise SystemExit(128 + self.heard)
-        return self.process.returncode, printed or ""
+        return self.process.returncode, printed, "".join(errors)
+
+
+def show(stream: Iterable[str], kept: list[str]) -> None:
+    """Show lines as errors as they come, and keep them."""
+    for line in stream:
+        print(line, end="", file=sys.stderr, flush=True)
+        kept.append(line)
 
 
 def call(part: Part, *words: str, quiet: bool = False) -> str:
@@ -127,14 +149,38 @@ def call(part: Part, *words: str, quiet: bool = False) -> str:
     Raises:
         UserError: it failed; its own words stand above.
     """
-    environment = {**os.environ, "TF_DATA_DIR": str(part.work), "TF_IN_AUTOMATION": "1"}
+    environment = {**os.environ, "TF_DATA_DIR": str(part.work), "TF_IN_AUTOMATION": "1", **from_mirror(part)}
     plain = [] if sys.stdout.isatty() and not quiet else ["-no-color"]
     command = ["terraform", f"-chdir={part.folder}", words[0], *plain, *words[1:]]
-    code, printed = Running().run(command, environment, quiet)
+    code, printed, errors = Running().run(command, environment, quiet)
     if code:
         print(printed, end="", file=sys.stderr)
-        raise UserError(f"terraform {words[0]} of the {part.name} failed; what it says above names the cause.")
+        told = f"terraform {words[0]} of the {part.name} failed; what it says above names the cause."
+        raise UserError(f"{told}{how_to_unlock(part, errors)}")
     return printed
+
+
+def from_mirror(part: Part) -> dict[str, str]:
+    """The variable that lets providers come from the mirror of project.yaml; a file that the environment names counts more."""
+    if not part.mirror or os.environ.get("TF_CLI_CONFIG_FILE"):
+        return {}
+    path = part.root / CONFIG
+    path.parent.mkdir(exist_ok=True)
+    url = json.dumps(part.mirror)
+    path.write_text(f"provider_installation {{\n  network_mirror {{\n    url = {url}\n  }}\n}}\n", encoding="utf-8")
+    return {"TF_CLI_CONFIG_FILE": str(path)}
+
+
+def how_to_unlock(part: Part, errors: str) -> str:
+    """What to type where a lock is why Terraform failed; otherwise nothing."""
+    found = LOCKED.search(errors)
+    if not found:
+        return ""
+    which = " FOUNDATION=1" if part.name == "foundation" else ""
+    return (
+        " The state is locked: by an apply that goes on, or by one that was killed. Where none goes on, type: "
+        f"make unlock ID={found[1]} ENVIRONMENT={part.place.environment}{which}"
+    )
 
 
 def variables(part: Part, *images: str) -> list[str]:
@@ -204,6 +250,13 @@ def apply(part: Part, yes: bool) -> None:
     images = read_images(part, needed=True)
     start(part)
     call(part, "apply", *approval(yes), *variables(part, images))
+
+
+def unlock(part: Part, lock: str) -> None:
+    """Take away the lock that an apply has left which was killed, so that the next one need not wait for it."""
+    require_state(part)
+    start(part)
+    call(part, "force-unlock", "-force", lock)
 
 
 def require_state(part: Part) -> None:
@@ -301,20 +354,48 @@ def makes_network(where: Place, chosen: Settings) -> bool:
 
 # ── the foundation ──────────────────────────────────────────────────────────────────────────────────────────────────
 def foundation(part: Part, plan_only: bool, yes: bool) -> None:
-    """Apply the foundation, or show what that would change."""
+    """Apply the foundation, or show what that would change.
+
+    Raises:
+        UserError: the apply failed; where it has made the state's bucket, the state is there all the same.
+    """
     local = part.work.with_suffix(".tfstate")
     if is_moved(part, local):
         start(part)
         change_foundation(part, plan_only, yes)
         return
+    failed: UserError | None = None
     with local_state(part, local):
         call(part, "init", "-reconfigure", "-input=false", quiet=True)
-        change_foundation(part, plan_only, yes)
-    if plan_only:
-        return
+        try:
+            change_foundation(part, plan_only, yes)
+        except UserError as error:
+            failed = error
+    if not plan_only and (not failed or (holds_state(local) and has_bucket(part))):
+        move(part, local)
+    if failed:
+        raise failed
+
+
+def move(part: Part, local: Path) -> None:
+    """Bring the state into its bucket."""
     call(part, "init", "-migrate-state", "-force-copy", "-input=false", *backend(part), quiet=True)
     put_aside(local)
     print(f"The state is in {part.state} from now on.")
+
+
+def holds_state(local: Path) -> bool:
+    """Whether there is a state on this machine; Terraform makes an empty file to lock it."""
+    return local.is_file() and bool(local.stat().st_size)
+
+
+def has_bucket(part: Part) -> bool:
+    """Whether the state's bucket is there already, as far as can be told."""
+    try:
+        storage.read(part.state)
+    except UserError:
+        return False
+    return True
 
 
 def is_moved(part: Part, local: Path) -> bool:
@@ -324,7 +405,7 @@ def is_moved(part: Part, local: Path) -> bool:
         UserError: there is one there and another one here.
     """
     there = read_state(part)
-    if there is None or not local.is_file() or not local.stat().st_size:  # Terraform makes an empty one to lock it
+    if there is None or not holds_state(local):
         return there is not None
     if lineage(there) != lineage(local.read_bytes()):
         raise UserError(
@@ -408,14 +489,14 @@ def table(granted: Sequence[dict[str, str]]) -> str:
 
 
 # ── form and grammar ────────────────────────────────────────────────────────────────────────────────────────────────
-def check(root: Path) -> None:
+def check(root: Path, mirror: str) -> None:
     """What can be told with no account: the files' form, and that they fit the providers' own definitions.
 
     Raises:
         UserError: something does not.
     """
     where = Place("check", "", "", "", "", "", "", "", "", "", by_hand=False)  # its grammar is the same for each
-    for part in (Part("foundation", where, root), Part("stack", where, root)):
+    for part in (Part("foundation", where, root, mirror), Part("stack", where, root, mirror)):
         call(part, "fmt", "-check", "-diff", *(["-recursive"] if part.name == "stack" else []))
         call(part, "init", "-backend=false", "-input=false", quiet=True)
         call(part, "validate")
@@ -429,19 +510,21 @@ def main() -> None:
         UserError: project.yaml names no project, or one bucket made by hand; Terraform is missing, or fails.
     """
     parser = argparse.ArgumentParser(prog="python -m launcher.terraform", description="Terraform for one environment.")
-    parser.add_argument("what", choices=["plan", "apply", "destroy", "foundation", "check", "grants"])
+    parser.add_argument("what", choices=["plan", "apply", "destroy", "unlock", "foundation", "check", "grants"])
     parser.add_argument("--plan", action="store_true", help="with foundation: show what would change")
     parser.add_argument("--yes", action="store_true", help="do not ask before something is changed")
+    parser.add_argument("--id", default="", help="with unlock: the lock, as Terraform names it")
+    parser.add_argument("--foundation", action="store_true", help="with unlock: the foundation's, not the stack's")
     asked = parser.parse_args()
     require()
-    root = settings.project_root()
+    root, chosen = settings.project_root(), settings.load()
+    mirror = chosen.cloud.mirrors.terraform
     if asked.what == "check":
-        check(root)
+        check(root, mirror)
         return
-    chosen = settings.load()
     where = place(chosen)
     submit_build.level_2(where)
-    stack, base = Part("stack", where, root), Part("foundation", where, root)
+    stack, base = Part("stack", where, root, mirror), Part("foundation", where, root, mirror)
     if asked.what == "foundation":
         foundation(base, asked.plan, asked.yes)
     elif asked.what == "grants":
@@ -450,6 +533,8 @@ def main() -> None:
         destroy(stack, chosen, asked.yes)
     elif asked.what == "apply":
         apply(stack, asked.yes)
+    elif asked.what == "unlock":
+        unlock(base if asked.foundation else stack, asked.id)
     else:
         plan(stack)
 

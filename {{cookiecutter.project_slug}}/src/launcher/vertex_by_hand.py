@@ -43,13 +43,13 @@ def check_image(jobs: Sequence[dict[str, Any]]) -> None:
     if containers.target_platform() != PLATFORM:
         raise UserError(
             f"this machine builds images for {containers.target_platform()}, and Vertex AI's machines are {PLATFORM}. "
-            f"Type: DOCKER_DEFAULT_PLATFORM={PLATFORM} make train"
+            f"Put DOCKER_DEFAULT_PLATFORM={PLATFORM} before the command."
         )
     rented = [job for job in jobs for pool in job["workerPoolSpecs"] if "acceleratorType" in pool["machineSpec"]]
     if rented and containers.torch_build() == "cpu":
         raise UserError(
-            f"{machine(rented[0])}: the training image's torch would not use that GPU. Type: TORCH=cu130 make train "
-            "(another CUDA version will do), or choose a job without one: make train JOB=cpu"
+            f"{machine(rented[0])}: the training image's torch would not use that GPU. Put TORCH=cu130 before the command "
+            '(another CUDA version will do), or choose a job without one: SET="cloud.train.jobs=[cpu]"'
         )
 
 

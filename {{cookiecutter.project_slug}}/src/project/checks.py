@@ -159,10 +159,11 @@ def _tool(command: list[str], files: list[str] | None, advice: str) -> list[str]
 # ── files ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 def settings(_files: list[str]) -> list[str]:
     """project.yaml is complete and in its bounds."""
+    from launcher import gpu_jobs
     from project.settings import load
 
     try:
-        load("")
+        gpu_jobs.require_known(load(""), Path())
     except UserError as error:
         return [f"{error}\nMend project.yaml; its comments say what is allowed"]
     return []
@@ -336,9 +337,12 @@ def lint() -> None:
     """Every check on every file.
 
     Raises:
-        UserError: the problems of all checks.
+        UserError: the problems of all checks, or SKIP names none.
     """
-    skipped = [name for name in CHECKS if name in os.environ.get("SKIP", "").split(",")]
+    asked = [name for name in os.environ.get("SKIP", "").split(",") if name]
+    if unknown := [name for name in asked if name not in CHECKS]:
+        raise UserError(f"SKIP: there is no check {', '.join(unknown)}; there are {', '.join(CHECKS)}.")
+    skipped = [name for name in CHECKS if name in asked]
     files = project_files()
     report([problem for name in CHECKS if name not in skipped for problem in problems(name, files)])
     left_out = f"; skipped, as SKIP says: {', '.join(skipped)}" if skipped else ""

@@ -15,10 +15,14 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 OLDEST_PYTHON = (3, 11)
 DISK_GB = 4
+START_DOCKER = "start Docker Desktop, or type: sudo systemctl start docker"
 
 
 class Check(NamedTuple):
-    """One thing to look for. `find` returns what is there, or None; `get` says how to get it, by system."""
+    """One thing to look for. `find` returns what is there, or None; `get` says how to get it, by system.
+
+    `start`: what to do where the program is there and does not answer.
+    """
 
     level: int
     name: str
@@ -26,6 +30,7 @@ class Check(NamedTuple):
     find: Callable[[], "str | None"]
     get: "dict[str, str]"
     needed: bool = True
+    start: str = ""
 
 
 def version_of(*command: str) -> Callable[[], "str | None"]:
@@ -125,6 +130,7 @@ CHECKS = (
             "wsl": "Docker Desktop on Windows, with WSL integration switched on",
         },
         needed=False,
+        start=START_DOCKER,
     ),
     Check(
         1,
@@ -146,7 +152,7 @@ CHECKS = (
 LEVELS = (
     "Level 0, notebooks on this machine; and level 1, the pipeline on this machine",
     "Level 1 in containers, and in the cloud by hand (is the cloud ready? make doctor LEVEL=1)",
-    "Level 2, git push to production (comes later)",
+    "Level 2, git push to production (is the cloud ready? make doctor LEVEL=2)",
 )
 
 
@@ -171,7 +177,9 @@ def report(checks: "tuple[Check, ...]" = CHECKS) -> bool:
             print(f"  ✓ {check.name:<12} {found}")
         else:
             sign = "✗" if check.needed else "·"
-            print(f"  {sign} {check.name:<12} missing: {check.purpose}\n      get it: {check.get[system()]}")
+            there = check.start and shutil.which(check.name)
+            problem, mend = ("does not answer", check.start) if there else ("missing", f"get it: {check.get[system()]}")
+            print(f"  {sign} {check.name:<12} {problem}: {check.purpose}\n      {mend}")
     print("\nLevels 0 and 1 can start on this machine." if complete else "\nSomething that level 0 needs is missing (✗).")
     return complete
 

@@ -72,11 +72,13 @@ class Mirrors(Block):
     Attributes:
         base_images: an address that stands before the base image's name.
         python_index: an index of Python packages, as pip takes it.
+        terraform: a network mirror of Terraform's providers, an address that ends in /.
         certificates: a file of the network's own certificates (PEM).
     """
 
     base_images: Annotated[str, Field(pattern=r"^([a-z0-9.-]+(:\d+)?(/[a-z0-9._-]+)*)?$")] = ""
     python_index: str = ""
+    terraform: Annotated[str, Field(pattern=r"^(https://[A-Za-z0-9.-]+(:\d+)?(/[A-Za-z0-9._~-]+)*/)?$")] = ""
     certificates: str = ""
 
 
@@ -223,7 +225,7 @@ class Cloud(Block):
     events: Events = Events()
     workbench: Annotated[bool, Field(strict=True)] = False
     budget: Budget = Budget()
-    alerts: str
+    alerts: Annotated[str, Field(pattern=r"^[^@\s]+@[^@\s]+\.[^@\s]+$")]
     mirrors: Mirrors = Mirrors()
 
     @model_validator(mode="after")
@@ -287,7 +289,7 @@ def load(overrides: str | None = None) -> Settings:
     try:
         document = yaml.load(path.read_text(encoding="utf-8"), Loader=StrictLoader)  # noqa: S506 (a SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{FILE} is not valid YAML: {error}") from None
+        raise UserError(f"{FILE} is not valid YAML: {str(error).replace('<unicode string>', FILE)}") from None
     if not isinstance(document, dict):
         raise UserError(f"{FILE} is empty, or not a mapping of keys to values.")
     _override(document, os.environ.get("SET", "") if overrides is None else overrides)
@@ -323,7 +325,9 @@ def _override(document: dict[str, Any], overrides: str) -> None:
         for parent in parents:
             block = block.get(parent) if isinstance(block, dict) else None
         if not equals or not isinstance(block, dict) or not key:
-            raise UserError(f"SET: '{assignment}' is not KEY=VALUE with a key of {FILE}; for example SET=\"train.epochs=50\".")
+            near = difflib.get_close_matches(path, [f"{name}.{key}" for name in _keys(()) for key in _keys((name,))], 1, 0.7)
+            hint = f"did you mean '{near[0]}'?" if equals and near else 'for example SET="train.epochs=50".'
+            raise UserError(f"SET: '{assignment}' is not KEY=VALUE with a key of {FILE}; {hint}")
         try:
             block[key] = yaml.safe_load(value)
         except yaml.YAMLError:
@@ -333,6 +337,8 @@ def _override(document: dict[str, Any], overrides: str) -> None:
 
 # What a key must be, where a pattern would say it less well.
 MEANT = {
+    "name": "should be 3 to 20 of a-z, 0-9 and -; the first a letter, the last a letter or a digit",
+    "alerts": "should be an e-mail address, such as you@example.com",
     "project": "should be a project's id, such as my-project-123: not its name, and not its number",
     "bucket": "should be a bucket's name alone, without gs://",
     "region": "should be a region, such as europe-west4",
@@ -348,6 +354,7 @@ MEANT = {
     "images": "should be like projects/PROJECT/locations/REGION/repositories/NAME",
     "registry": "should be an address such as localhost:5000/demo, without https://",
     "base_images": "should be an address such as mirror.example.com/docker, without https://",
+    "terraform": "should be an address such as https://mirror.example.com/terraform/, with / at its end",
 }
 # The same for the values of a map, whose keys are many.
 MEANT_IN = {
@@ -368,7 +375,8 @@ def _explain(detail: Any) -> str:
     if detail["type"] == "value_error":
         return f"{path}.{rule}." if path else f"{rule}."
     if detail["type"] == "string_pattern_mismatch":
-        rule = MEANT.get(path.rpartition(".")[2], MEANT_IN.get(path.split(".")[-2], rule))
+        _, block, key = ["", "", *path.split(".")][-3:]
+        rule = MEANT.get(key) or MEANT_IN.get(block) or rule
     if detail["type"] == "tuple_type":
         rule = "should be a list, such as [a, b]"
     quote = "; write it in quotes" if detail["type"] == "string_type" else ""

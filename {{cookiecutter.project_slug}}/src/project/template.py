@@ -9,6 +9,7 @@ import argparse
 import json
 import re
 import shlex
+from pathlib import Path
 
 from project.errors import UserError, run_command
 from project.settings import load
@@ -18,8 +19,10 @@ def link_command(address: str) -> str:
     """The command, ready for a shell: it names the commit and the answers that project.yaml holds.
 
     Raises:
-        UserError: project.yaml does not hold a commit that the template's repository can know.
+        UserError: the address is a folder that is not there, or project.yaml holds no commit that the template can know.
     """
+    if not re.search(r"[:@]", address) and not Path(address).expanduser().is_dir():
+        raise UserError(f"TEMPLATE={address}: there is no such folder. An address begins with https:// or git@.")
     template = load("").template
     if not re.fullmatch("[0-9a-f]{40}", template.commit):
         raise UserError(

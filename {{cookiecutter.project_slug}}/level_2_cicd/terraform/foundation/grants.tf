@@ -5,6 +5,8 @@ locals {
   has_checker   = contains(keys(module.names.accounts), "checker")
   has_ingestion = contains(keys(module.names.accounts), "ingestion")
   builds_here   = local.chosen.promote_from == ""
+  # A private pool of this project; who may use one of another project, its owner grants.
+  has_pool = try(split("/", module.names.network.build_pool)[1], "") == local.chosen.project
 
   own_roles = { for name in ["notifier", "stager"] : "own.${name}" => "${replace(local.chosen.name, "-", "_")}_${name}" }
 
@@ -101,8 +103,9 @@ locals {
     ] : [],
     local.chosen.private ? [
       { who = "infra", role = "compute.networkUser", on = "project", why = "puts machines into the private network" },
-      { who = "build", role = "cloudbuild.workerPoolUser", on = "project", why = "builds in the private pool" },
     ] : [],
+    [for who in concat(["build"], local.has_deployer ? ["deployer"] : []) :
+    { who = who, role = "cloudbuild.workerPoolUser", on = "project", why = "starts builds in the private pool" } if local.has_pool],
   )
 
   # The same, as resources want it.
