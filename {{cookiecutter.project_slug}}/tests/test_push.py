@@ -432,6 +432,19 @@ def test_a_run_that_goes_on_while_another_predictor_is_pushed_loses_neither(serv
     assert serving.release() == "nothing changed: nothing is started"
 
 
+def test_what_a_person_has_chosen_stays(serving):
+    run = push.run_of(*event_of(serving)).name.rpartition("/")[2]
+    model, address = saved(serving, run)
+    old = parameters.serving(load(), serving.place, serving.images["predict"])
+    assert deploy.deploy(serving.place.registry, model, {"accuracy": 0.99}, run, "better", 1, old, address)["champion"]
+    release_with_predictor(serving, "1")
+    assert served(serving) == {3: 100}
+    deploy.rollback(serving.place.registry, 2, old)  # the same model, and the predictor that was good
+    serving.publish(commit="docs")
+    assert serving.release() == "nothing changed: nothing is started"
+    assert served(serving) == {2: 100}
+
+
 # ── where ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 def test_level_1_by_hand_is_told_what_level_2_needs(pushed, monkeypatch):
     monkeypatch.setenv("SET", f"{DEV} cloud.environments.dev.bucket=my-bucket")

@@ -32,7 +32,7 @@ from launcher.endpoint import Endpoint, deploy_request, share_requests, tell
 from launcher.vertex_registry import Lease, Serving, VertexRegistry, overtaken, upload_request
 from project import manifest, storage
 from project.errors import UserError, run_command
-from project.registry import LocalRegistry, Overtaken, open_registry
+from project.registry import LocalRegistry, Overtaken, by_hand, open_registry
 
 
 @contextmanager
@@ -96,8 +96,7 @@ def rollback(registry: str, number: int, serving: Mapping[str, Any]) -> dict[str
     cloud.version(number)
     with Lease(registry, f"rollback-{number}", tell) as lease:
         before = cloud.champion_number()
-        reason = f"it was chosen by hand (rollback from version {before or 'none'})"
-        return _outcome(number, lambda: _serve(cloud, lease, number, reason, before))
+        return _outcome(number, lambda: _serve(cloud, lease, number, by_hand(before), before))
 
 
 def redeploy(registry: str, serving: Mapping[str, Any]) -> dict[str, Any] | None:

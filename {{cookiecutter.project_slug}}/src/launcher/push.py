@@ -42,7 +42,7 @@ from launcher.published import Published
 from project import cloud, manifest, settings, storage
 from project.cloud import Place
 from project.errors import UserError, run_command
-from project.registry import Version, open_registry
+from project.registry import BY_HAND, open_registry
 from project.settings import Settings
 
 PUBLICATION = Path("build/publication.json")
@@ -227,7 +227,7 @@ def release(place: Place) -> str:
         if not is_current:
             done.append(f"this was trained before, in {run_of(found, what, place).link}")
         # The run of this push brings the predictor that it was told at its start, perhaps long ago.
-        if image_is_new(found, place) or came_of(open_registry(place.registry).champion(), found, what, place):
+        if image_is_new(found, place) or came_of(found, what, place):
             done += redeployed(deploy.redeploy(place.registry, found.values["serving"]))
     if not kfp_publish.write_current(place, told):
         done.append(overtaken(kfp_publish.read_current(place)))
@@ -282,10 +282,13 @@ def wanted_attempt(found: Published, what: str, place: Place) -> int:
     raise UserError(f"{ATTEMPTS} runs of this push have failed: mend what they found, and push again.")
 
 
-def came_of(champion: Version | None, found: Published, what: str, place: Place) -> bool:
-    """Whether the champion is the model that an event's run, or one of its attempts, has made."""
-    if champion is None:
+def came_of(found: Published, what: str, place: Place) -> bool:
+    """Whether an event's run, or one of its attempts, has made the champion; not where a person has chosen it."""
+    registry = open_registry(place.registry)
+    change = registry.last_change()
+    if change is None or change["reason"].startswith(BY_HAND):
         return False
+    champion = registry.version(change["version"])
     identity = run_of(found, what, place).name.rpartition("/")[2]
     return re.fullmatch(rf"{re.escape(identity)}(-a\d+)?", deploy.origin(champion.run)) is not None
 

@@ -286,6 +286,14 @@ def only_tested(decision: Decision) -> Decision:
     return Decision(False, f"this run only tests, and registers nothing; otherwise: {decision.reason}")
 
 
+BY_HAND = "it was chosen by hand"
+
+
+def by_hand(before: int | None) -> str:
+    """The reason of a rollback, as the registry writes it."""
+    return f"{BY_HAND} (rollback from version {before or 'none'})"
+
+
 def now() -> str:
     """The time, as the registry writes it."""
     return datetime.now(UTC).isoformat(timespec="seconds")

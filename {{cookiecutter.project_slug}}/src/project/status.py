@@ -13,7 +13,7 @@ from typing import Any
 
 from project import cloud, runs, settings
 from project.errors import UserError, run_command
-from project.registry import LocalRegistry, Reader, Version, open_registry
+from project.registry import LocalRegistry, Reader, Version, by_hand, open_registry
 
 LAST_RUNS = 8
 
@@ -112,7 +112,7 @@ def rollback(registry: LocalRegistry, number: int) -> str:
     served = registry.champion_number()
     if served == number:
         raise UserError(f"version {number} is the champion already.")
-    registry.promote(number, f"it was chosen by hand (rollback from version {served or 'none'})", served)
+    registry.promote(number, by_hand(served), served)
     return f"Version {number} is the champion. A running server takes it within a second."
 
 
