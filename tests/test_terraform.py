@@ -158,7 +158,7 @@ def pool_users(foundation: Plan) -> set[str]:
 def test_whoever_starts_a_build_may_use_the_private_pool(planned: Planned) -> None:
     """That of another project, which the existing one is here, is its owner's to grant."""
     own = planned.case["private"] and not planned.case["existing"]
-    starters = {"build"} if planned.case["ci"] == "cloud-build" else {"build", "deployer"}
+    starters = {"build", "checker"} if planned.case["ci"] == "cloud-build" else {"build", "deployer"}
     assert pool_users(planned.foundation) == (starters if own else set())
 
 
@@ -369,7 +369,8 @@ def test_who_may_push(planned: Planned) -> None:
             assert proposed["substitutions"].keys() == used("cloudbuild.pr.yaml")
             assert proposed["service_account"].endswith(f"/digit-reader-checker@{planned.project}.iam.gserviceaccount.com")
             roles = {grant["role"] for grant in planned.foundation.output("grants") if grant["who"] == "checker"}
-            reads = r"\w+\.(viewer|reader|objectViewer)|composer\.user|browser|own\.stager|logging\.logWriter"
+            reads = r"\w+\.(viewer|reader|objectViewer)|composer\.user|browser|own\.stager|logging\.logWriter|"
+            reads += r"cloudbuild\.workerPoolUser"  # a machine to run on
             assert all(re.fullmatch(reads, role) for role in roles), roles
         return
     assert triggers == {}

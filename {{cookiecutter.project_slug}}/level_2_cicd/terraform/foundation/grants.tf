@@ -104,7 +104,7 @@ locals {
     local.chosen.private ? [
       { who = "infra", role = "compute.networkUser", on = "project", why = "puts machines into the private network" },
     ] : [],
-    [for who in concat(["build"], local.has_deployer ? ["deployer"] : []) :
+    [for who in concat(["build"], local.has_deployer ? ["deployer"] : [], local.has_checker ? ["checker"] : []) :
     { who = who, role = "cloudbuild.workerPoolUser", on = "project", why = "starts builds in the private pool" } if local.has_pool],
   )
 
