@@ -143,11 +143,16 @@ def test_the_sdist_builds_the_same_wheel(built: Path, project: Path, tmp_path: P
 
 def test_what_the_code_imports_is_declared(project: Path, modules: set[str]) -> None:
     package = tomllib.loads((project / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    names = {"pyyaml": "yaml", "scikit-learn": "sklearn"}
+    names = {"pyyaml": "yaml", "scikit-learn": "sklearn", "cyclonedx-python-lib": "cyclonedx"}
     parts = [package["dependencies"], *package["optional-dependencies"].values()]
     declared = {re.split("[=>]", requirement)[0] for part in parts for requirement in part}
-    # What comes with others: fastapi's, pydantic's, kfp's.
-    allowed = {names.get(name, name.replace("-", "_")) for name in declared} | {"starlette", "pydantic_core", "google"}
+    # What comes with others: fastapi's, pydantic's, kfp's, cyclonedx's.
+    allowed = {names.get(name, name.replace("-", "_")) for name in declared} | {
+        "starlette",
+        "pydantic_core",
+        "google",
+        "packageurl",
+    }
     own = {module.split("/")[0] for module in modules} | set(sys.stdlib_module_names)
     imported = {name.split(".")[0] for module in modules for name in imports(project / "src" / module)}
     assert imported - own <= allowed
