@@ -1,6 +1,7 @@
 """SIGTERM and Ctrl-C: a program that watches something in the cloud ends in an orderly way, and says what goes on."""
 
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -41,8 +42,12 @@ def stoppable() -> Iterator[Stop]:
     """Catch the signals, and give them back."""
     stop = Stop()
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    tell = sys.unraisablehook
+    # What is lost in a finaliser comes again with `check`: nobody needs its traceback.
+    sys.unraisablehook = lambda lost: None if isinstance(lost.exc_value, SystemExit) else tell(lost)
     try:
         yield stop
     finally:
+        sys.unraisablehook = tell
         for number, handler in before.items():
             signal.signal(number, handler)
