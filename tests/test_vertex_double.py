@@ -716,7 +716,7 @@ def by_hand(template: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[s
     command = [sys.executable, "-m", "rehearsal", "--port", "0", "--buckets", str(tmp_path), "--bucket", "my-bucket"]
     process = subprocess.Popen(command, cwd=template / "level_2_cicd", stdout=subprocess.PIPE, text=True)
     try:
-        assert process.stdout is not None
+        assert process.stdout
         lines = [process.stdout.readline().strip() for _ in range(4)]
         assert all(line.startswith("export ") for line in lines)
         yield process, dict(line.removeprefix("export ").split("=", 1) for line in lines)

@@ -227,7 +227,7 @@ def release(place: Place) -> str:
         if not is_current:
             done.append(f"this was trained before, in {run_of(found, what, place).link}")
         # The run of this push brings the predictor that it was told at its start, perhaps long ago.
-        if image_is_new(found, place) or came_of(found, what, place):
+        if image_is_new(found, before, place) or came_of(found, what, place):
             done += redeployed(deploy.redeploy(place.registry, found.values["serving"]))
     if not kfp_publish.write_current(place, told):
         done.append(overtaken(kfp_publish.read_current(place)))
@@ -293,9 +293,8 @@ def came_of(found: Published, what: str, place: Place) -> bool:
     return re.fullmatch(rf"{re.escape(identity)}(-a\d+)?", deploy.origin(champion.run)) is not None
 
 
-def image_is_new(found: Published, place: Place) -> bool:
+def image_is_new(found: Published, current: Mapping[str, Any] | None, place: Place) -> bool:
     """Whether another predictor is current, or none."""
-    current = kfp_publish.read_current(place)
     if current is None:
         return True
     there = published.read(kfp_publish.templates_folder(place), current["version"])
