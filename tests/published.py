@@ -9,7 +9,7 @@ from typing import Any
 from launcher import kfp_compile, kfp_publish, kfp_template, parameters, published
 from project import settings
 from project.cloud import Place, place
-from rehearsal.storage import Storage
+from rehearsal.storage import FakeStorage
 
 IMAGES = {name: f"example.com/{name}@sha256:{'0' * 64}" for name in parameters.IMAGES}
 VERSION = "0123456789abcdef"
@@ -67,9 +67,9 @@ def values(cloud: Cloud, csv: str = ROWS) -> dict[str, Any]:
     return every if csv else {name: value for name, value in every.items() if name != "csv"}
 
 
-def publish(storage: Storage, cloud: Cloud, spec: Mapping[str, Any], csv: str = ROWS, version: str = VERSION) -> None:
+def publish(storage: FakeStorage, cloud: Cloud, spec: Mapping[str, Any], csv: str = ROWS, version: str = VERSION) -> None:
     """Put a version into the bucket, and make it the current one."""
-    root = storage.make(cloud.bucket(cloud.place.storage)) / cloud.templates.split("/", 3)[3]
+    root = storage.create_bucket(cloud.bucket(cloud.place.storage)) / cloud.templates.split("/", 3)[3]
     (root / version).mkdir(parents=True, exist_ok=True)
     (root / version / "pipeline.json").write_text(json.dumps(spec), encoding="utf-8")
     document = {"labels": {"commit": "1a2b"}, "parameters": values(cloud, csv)}

@@ -19,13 +19,13 @@ from typing import Any
 import pytest
 from launcher import containers, deploy, submit_build, trigger
 from project import cloud, manifest, settings
-from rehearsal import cloud_build, steps
+from rehearsal import build_steps, cloud_build
 from rehearsal.images import Images
+from rehearsal.kfp_templates import FakeTemplateRegistry
+from rehearsal.pubsub import FakePubSub
 from rehearsal.server import Response
-from rehearsal.storage import Storage
-from rehearsal.templates import Templates
-from rehearsal.topics import Topics
-from rehearsal.vertex import Vertex
+from rehearsal.storage import FakeStorage
+from rehearsal.vertex import FakeVertex
 
 REQUEST = "level_2_cicd/trigger_function_container/request.avsc"
 COMMIT = "1a2b3c4d"
@@ -47,24 +47,26 @@ class Cloud:
 
     def __init__(self, folder: Path, project: Path, stack: ExitStack) -> None:
         self.folder, self.project = folder, project
-        self.storage = stack.enter_context(Storage(folder / "buckets"))
-        self.vertex = stack.enter_context(Vertex())
-        self.templates = stack.enter_context(Templates())
+        self.storage = stack.enter_context(FakeStorage(folder / "buckets"))
+        self.vertex = stack.enter_context(FakeVertex())
+        self.templates = stack.enter_context(FakeTemplateRegistry())
         self.images = stack.enter_context(Images())
-        self.topics = stack.enter_context(Topics())
-        self.ran: list[steps.Outcome] = []
-        work = cloud_build.does(folder / "buckets", folder / "children", lambda _: self.command(), self.images.push, self._note)
-        self.builds = stack.enter_context(cloud_build.CloudBuild(work))
+        self.topics = stack.enter_context(FakePubSub())
+        self.ran: list[build_steps.Outcome] = []
+        work = cloud_build.build_worker(
+            folder / "buckets", folder / "children", lambda _: self.command(), self.images.push, self._note
+        )
+        self.builds = stack.enter_context(cloud_build.FakeCloudBuild(work))
         edit(project / "project.yaml", 'dev: {project: ""', 'dev: {project: "my-project"')
         edit(project / "project.yaml", 'registry: ""', f'registry: "{self.images.host}/digit-reader"')
         fake(folder / "fakes" / "docker", DOCKER)
         for bucket in ("storage", "data", "pipelines"):
-            self.storage.make(f"my-project-digit-reader-{bucket}")
+            self.storage.create_bucket(f"my-project-digit-reader-{bucket}")
         self.vertex.skipped_tasks.add("register")  # as the gate decides, which is not run here
         self.vertex.predictor = lambda *_: Response({"predictions": [{"label": "1"}]})
         self.vertex.task_outputs["gate"] = {"decision": {"passed": False, "reason": "this run only tests"}}
 
-    def _note(self, _: Any, outcome: steps.Outcome) -> None:
+    def _note(self, _: Any, outcome: build_steps.Outcome) -> None:
         self.ran.append(outcome)
 
     @property
@@ -87,25 +89,27 @@ class Cloud:
             "POLL": "0.01",
         }
 
-    def command(self, instead: Mapping[str, list[str]] | None = None) -> Callable[..., steps.Command]:
+    def command(self, instead: Mapping[str, list[str]] | None = None) -> Callable[..., build_steps.Command]:
         """What runs a step here: the toolbox's own making, quality and Terraform have tests of their own."""
         left_out = {name: ["true"] for name in ("toolbox", "setup", "lint", "test", "apply")}
-        return steps.as_process(self.variables, {**left_out, **(instead or {})})
+        return build_steps.as_process(self.variables, {**left_out, **(instead or {})})
 
     @property
     def doubles(self) -> list[Any]:
         """Everybody who can receive something."""
         return [self.storage, self.vertex, self.templates, self.images, self.topics, self.builds]
 
-    def pull_request(self) -> steps.Outcome:
+    def pull_request(self) -> build_steps.Outcome:
         """Run cloudbuild.pr.yaml."""
         with within(self.project), settings_of_nobody():
             chosen = settings.load("")
             told = submit_build.substitutions_of_pull_request(chosen, cloud.place(chosen, "dev"))
         instead = {"terraform": ["true"], "plan": ["true"]}
-        return steps.run(steps.read(self.project / submit_build.PULL_REQUEST, told), self.project, self.command(instead))
+        return build_steps.run(
+            build_steps.read(self.project / submit_build.PULL_REQUEST, told), self.project, self.command(instead)
+        )
 
-    def push(self, kill_after: int | None = None, instead: Mapping[str, list[str]] | None = None) -> steps.Outcome:
+    def push(self, kill_after: int | None = None, instead: Mapping[str, list[str]] | None = None) -> build_steps.Outcome:
         """Run cloudbuild.yaml as a push does, in the project's folder as it is now."""
         with within(self.project), settings_of_nobody():
             chosen = settings.load("")
@@ -114,7 +118,9 @@ class Cloud:
                 patch.setenv("JOB_SPEC", "cpu")
                 told = submit_build.substitutions(chosen, cloud.place(chosen, "dev"))
         shutil.rmtree(self.project / "build", ignore_errors=True)  # each build begins with an empty workspace
-        return steps.run(steps.read(self.project / submit_build.PUSH, told), self.project, self.command(instead), kill_after)
+        return build_steps.run(
+            build_steps.read(self.project / submit_build.PUSH, told), self.project, self.command(instead), kill_after
+        )
 
     def deliver(self) -> list[int]:
         """Bring every message to the trigger function, as Pub/Sub does: at least once. Its answers."""
@@ -198,7 +204,7 @@ def effect(cloud: Cloud, **how: Any) -> Effect:
     cloud.forget()
     images, compiled, current = cloud.images.names(), compilations(cloud), cloud.current()
     outcome = cloud.push(**how)
-    assert outcome.status == "SUCCESS", outcome.told() + "\n".join(child.told() for child in cloud.ran)
+    assert outcome.status == "SUCCESS", outcome.failures() + "\n".join(child.failures() for child in cloud.ran)
     assert set(cloud.deliver() + cloud.deliver()) <= {200}
     return Effect(
         builds=tuple(cloud.built()),

@@ -15,9 +15,9 @@ import pytest
 import yaml
 from launcher import containers, submit_build
 from project import cloud, settings
-from rehearsal import steps
-from rehearsal.cloud_build import CloudBuild, Failed
-from rehearsal.storage import Storage
+from rehearsal import build_steps
+from rehearsal.cloud_build import BuildFailed, FakeCloudBuild
+from rehearsal.storage import FakeStorage
 
 from tests.push import edit, settings_of_nobody, within
 
@@ -68,9 +68,9 @@ def test_each_has_limits_logs_and_tags(name: str) -> None:
     build = document(name)
     assert build["options"]["logging"] == "CLOUD_LOGGING_ONLY"
     assert all("timeout" in step for step in build["steps"])
-    assert max(steps.seconds(step["timeout"]) for step in build["steps"]) <= steps.seconds(build["timeout"])
-    limits = [steps.seconds(step["timeout"]) for step in build["steps"]]
-    assert steps.critical_path(build["steps"], limits) <= steps.seconds(build["timeout"]) * 1.2
+    assert max(build_steps.seconds(step["timeout"]) for step in build["steps"]) <= build_steps.seconds(build["timeout"])
+    limits = [build_steps.seconds(step["timeout"]) for step in build["steps"]]
+    assert build_steps.critical_path(build["steps"], limits) <= build_steps.seconds(build["timeout"]) * 1.2
     assert "substitutions" not in build, "a default would be taken where a caller forgets one"
     assert build["tags"][0] == "$_ENVIRONMENT"
 
@@ -139,7 +139,7 @@ def test_nothing_waits_for_what_it_does_not_need() -> None:
 # ── who calls them ──────────────────────────────────────────────────────────────────────────────────────
 def used(name: str) -> set[str]:
     """The substitutions that a file uses."""
-    return {found for found in steps.variables(document(name)) if found.startswith("_")}
+    return {found for found in build_steps.variables(document(name)) if found.startswith("_")}
 
 
 def test_every_caller_gives_every_substitution_and_no_other(here: Path) -> None:
@@ -155,11 +155,11 @@ def test_every_caller_gives_every_substitution_and_no_other(here: Path) -> None:
 def test_a_substitution_that_is_missing_or_too_many_is_refused() -> None:
     path = PROJECT / "level_2_cicd" / "cloudbuild.image.yaml"
     values = dict.fromkeys(used("cloudbuild.image.yaml"), "x")
-    assert steps.read(path, values)["images"] == ["x:x"]
-    with pytest.raises(steps.Invalid, match="_TAG"):
-        steps.read(path, {name: value for name, value in values.items() if name != "_TAG"})
-    with pytest.raises(steps.Invalid, match="_MORE"):
-        steps.read(path, {**values, "_MORE": ""})
+    assert build_steps.read(path, values)["images"] == ["x:x"]
+    with pytest.raises(build_steps.InvalidBuild, match="_TAG"):
+        build_steps.read(path, {name: value for name, value in values.items() if name != "_TAG"})
+    with pytest.raises(build_steps.InvalidBuild, match="_MORE"):
+        build_steps.read(path, {**values, "_MORE": ""})
 
 
 def test_a_value_with_a_comma_reaches_gcloud_whole() -> None:
@@ -169,12 +169,12 @@ def test_a_value_with_a_comma_reaches_gcloud_whole() -> None:
 
 # ── gcloud builds submit, over the wire ─────────────────────────────────────────────────────────────────
 @pytest.fixture
-def doubles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[CloudBuild, Storage]]:
+def doubles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[FakeCloudBuild, FakeStorage]]:
     """Cloud Build and Cloud Storage, to which the real gcloud talks."""
     if shutil.which("gcloud") is None:
         (pytest.fail if os.environ.get("REQUIRE_DOCKER") else pytest.skip)("this test needs gcloud")
-    with Storage(tmp_path / "buckets") as storage, CloudBuild() as builds:
-        storage.make("my-project-digit-reader-storage")
+    with FakeStorage(tmp_path / "buckets") as storage, FakeCloudBuild() as builds:
+        storage.create_bucket("my-project-digit-reader-storage")
         variables = {
             "CLOUDSDK_CONFIG": str(tmp_path / "gcloud"),
             "CLOUDSDK_AUTH_DISABLE_CREDENTIALS": "true",
@@ -213,7 +213,9 @@ SECRETS = {
 }
 
 
-def test_submit_sends_what_cloudbuild_yaml_says_and_nothing_secret(here: Path, doubles: tuple[CloudBuild, Storage]) -> None:
+def test_submit_sends_what_cloudbuild_yaml_says_and_nothing_secret(
+    here: Path, doubles: tuple[FakeCloudBuild, FakeStorage]
+) -> None:
     builds, storage = doubles
     for name, text in SECRETS.items():
         (here / name).parent.mkdir(parents=True, exist_ok=True)
@@ -291,9 +293,9 @@ def test_the_sources_of_every_container_are_sent(here: Path) -> None:
         assert needed <= sent, container.name
 
 
-def test_a_pool_and_another_environment_are_named(here: Path, doubles: tuple[CloudBuild, Storage]) -> None:
+def test_a_pool_and_another_environment_are_named(here: Path, doubles: tuple[FakeCloudBuild, FakeStorage]) -> None:
     builds, storage = doubles
-    storage.make("my-prod-digit-reader-storage")
+    storage.create_bucket("my-prod-digit-reader-storage")
     pool = "projects/my-prod/locations/europe-west4/workerPools/private"
     done = make("submit", ENVIRONMENT="prod", SET=f'"cloud.environments.prod.existing={{build_pool: {pool}}}"')
     assert done.returncode == 0, done.stdout + done.stderr
@@ -304,18 +306,18 @@ def test_a_pool_and_another_environment_are_named(here: Path, doubles: tuple[Clo
     assert build.source.storage_source.bucket == "my-prod-digit-reader-storage"
 
 
-def test_the_command_is_shown_and_nothing_is_sent(here: Path, doubles: tuple[CloudBuild, Storage]) -> None:
+def test_the_command_is_shown_and_nothing_is_sent(here: Path, doubles: tuple[FakeCloudBuild, FakeStorage]) -> None:
     done = make("submit", DRY_RUN="1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("gcloud builds submit . --config=level_2_cicd/cloudbuild.yaml --project=my-project")
     assert not any(double.received for double in doubles)
 
 
-def test_a_build_that_fails_is_a_failure_here(here: Path, doubles: tuple[CloudBuild, Storage]) -> None:
+def test_a_build_that_fails_is_a_failure_here(here: Path, doubles: tuple[FakeCloudBuild, FakeStorage]) -> None:
     builds, _ = doubles
 
     def fail(_: object) -> dict[str, str]:
-        raise Failed("step test failed")
+        raise BuildFailed("step test failed")
 
     builds.work = fail
     done = make("submit")
@@ -324,7 +326,7 @@ def test_a_build_that_fails_is_a_failure_here(here: Path, doubles: tuple[CloudBu
     assert "Traceback" not in done.stderr
 
 
-def test_what_cloud_build_would_refuse_the_double_refuses(here: Path, doubles: tuple[CloudBuild, Storage]) -> None:
+def test_what_cloud_build_would_refuse_the_double_refuses(here: Path, doubles: tuple[FakeCloudBuild, FakeStorage]) -> None:
     def submit(text: str, *more: str) -> str:
         (here / "build").mkdir(exist_ok=True)
         (here / "build" / "bad.yaml").write_text(text)
@@ -351,7 +353,9 @@ def test_what_cloud_build_would_refuse_the_double_refuses(here: Path, doubles: t
     assert not doubles[0].calls("builds.create")
 
 
-def test_triggers_for_each_container_name_their_files_and_are_made_anew(here: Path, doubles: tuple[CloudBuild, Storage]) -> None:
+def test_triggers_for_each_container_name_their_files_and_are_made_anew(
+    here: Path, doubles: tuple[FakeCloudBuild, FakeStorage]
+) -> None:
     linked = "cloud.ci=cloud-build cloud.repository.name=connection/code"
     for turn in ("made", "made anew"):
         done = make("setup-triggers", SET=linked)
@@ -370,7 +374,7 @@ def test_triggers_for_each_container_name_their_files_and_are_made_anew(here: Pa
     assert not any(name.startswith("src/trainer") for name in predict.included_files)
 
 
-def test_triggers_without_a_linked_repository_are_refused(here: Path, doubles: tuple[CloudBuild, Storage]) -> None:
+def test_triggers_without_a_linked_repository_are_refused(here: Path, doubles: tuple[FakeCloudBuild, FakeStorage]) -> None:
     for chosen, told in (
         ("", "cloud.ci in project.yaml is github-actions"),
         ("cloud.ci=cloud-build", "cloud.repository.name in"),
@@ -385,7 +389,7 @@ def test_triggers_without_a_linked_repository_are_refused(here: Path, doubles: t
 def build(*written: dict[str, Any], **more: Any) -> dict[str, Any]:
     """A build whose steps are shell commands."""
     shells = [{"name": "x", "entrypoint": "sh", "args": ["-c", step.pop("run")], **step} for step in written]
-    return steps.resolve({"steps": shells, **more}, {"PROJECT_ID": "p"})
+    return build_steps.resolve({"steps": shells, **more}, {"PROJECT_ID": "p"})
 
 
 def test_steps_run_as_soon_as_they_can_and_in_order(tmp_path: Path) -> None:
@@ -395,8 +399,8 @@ def test_steps_run_as_soon_as_they_can_and_in_order(tmp_path: Path) -> None:
         {"id": "quick", "run": "echo quick >>log", "waitFor": ["a"]},
         {"id": "last", "run": "echo last $PROJECT_ID $$PLACE >>log", "env": ["PLACE=$PROJECT_ID"]},
     )
-    outcome = steps.run(made, tmp_path, steps.as_process({}))
-    assert outcome.status == "SUCCESS", outcome.told()
+    outcome = build_steps.run(made, tmp_path, build_steps.as_process({}))
+    assert outcome.status == "SUCCESS", outcome.failures()
     assert (tmp_path / "log").read_text().splitlines()[:3] == ["a", "quick", "slow"]
     assert (tmp_path / "log").read_text().splitlines()[3] == "last p p"
     assert outcome.critical < sum(step.seconds for step in outcome.steps)
@@ -408,31 +412,31 @@ def test_a_failure_ends_the_others_and_nothing_new_begins(tmp_path: Path) -> Non
         {"id": "bad", "run": "echo so; exit 3", "waitFor": ["-"]},
         {"id": "after", "run": "touch after", "waitFor": ["bad"]},
     )
-    outcome = steps.run(made, tmp_path, steps.as_process({}))
+    outcome = build_steps.run(made, tmp_path, build_steps.as_process({}))
     assert [step.status for step in outcome.steps] == ["CANCELLED", "FAILURE", "QUEUED"]
     assert outcome.status == "FAILURE"
-    assert "so" in outcome.told()
+    assert "so" in outcome.failures()
     assert not (tmp_path / "after").exists()
 
 
 def test_a_step_that_may_fail_ends_nothing(tmp_path: Path) -> None:
     made = build({"id": "bad", "run": "exit 3", "allowFailure": True}, {"id": "after", "run": "touch after"})
-    outcome = steps.run(made, tmp_path, steps.as_process({}))
+    outcome = build_steps.run(made, tmp_path, build_steps.as_process({}))
     assert [step.status for step in outcome.steps] == ["FAILURE", "SUCCESS"]
     assert outcome.status == "SUCCESS"
 
 
 def test_times_out_and_is_killed(tmp_path: Path) -> None:
-    late = steps.run(build({"id": "a", "run": "sleep 60", "timeout": "1s"}), tmp_path, steps.as_process({}))
+    late = build_steps.run(build({"id": "a", "run": "sleep 60", "timeout": "1s"}), tmp_path, build_steps.as_process({}))
     assert (late.status, late.step("a").status) == ("TIMEOUT", "TIMEOUT")
-    late = steps.run(build({"id": "a", "run": "sleep 60"}, timeout="1s"), tmp_path, steps.as_process({}))
+    late = build_steps.run(build({"id": "a", "run": "sleep 60"}, timeout="1s"), tmp_path, build_steps.as_process({}))
     assert late.status == "TIMEOUT"
     made = build({"id": "a", "run": "true"}, {"id": "b", "run": "touch b"})
-    assert steps.run(made, tmp_path, steps.as_process({}), kill_after=1).status == "KILLED"
+    assert build_steps.run(made, tmp_path, build_steps.as_process({}), kill_after=1).status == "KILLED"
     assert not (tmp_path / "b").exists()
 
 
 def test_the_critical_path_is_the_longest_way_through() -> None:
     made = build({"id": "a", "run": ""}, {"id": "b", "run": "", "waitFor": ["-"]}, {"id": "c", "run": "", "waitFor": ["a"]})
-    assert steps.critical_path(made["steps"], [1, 5, 2]) == 5
-    assert steps.critical_path(made["steps"], [4, 5, 2]) == 6
+    assert build_steps.critical_path(made["steps"], [1, 5, 2]) == 5
+    assert build_steps.critical_path(made["steps"], [4, 5, 2]) == 6

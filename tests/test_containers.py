@@ -25,7 +25,7 @@ from launcher import containers, image_contents
 from packaging.requirements import Requirement
 from project import manifest
 from project.errors import UserError
-from rehearsal.storage import Storage
+from rehearsal.storage import FakeStorage
 from trainer.data import find_csv, prepare
 from trainer.runtime import load_checkpoint
 
@@ -425,7 +425,7 @@ def serving(model: Path, *options: object) -> tuple[object, ...]:
 
 def test_the_predictor_fetches_its_model_from_a_bucket(images: dict[str, str], model: Path, tmp_path: Path) -> None:
     saved = shutil.copytree(model, tmp_path / "cloud" / "models" / "1" / "model")
-    with Storage(tmp_path / "cloud") as bucket:
+    with FakeStorage(tmp_path / "cloud") as bucket:
         told = {
             "STORAGE_EMULATOR_HOST": bucket.address,
             "AIP_STORAGE_URI": "gs://models/1/model/",

@@ -22,8 +22,8 @@ from project import manifest
 from project.errors import UserError
 from project.registry import open_registry
 from rehearsal.server import Response
-from rehearsal.storage import Storage
-from rehearsal.vertex import Vertex
+from rehearsal.storage import FakeStorage
+from rehearsal.vertex import FakeVertex
 
 pytestmark = pytest.mark.heavy
 
@@ -45,7 +45,7 @@ SCHEMA = {"label": "digit", "classes": ["0", "1"], "columns": [{"name": "a", "ki
 class Cloud:
     """Both doubles; each run is compared with the champion of its time."""
 
-    def __init__(self, vertex: Vertex, store: Storage, mount: Path) -> None:
+    def __init__(self, vertex: FakeVertex, store: FakeStorage, mount: Path) -> None:
         self.vertex, self.store, self.mount = vertex, store, mount
         vertex.predictor = lambda *_: Response({"predictions": [{"label": "1"}]})
 
@@ -99,8 +99,8 @@ def cloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
     monkeypatch.setattr(polling.DEFAULT_POLLING, "_initial", 0.01)
     monkeypatch.setattr(vertex_registry, "LONGEST_LOOK", 0.02)
     mount = tmp_path / "gcs"
-    with Vertex() as vertex, Storage(mount) as store:
-        store.make("bucket")
+    with FakeVertex() as vertex, FakeStorage(mount) as store:
+        store.create_bucket("bucket")
         monkeypatch.setenv("CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM", vertex.address)
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", store.address)
         monkeypatch.setenv("GCS_MOUNT", str(mount))

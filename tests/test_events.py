@@ -25,9 +25,9 @@ import pytest
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import storage as google_storage
 from launcher import containers, request_run
-from rehearsal.events import Function, PubSub, Refusal, eventually
-from rehearsal.storage import Storage
-from rehearsal.vertex import Vertex
+from rehearsal.pubsub_emulator import EmulatorError, PubSubEmulator, TriggerFunction, eventually
+from rehearsal.storage import FakeStorage
+from rehearsal.vertex import FakeVertex
 
 from tests import published
 from tests.published import ROWS, Cloud
@@ -60,11 +60,11 @@ def spec(cloud: Cloud, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
 
 
 @pytest.fixture(scope="module")
-def emulator() -> Iterator[PubSub]:
+def emulator() -> Iterator[PubSubEmulator]:
     """Google's emulator."""
     if not shutil.which("gcloud"):
         (pytest.fail if os.environ.get("REQUIRE_DOCKER") else pytest.skip)("this test needs gcloud")
-    with PubSub() as pubsub:
+    with PubSubEmulator() as pubsub:
         yield pubsub
 
 
@@ -73,10 +73,10 @@ class Events:
     """All that takes part."""
 
     cloud: Cloud
-    pubsub: PubSub
-    vertex: Vertex
-    storage: Storage
-    function: Function
+    pubsub: PubSubEmulator
+    vertex: FakeVertex
+    storage: FakeStorage
+    function: TriggerFunction
 
     def topic(self, kind: str) -> str:
         return self.cloud.place.topic(kind)
@@ -96,14 +96,16 @@ class Events:
 
 @pytest.fixture
 def make_events(
-    emulator: PubSub, cloud: Cloud, spec: dict[str, Any], project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    emulator: PubSubEmulator, cloud: Cloud, spec: dict[str, Any], project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Events]]:
     """Start all of it: topics, subscriptions, doubles, function."""
-    with Vertex() as vertex, Storage(tmp_path / "buckets", pubsub=emulator.address) as storage:
-        started: list[Function] = []
+    with FakeVertex() as vertex, FakeStorage(tmp_path / "buckets", pubsub=emulator.address) as storage:
+        started: list[TriggerFunction] = []
         topics = {kind: cloud.place.topic(kind) for kind in ("requests", "data", "dead-letters")}
 
-        def make_events(csv: str = ROWS, attempts: int = 5, kind: type[Function] = Function, **variables: str) -> Events:
+        def make_events(
+            csv: str = ROWS, attempts: int = 5, kind: type[TriggerFunction] = TriggerFunction, **variables: str
+        ) -> Events:
             published.publish(storage, cloud, spec, csv)
             leading = {
                 "CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM": vertex.address,
@@ -112,9 +114,9 @@ def make_events(
             function = kind(project, {**cloud.variables, **leading, **variables}, tmp_path / "function.log")
             function.start()
             started.append(function)
-            emulator.topic(topics["requests"], (project / request_run.SCHEMA).read_text(encoding="utf-8"))
-            emulator.topic(topics["data"])
-            emulator.topic(topics["dead-letters"])
+            emulator.create_topic(topics["requests"], (project / request_run.SCHEMA).read_text(encoding="utf-8"))
+            emulator.create_topic(topics["data"])
+            emulator.create_topic(topics["dead-letters"])
             for name in ("requests", "data"):
                 emulator.subscribe(topics[name], f"{function.address}/{topics[name]}", topics["dead-letters"], attempts)
             emulator.subscribe(topics["dead-letters"])
@@ -126,15 +128,15 @@ def make_events(
         for function in started:
             function.kill()
         for topic in topics.values():
-            emulator.ask("DELETE", topic.replace("/topics/", "/subscriptions/"))
-            emulator.ask("DELETE", topic)
-        emulator.ask("DELETE", topics["requests"].replace("/topics/", "/schemas/"))
+            emulator.call("DELETE", topic.replace("/topics/", "/subscriptions/"))
+            emulator.call("DELETE", topic)
+        emulator.call("DELETE", topics["requests"].replace("/topics/", "/schemas/"))
 
 
 def watch(events: Events) -> Any:
     """Let the bucket tell the topic what happens below `incoming`, as Terraform does; returns the bucket."""
     name = events.cloud.bucket(events.cloud.place.data)
-    events.storage.make(name)
+    events.storage.create_bucket(name)
     client = google_storage.Client(
         project="my-project", credentials=AnonymousCredentials(), client_options={"api_endpoint": events.storage.address}
     )
@@ -185,7 +187,7 @@ def test_the_topic_refuses_what_is_no_request(make_events: Callable[..., Events]
     good = request_run.compose("x")
     wrong = [{**good, "attempt": "1"}, {**good, "event": 5}, {name: it for name, it in good.items() if name != "actor"}, {}, []]
     for message in wrong:
-        with pytest.raises(Refusal) as caught:
+        with pytest.raises(EmulatorError) as caught:
             events.pubsub.publish(events.topic("requests"), json.dumps(message).encode())
         assert caught.value.status == 400
     events.pubsub.publish(events.topic("requests"), json.dumps(good).encode())
@@ -222,7 +224,7 @@ def test_the_scheduler_s_message_starts_a_run_of_its_minute(make_events: Callabl
 def test_files_that_come_change_and_go(make_events: Callable[..., Events], versioned: bool) -> None:
     """Where project.yaml names rows in a bucket, each change is a run on those, and an overwrite is one change."""
     events = make_events(DATA_SOURCE=ROWS)
-    events.storage.make(events.cloud.bucket(events.cloud.place.data), versioning={"enabled": versioned})
+    events.storage.create_bucket(events.cloud.bucket(events.cloud.place.data), versioning={"enabled": versioned})
     bucket = watch(events)
     bucket.blob("incoming/a.csv").upload_from_string("a,b\n")
     bucket.blob("incoming/a.txt").upload_from_string("no rows")
@@ -289,7 +291,7 @@ def test_what_it_was_told_before_it_ended_is_answered(make_events: Callable[...,
 
 
 def test_a_wrong_environment_is_told_in_one_message(cloud: Cloud, project: Path, tmp_path: Path) -> None:
-    function = Function(project, {**cloud.variables, "TEMPLATES": "", "FOLD_MINUTES": "soon"}, tmp_path / "log")
+    function = TriggerFunction(project, {**cloud.variables, "TEMPLATES": "", "FOLD_MINUTES": "soon"}, tmp_path / "log")
     with pytest.raises(RuntimeError) as caught:
         function.start()
     told = str(caught.value)
@@ -298,7 +300,7 @@ def test_a_wrong_environment_is_told_in_one_message(cloud: Cloud, project: Path,
     assert "Traceback" not in told
 
 
-class Contained(Function):
+class Contained(TriggerFunction):
     """The function in its image: any user, a read-only root, no --init, as on Cloud Run."""
 
     image = ""

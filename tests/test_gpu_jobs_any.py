@@ -27,7 +27,7 @@ from launcher.vertex_train import Request
 from project.cloud import place
 from project.errors import UserError
 from project.settings import load
-from rehearsal.vertex import Vertex
+from rehearsal.vertex import FakeVertex
 
 PROJECT = Path(__file__).resolve().parents[1] / "{{cookiecutter.project_slug}}"
 NAMES = gpu_jobs.names(PROJECT)
@@ -249,7 +249,7 @@ def send_with_gcloud(printed: str, gcloud_config: Path, tmp_path: Path, *options
     """The custom job that a server receives from gcloud, which is given this file."""
     config = tmp_path / "job.yaml"
     config.write_text(printed, encoding="utf-8")
-    with Vertex() as vertex:
+    with FakeVertex() as vertex:
         environment = {
             **os.environ,
             "CLOUDSDK_CONFIG": str(gcloud_config),

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 from launcher import containers, kfp_publish
-from rehearsal.storage import Storage
-from rehearsal.templates import Templates
-from rehearsal.vertex import Vertex
+from rehearsal.kfp_templates import FakeTemplateRegistry
+from rehearsal.storage import FakeStorage
+from rehearsal.vertex import FakeVertex
 
 pytestmark = pytest.mark.heavy
 
@@ -39,7 +39,7 @@ def project(generate: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
 class Cloud:
     """The doubles, and the environment in which commands find them."""
 
-    def __init__(self, vertex: Vertex, storage: Storage, templates: Templates) -> None:
+    def __init__(self, vertex: FakeVertex, storage: FakeStorage, templates: FakeTemplateRegistry) -> None:
         self.vertex, self.storage, self.templates = vertex, storage, templates
         self.variables = {
             "CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM": vertex.address,
@@ -55,7 +55,7 @@ class Cloud:
 def cloud(tmp_path: Path) -> Iterator[Cloud]:
     """All doubles, with the bucket."""
     (tmp_path / "my-project-digit-reader-storage").mkdir()
-    with Vertex() as vertex, Storage(tmp_path) as storage, Templates() as templates:
+    with FakeVertex() as vertex, FakeStorage(tmp_path) as storage, FakeTemplateRegistry() as templates:
         yield Cloud(vertex, storage, templates)
 
 

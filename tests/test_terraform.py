@@ -18,7 +18,7 @@ from launcher import kfp_compile, published, request_message, request_run, trigg
 from launcher import terraform as launcher_terraform
 from project import cloud, settings, storage
 from project.errors import UserError
-from rehearsal.storage import Storage
+from rehearsal.storage import FakeStorage
 
 from tests.terraform import EXISTING, FACTORS, IMAGES, PROJECTS, Configuration, Plan, pairwise, read_settings, settings_of
 from tests.test_cloudbuild import used
@@ -644,13 +644,13 @@ def test_the_state_begins_here_and_moves_to_the_bucket(
     clean_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Terraform's own backend speaks to the double of Cloud Storage; the bucket comes with the first apply."""
-    with Storage(tmp_path / "buckets") as store:
+    with FakeStorage(tmp_path / "buckets") as store:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", store.address)
         refused = launch("plan")
         assert refused.returncode == 2
         assert "make foundation" in refused.stderr or "bucket does not exist" in refused.stderr
         for bucket in ("terraform", "storage"):  # the stand-in for the providers makes nothing, so these are made here
-            store.make(f"my-project-dev-digit-reader-{bucket}")
+            store.create_bucket(f"my-project-dev-digit-reader-{bucket}")
         first = launch("foundation", "--yes")
         assert first.returncode == 0, first.stderr
         assert "foundation/default.tfstate from now on" in first.stdout

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 from launcher import containers, image_registry
-from rehearsal import cloud_build, steps
-from rehearsal.cloud_build import CloudBuild
-from rehearsal.storage import Storage
+from rehearsal import build_steps, cloud_build
+from rehearsal.cloud_build import FakeCloudBuild
+from rehearsal.storage import FakeStorage
 
 from tests.push import edit
 from tests.test_containers import registry
@@ -163,19 +163,19 @@ def test_an_image_is_built_by_the_steps_themselves(project: Path, address: str, 
         must("docker", "push", name)
         return str(image_registry.digest(name))
 
-    outcomes: list[steps.Outcome] = []
-    with Storage(tmp_path / "buckets") as storage, CloudBuild() as builds:
-        storage.make("my-project-digit-reader-storage")
+    outcomes: list[build_steps.Outcome] = []
+    with FakeStorage(tmp_path / "buckets") as storage, FakeCloudBuild() as builds:
+        storage.create_bucket("my-project-digit-reader-storage")
         variables |= {
             "CLOUDSDK_AUTH_DISABLE_CREDENTIALS": "true",
             "CLOUDSDK_API_ENDPOINT_OVERRIDES_CLOUDBUILD": f"{builds.address}/",
             "CLOUDSDK_API_ENDPOINT_OVERRIDES_STORAGE": f"{storage.address}/storage/v1/",
             "STORAGE_EMULATOR_HOST": storage.address,
         }
-        builds.work = cloud_build.does(
+        builds.work = cloud_build.build_worker(
             tmp_path / "buckets",
             tmp_path / "children",
-            lambda folder: steps.as_container(variables, folder),
+            lambda folder: build_steps.as_container(variables, folder),
             push,
             lambda _, outcome: outcomes.append(outcome),
         )
@@ -187,15 +187,15 @@ def test_an_image_is_built_by_the_steps_themselves(project: Path, address: str, 
             "_COMMIT": "1a2b",
             "_CONTAINER": "deploy",
         }
-        build = steps.read(workspace / "level_2_cicd/cloudbuild.container.yaml", told)
-        in_toolbox = steps.as_container(variables, workspace)
+        build = build_steps.read(workspace / "level_2_cicd/cloudbuild.container.yaml", told)
+        in_toolbox = build_steps.as_container(variables, workspace)
 
-        def command(build: steps.Json, step: steps.Json) -> steps.Command:
+        def command(build: build_steps.Json, step: build_steps.Json) -> build_steps.Command:
             # Cloud Build's own docker image cannot be had here: its one step is a process of this machine.
-            return steps.as_process({})(build, step) if step["id"] == "toolbox" else in_toolbox(build, step)
+            return build_steps.as_process({})(build, step) if step["id"] == "toolbox" else in_toolbox(build, step)
 
-        outcome = steps.run(build, workspace, command)
-        assert outcome.status == "SUCCESS", outcome.told() + "\n".join(child.told() for child in outcomes)
+        outcome = build_steps.run(build, workspace, command)
+        assert outcome.status == "SUCCESS", outcome.failures() + "\n".join(child.failures() for child in outcomes)
         [child] = builds.calls("builds.create")
         assert child.substitutions["_TOOLBOX"] == toolbox
         [kept] = builds.builds.values()

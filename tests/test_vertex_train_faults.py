@@ -18,8 +18,8 @@ from launcher.vertex_train import Jobs, Request, train
 from project import manifest
 from project.errors import UserError
 from rehearsal.containers import Containers
-from rehearsal.storage import Storage
-from rehearsal.vertex import Vertex
+from rehearsal.storage import FakeStorage
+from rehearsal.vertex import FakeVertex
 
 pytestmark = pytest.mark.heavy
 
@@ -66,25 +66,25 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def vertex(monkeypatch: pytest.MonkeyPatch) -> Iterator[Vertex]:
+def vertex(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeVertex]:
     """Vertex AI, which has no machine for the first job."""
-    with Vertex() as double:
+    with FakeVertex() as double:
         monkeypatch.setenv("CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM", double.address)
-        double.outcome("g2-standard-8$", "FAILED", code=8, message=STOCK_OUT)
+        double.set_outcome("g2-standard-8$", "FAILED", code=8, message=STOCK_OUT)
         yield double
 
 
-def states(vertex: Vertex) -> list[str]:
+def states(vertex: FakeVertex) -> list[str]:
     """The jobs' states, in the order in which they were sent."""
     return [kept.message.state.name.removeprefix("JOB_STATE_") for kept in vertex.jobs.jobs.values()]
 
 
-def attempts(vertex: Vertex) -> list[str]:
+def attempts(vertex: FakeVertex) -> list[str]:
     """Which attempts were sent, in order."""
     return [sent.labels["attempt"] for sent in vertex.calls("customJobs.create")]
 
 
-def test_how_it_goes_without_a_fault(vertex: Vertex) -> None:
+def test_how_it_goes_without_a_fault(vertex: FakeVertex) -> None:
     """The other tests let each of these calls go wrong."""
     train(request(), QUICK)
     assert states(vertex) == ["FAILED", "SUCCEEDED"]
@@ -96,7 +96,7 @@ CALLS = 18  # list, create; then a look and a list for each of four states; and 
 
 @pytest.mark.parametrize("index", range(CALLS))
 @pytest.mark.parametrize("fault", FAULTS)
-def test_an_error_at_any_call_changes_nothing(vertex: Vertex, fault: str, index: int) -> None:
+def test_an_error_at_any_call_changes_nothing(vertex: FakeVertex, fault: str, index: int) -> None:
     vertex.fail(after=index, **FAULTS[fault])
     train(request(), QUICK)
     assert states(vertex) == ["FAILED", "SUCCEEDED"]
@@ -106,7 +106,7 @@ def test_an_error_at_any_call_changes_nothing(vertex: Vertex, fault: str, index:
 
 @pytest.mark.parametrize("index", range(CALLS))
 def test_when_the_network_is_gone_for_good_it_says_what_remains_and_a_restart_ends_it(
-    vertex: Vertex, index: int, monkeypatch: pytest.MonkeyPatch
+    vertex: FakeVertex, index: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as impatient:
         impatient.setattr(api, "PATIENCE", 0.05)
@@ -129,7 +129,9 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("index", range(CALLS))
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_killed_at_any_call_and_started_again(vertex: Vertex, moment: str, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_at_any_call_and_started_again(
+    vertex: FakeVertex, moment: str, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     carry_out, left = api.call, [index]
 
     def call(*arguments: Any, **options: Any) -> Any:
@@ -151,7 +153,9 @@ def test_killed_at_any_call_and_started_again(vertex: Vertex, moment: str, index
 
 
 @pytest.mark.parametrize("index", range(CALLS))
-def test_told_to_stop_during_any_call_while_another_fails(vertex: Vertex, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_told_to_stop_during_any_call_while_another_fails(
+    vertex: FakeVertex, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The call after the signal is lost: what lives is cancelled all the same."""
     carry_out, left = vertex.handle, [index]
 
@@ -170,7 +174,7 @@ def test_told_to_stop_during_any_call_while_another_fails(vertex: Vertex, index:
 
 
 @pytest.mark.parametrize("round", range(10))
-def test_several_at_once_leave_one_job(vertex: Vertex, round: int) -> None:
+def test_several_at_once_leave_one_job(vertex: FakeVertex, round: int) -> None:
     """Three processes of one request, as when a step is started anew while the old one still runs."""
     vertex.jobs.outcomes.clear()
     endings: list[Any] = []
@@ -204,8 +208,8 @@ def words(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_process_is_stopped_by_a_signal(vertex: Vertex, number: signal.Signals) -> None:
-    vertex.outcome("g2-standard-8$", "SUCCEEDED", through=("RUNNING",) * 1000)
+def test_the_process_is_stopped_by_a_signal(vertex: FakeVertex, number: signal.Signals) -> None:
+    vertex.set_outcome("g2-standard-8$", "SUCCEEDED", through=("RUNNING",) * 1000)
     command = [sys.executable, *words("signalled")]
     environment = {**os.environ, "PYTHONPATH": str(FOLDER / "src"), "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -250,7 +254,7 @@ def image(project: Path) -> str:
     return built(project, "vertex_train")
 
 
-def container(image: str, vertex: Vertex, mount: Path, *command: str, name: str = "") -> list[str]:
+def container(image: str, vertex: FakeVertex, mount: Path, *command: str, name: str = "") -> list[str]:
     """The command that runs the image as the cloud does: any user, a read-only root, the buckets mounted."""
     mount.chmod(0o755)
     run = ["docker", "run", "--rm", "--network", "host", "--read-only", "--tmpfs", "/tmp", "--user", "12345:12345"]
@@ -259,17 +263,17 @@ def container(image: str, vertex: Vertex, mount: Path, *command: str, name: str 
     return [*run, "--env", override, "--volume", f"{mount}:/gcs:ro", image, *command]
 
 
-def test_the_container_trains(image: str, vertex: Vertex, tmp_path: Path) -> None:
-    vertex.outcome("g2-standard-12$", "SUCCEEDED", through=())
-    vertex.outcome("g2-standard-8$", "FAILED", code=8, message=STOCK_OUT, through=())
+def test_the_container_trains(image: str, vertex: FakeVertex, tmp_path: Path) -> None:
+    vertex.set_outcome("g2-standard-12$", "SUCCEEDED", through=())
+    vertex.set_outcome("g2-standard-8$", "FAILED", code=8, message=STOCK_OUT, through=())
     done = subprocess.run(container(image, vertex, tmp_path, "python", *words("contained")), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "no machine: " in done.stdout
     assert states(vertex) == ["FAILED", "SUCCEEDED"]
 
 
-def test_the_container_is_stopped(image: str, vertex: Vertex, tmp_path: Path) -> None:
-    vertex.outcome("g2-standard-8$", "SUCCEEDED", through=("RUNNING",) * 1000)
+def test_the_container_is_stopped(image: str, vertex: FakeVertex, tmp_path: Path) -> None:
+    vertex.set_outcome("g2-standard-8$", "SUCCEEDED", through=("RUNNING",) * 1000)
     name = f"vertex-train-{os.getpid()}"
     command = container(image, vertex, tmp_path, "python", *words("stopped"), name=name)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -306,7 +310,7 @@ def step(run: str) -> list[str]:
 
 
 @pytest.fixture
-def run(vertex: Vertex) -> str:
+def run(vertex: FakeVertex) -> str:
     """A pipeline run."""
     from google.cloud.aiplatform_v1 import types
 
@@ -320,8 +324,8 @@ def run(vertex: Vertex) -> str:
     return str(service.create_pipeline_job(parent=PLACE, pipeline_job=asked, pipeline_job_id="pipeline").name)
 
 
-def test_the_pipelines_step_runs_in_the_container(image: str, vertex: Vertex, run: str, tmp_path: Path) -> None:
-    vertex.outcome("g2-standard-8$", "SUCCEEDED", through=())
+def test_the_pipelines_step_runs_in_the_container(image: str, vertex: FakeVertex, run: str, tmp_path: Path) -> None:
+    vertex.set_outcome("g2-standard-8$", "SUCCEEDED", through=())
     ended = subprocess.run(container(image, vertex, tmp_path, *step(run)), capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     (sent,) = vertex.calls("customJobs.create")
@@ -332,9 +336,9 @@ def test_the_pipelines_step_runs_in_the_container(image: str, vertex: Vertex, ru
     assert states(vertex) == ["SUCCEEDED"]
 
 
-def test_the_pipelines_step_is_stopped_and_cancels_its_job(image: str, vertex: Vertex, run: str, tmp_path: Path) -> None:
+def test_the_pipelines_step_is_stopped_and_cancels_its_job(image: str, vertex: FakeVertex, run: str, tmp_path: Path) -> None:
     """As the cloud stops a step: SIGTERM to the container's first process, which no --init stands before."""
-    vertex.outcome("g2-standard-8$", "SUCCEEDED", through=("RUNNING",) * 1000)
+    vertex.set_outcome("g2-standard-8$", "SUCCEEDED", through=("RUNNING",) * 1000)
     name = f"vertex-step-{os.getpid()}"
     command = container(image, vertex, tmp_path, *step(run), name=name)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
@@ -364,7 +368,7 @@ def test_make_train_with_the_real_training_container(
     monkeypatch.setattr(vertex_train, "FIRST_WAIT", 0.05)
     monkeypatch.setattr(vertex_train, "LONGEST_WAIT", 0.2)
     real = Containers(buckets, images={address: image})
-    with real, Vertex(containers=real) as vertex, Storage(buckets) as storage:
+    with real, FakeVertex(containers=real) as vertex, FakeStorage(buckets) as storage:
         monkeypatch.setenv("CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM", vertex.address)
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", storage.address)
         vertex_by_hand.main()

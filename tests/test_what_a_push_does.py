@@ -96,7 +96,7 @@ def test_a_build_that_was_killed_and_is_started_again_ends_right(cloud: Cloud, s
     assert killed.status == "KILLED"
     assert sum(step.status == "SUCCESS" for step in killed.steps) >= succeeded
     again = cloud.push()
-    assert again.status == "SUCCESS", again.told()
+    assert again.status == "SUCCESS", again.failures()
     assert set(cloud.deliver()) == {200}
     assert (len(cloud.tests()), len(cloud.trainings()), cloud.built()) == (1, 1, [])
     assert compilations(cloud) == 1
@@ -110,7 +110,7 @@ def test_one_that_is_killed_again_and_again_gets_to_its_end(cloud: Cloud) -> Non
     for succeeded in range(STEPS):
         assert cloud.push(kill_after=succeeded).status == "KILLED"
     outcome = cloud.push()
-    assert outcome.status == "SUCCESS", outcome.told()
+    assert outcome.status == "SUCCESS", outcome.failures()
     assert set(cloud.deliver()) == {200}
     assert (len(cloud.tests()), len(cloud.trainings())) == (1, 1)
     assert cloud.images.names() == {
@@ -122,7 +122,7 @@ def test_one_that_is_killed_again_and_again_gets_to_its_end(cloud: Cloud) -> Non
 def test_a_pull_request_changes_nothing(cloud: Cloud) -> None:
     """cloudbuild.pr.yaml builds all images, and none of the doubles receives anything."""
     outcome = cloud.pull_request()
-    assert outcome.status == "SUCCESS", outcome.told()
+    assert outcome.status == "SUCCESS", outcome.failures()
     assert "l4-spot" in outcome.step("jobs").output
     built = (cloud.folder / "fakes" / "docker.log").read_text()
     assert all(f"digit-reader/{name}:" in built for name in IMAGES)

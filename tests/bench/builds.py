@@ -62,7 +62,7 @@ def of_the_graph(cloud: Cloud, small: bool) -> Iterator[Figure]:
     real = {} if small else {name: ["sh", "-c", timed, name] for name in ("lint", "test")}
     outcome = cloud.push(instead=real)
     if outcome.status != "SUCCESS":
-        raise RuntimeError(outcome.told())
+        raise RuntimeError(outcome.failures())
     total = sum(step.seconds for step in outcome.steps)
     slow = ", ".join(f"{step.name} {step.seconds:.0f}" for step in outcome.steps if step.seconds >= 1)
     yield Figure("all steps, one after the other", total, "s", note=slow)

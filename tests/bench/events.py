@@ -18,8 +18,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from launcher import request_run
-from rehearsal.events import Function, PubSub, eventually
-from rehearsal.storage import Storage
+from rehearsal.pubsub_emulator import PubSubEmulator, TriggerFunction, eventually
+from rehearsal.storage import FakeStorage
 
 from tests import published
 from tests.bench import generated
@@ -32,17 +32,17 @@ NEEDS_GCLOUD = True
 
 def measure(small: bool) -> Iterator[Figure]:
     """Seconds and milliseconds, their ratio, and memory."""
-    with TemporaryDirectory() as name, PubSub() as pubsub, Watched() as vertex:
+    with TemporaryDirectory() as name, PubSubEmulator() as pubsub, Watched() as vertex:
         folder = Path(name)
         (folder / "generated").mkdir()
         project = generated.project(folder / "generated")
-        with chdir(project), Storage(folder / "buckets") as storage:
+        with chdir(project), FakeStorage(folder / "buckets") as storage:
             cloud = published.prepare(project)
             published.publish(storage, cloud, published.compiled(folder))
             leading = {"CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM": vertex.address, "STORAGE_EMULATOR_HOST": storage.address}
-            function = Function(project, {**cloud.variables, **leading}, folder / "log")
+            function = TriggerFunction(project, {**cloud.variables, **leading}, folder / "log")
             topic = cloud.place.topic("requests")
-            pubsub.topic(topic, (project / request_run.SCHEMA).read_text(encoding="utf-8"))
+            pubsub.create_topic(topic, (project / request_run.SCHEMA).read_text(encoding="utf-8"))
             pubsub.subscribe(topic, f"{function.address}/{topic}")
 
             def ask(event: str) -> None:
@@ -84,7 +84,7 @@ def arrival(vertex: Watched, began: float, ask: Callable[[], None]) -> float:
     return vertex.arrived - began
 
 
-def resident(function: Function) -> float:
+def resident(function: TriggerFunction) -> float:
     """Megabytes in memory, of the process and its children; what they share counts once (Linux)."""
     assert function.pid
     children = Path(f"/proc/{function.pid}/task/{function.pid}/children").read_text(encoding="ascii").split()

@@ -18,8 +18,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from rehearsal.server import Request, Response
-from rehearsal.storage import Storage
-from rehearsal.vertex import Vertex
+from rehearsal.storage import FakeStorage
+from rehearsal.vertex import FakeVertex
 
 from tests.bench import generated
 from tests.bench.report import Figure
@@ -60,7 +60,7 @@ EXAMPLES: Mapping[str, Any] = {
 }
 
 
-class Watched(Vertex):
+class Watched(FakeVertex):
     """Notes when a run's request has arrived."""
 
     arrived = 0.0
@@ -83,7 +83,7 @@ def run(project: Path, environment: Mapping[str, str], *command: str) -> tuple[f
 
 def measure(small: bool) -> Iterator[Figure]:
     """Seconds, and their ratios."""
-    with TemporaryDirectory() as name, Watched() as vertex, Storage(Path(name, "buckets")) as storage:
+    with TemporaryDirectory() as name, Watched() as vertex, FakeStorage(Path(name, "buckets")) as storage:
         folder = Path(name)
         (folder / "generated").mkdir()
         project = generated.project(folder / "generated")

@@ -7,7 +7,7 @@ from google.auth.exceptions import DefaultCredentialsError, RefreshError, Transp
 
 from launcher import api
 from launcher.api import ApiError
-from rehearsal.vertex import Vertex
+from rehearsal.vertex import FakeVertex
 
 JOB = "projects/some-project/locations/europe-west4/customJobs/1"
 GPU_QUOTA = "The following quota metrics exceed quota limits: aiplatform.googleapis.com/custom_model_training_nvidia_l4_gpus"
@@ -21,7 +21,7 @@ def _quick(monkeypatch):
 
 @pytest.fixture
 def vertex(monkeypatch):
-    with Vertex() as double:
+    with FakeVertex() as double:
         monkeypatch.setenv("CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM", double.address + "/")
         yield double
 

@@ -28,7 +28,7 @@ from predictor.predict import Model
 from project import manifest
 from project.errors import UserError
 from project.registry import LocalRegistry
-from rehearsal.storage import Storage
+from rehearsal.storage import FakeStorage
 
 ROWS = [
     {"width": 3.0, "height": 50, "colour": "red"},
@@ -534,7 +534,7 @@ def bucket(trained, tmp_path, monkeypatch):
     """A double of Cloud Storage with the saved model at gs://models/runs/1/model, beside other files."""
     shutil.copytree(trained / "model", tmp_path / "cloud" / "models" / "runs" / "1" / "model")
     (tmp_path / "cloud" / "models" / "runs" / "1" / "model" / "note.txt").write_text("of somebody")
-    with Storage(tmp_path / "cloud") as double:
+    with FakeStorage(tmp_path / "cloud") as double:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", double.address)
         yield double
 

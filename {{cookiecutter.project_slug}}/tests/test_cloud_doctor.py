@@ -12,8 +12,8 @@ from launcher.machines import GPUS
 from project.cloud import place
 from project.errors import UserError
 from project.settings import load, project_root
-from rehearsal.platform import NUMBER, Platform
-from rehearsal.server import Double, Refused, Response
+from rehearsal.cloud_project import NUMBER, FakeProject
+from rehearsal.server import ApiError, FakeServer, Response
 
 PROJECT, BUCKET, REGION = "my-project", "my-bucket", "europe-west4"
 HOST = f"{REGION}-docker.pkg.dev"
@@ -56,7 +56,7 @@ def chosen(settings):
 @pytest.fixture
 def platform(chosen):
     """A project in which nothing is missing."""
-    with Platform(PROJECT) as double:
+    with FakeProject(PROJECT) as double:
         double.services = {*doctor.APIS, "compute.googleapis.com"}
         double.buckets = {BUCKET: REGION.upper()}
         double.repositories = {(REGION, chosen.name): "DOCKER"}
@@ -328,7 +328,7 @@ def test_a_limit_is_the_regions_own_or_else_everybodys():
 
 
 # ── credentials ─────────────────────────────────────────────────────────────────────────────────────────────────────
-class Tokens(Double):
+class Tokens(FakeServer):
     """Gives a token for any signed request, or none."""
 
     def __init__(self):
@@ -338,7 +338,7 @@ class Tokens(Double):
 
     def token(self, request, _):
         if self.refuses:
-            raise Refused(400, "invalid_grant")
+            raise ApiError(400, "invalid_grant")
         return request.body, Response({"access_token": "a-token", "expires_in": 3600, "token_type": "Bearer"})
 
     def userinfo(self, request, _):

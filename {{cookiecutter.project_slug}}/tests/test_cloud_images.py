@@ -12,7 +12,7 @@ from project import cloud
 from project.errors import UserError
 from project.settings import load
 from rehearsal.images import Images
-from rehearsal.storage import Storage
+from rehearsal.storage import FakeStorage
 from tests.conftest import ROOT
 
 BOTH = "cloud.environments.dev.project=my-project cloud.environments.prod.project=my-prod"
@@ -126,8 +126,8 @@ def test_a_build_without_an_image_is_a_failure(sources, place, monkeypatch):
 
 
 def test_the_digests_are_kept_here_and_beside_the_builds(sources, place, tmp_path, monkeypatch):
-    with Storage(tmp_path / "buckets") as storage:
-        folder = storage.make(place.storage.removeprefix("gs://"))
+    with FakeStorage(tmp_path / "buckets") as storage:
+        folder = storage.create_bucket(place.storage.removeprefix("gs://"))
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", storage.address)
         cloud_images.keep({"train": "x@sha256:0"}, place)
         assert json.loads((folder / "builds" / "images.json").read_text()) == {"train": "x@sha256:0"}
@@ -138,8 +138,8 @@ def test_the_digests_are_kept_here_and_beside_the_builds(sources, place, tmp_pat
 @pytest.fixture
 def promoted(sources, registry, place, tmp_path, monkeypatch):
     """prod, with a registry of its own; dev's is `registry`, and dev's bucket says what has passed."""
-    with Images() as own, Storage(tmp_path / "buckets") as store:
-        store.make(place.storage.removeprefix("gs://"))
+    with Images() as own, FakeStorage(tmp_path / "buckets") as store:
+        store.create_bucket(place.storage.removeprefix("gs://"))
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", store.address)
         monkeypatch.setenv("COMMIT", "1a2b")
         prod = dataclasses.replace(cloud.place(load(), "prod"), images=f"{own.host}/prod")

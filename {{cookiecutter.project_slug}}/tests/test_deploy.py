@@ -18,10 +18,10 @@ from launcher.vertex_registry import Serving, VertexRegistry
 from project import settings, status
 from project.errors import UserError
 from project.registry import LocalRegistry, Overtaken, open_registry
-from rehearsal import wire
+from rehearsal import protojson
 from rehearsal.server import Response
-from rehearsal.storage import Storage
-from rehearsal.vertex import Vertex
+from rehearsal.storage import FakeStorage
+from rehearsal.vertex import FakeVertex
 
 REGISTRY = "gs://bucket/storage/registry"
 SERVING = {
@@ -96,8 +96,8 @@ def cloud(tmp_path, trained, monkeypatch):
     monkeypatch.setattr(endpoint, "PAUSE", 0.01)
     monkeypatch.setattr(polling.DEFAULT_POLLING, "_initial", 0.01)
     mount = tmp_path / "gcs"
-    with Vertex() as vertex, Storage(mount) as storage:
-        storage.make("bucket")
+    with FakeVertex() as vertex, FakeStorage(mount) as storage:
+        storage.create_bucket("bucket")
         monkeypatch.setenv("CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM", vertex.address)
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", storage.address)
         monkeypatch.setenv("GCS_MOUNT", str(mount))
@@ -419,7 +419,7 @@ def test_an_endpoint_that_serves_another_model_is_left_alone(cloud):
 
 
 def test_two_endpoints_of_the_same_name_are_refused_on_whichever_page_they_are(cloud, monkeypatch):
-    monkeypatch.setattr(wire, "PAGE", 1)
+    monkeypatch.setattr(protojson, "PAGE", 1)
     cloud.deploy("run-1", None)
     request = {"parent": Serving.parse(SERVING).parent, "endpoint": {"display_name": "animals"}}
     api.client("EndpointService", "europe-west4").create_endpoint(request).result()

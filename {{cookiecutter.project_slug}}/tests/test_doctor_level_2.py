@@ -12,8 +12,8 @@ from launcher.doctor_level_2 import LEVEL_2
 from project.cloud import place
 from project.errors import UserError
 from project.settings import load, project_root
-from rehearsal.platform import Platform
-from rehearsal.server import Refused, Response
+from rehearsal.cloud_project import FakeProject
+from rehearsal.server import ApiError, Response
 
 PROJECT, PROD, REGION = "my-project", "my-prod", "europe-west4"
 LINKED = "mine/code"
@@ -53,7 +53,7 @@ def chosen():
     return settings_with()
 
 
-class Surroundings(Platform):
+class Surroundings(FakeProject):
     """A project's surroundings, with Vertex AI's metadata store, or without."""
 
     def __init__(self, project):
@@ -64,7 +64,7 @@ class Surroundings(Platform):
 
     def _metadata_store(self, request, _):
         if not self.metadata_store:
-            raise Refused(404, f"The metadata store {request.path} does not exist.")
+            raise ApiError(404, f"The metadata store {request.path} does not exist.")
         return request.path, Response({"name": request.path.removeprefix("/v1/")})
 
 

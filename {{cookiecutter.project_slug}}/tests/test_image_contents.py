@@ -15,7 +15,7 @@ from launcher.image_contents import Package
 from project import cloud, storage
 from project.errors import UserError
 from project.settings import load
-from rehearsal.storage import Storage
+from rehearsal.storage import FakeStorage
 
 IMAGE = f"example.com/demo/predict@sha256:{'1' * 64}"
 HELD = [["deb", "libc6", "2.36-9+deb12u9"], ["pypi", "typing_extensions", "4.16.0"]]
@@ -36,8 +36,8 @@ def docker(tmp_path, monkeypatch):
 @pytest.fixture
 def place(tmp_path, project, monkeypatch):
     """A place whose bucket is there."""
-    with Storage(tmp_path / "buckets") as store:
-        store.make("my-bucket")
+    with FakeStorage(tmp_path / "buckets") as store:
+        store.create_bucket("my-bucket")
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", store.address)
         yield dataclasses.replace(cloud.place(load("cloud.environments.dev.project=my-project")), storage="gs://my-bucket")
 

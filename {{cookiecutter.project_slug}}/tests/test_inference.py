@@ -31,8 +31,8 @@ from predictor.predict import Model
 from predictor.rows import read_rows
 from project.errors import UserError
 from project.settings import project_root
-from rehearsal.server import Double, Response
-from rehearsal.server import Refused as Denied
+from rehearsal.server import ApiError as Denied
+from rehearsal.server import FakeServer, Response
 
 FOLDER = project_root() / "level_1_pipeline" / "inference"
 
@@ -265,7 +265,7 @@ def test_another_kind_of_server_is_told(call, tmp_path):
 ENDPOINT = "projects/p/locations/europe-west4/endpoints/7"
 
 
-class Cloud(Double):
+class Cloud(FakeServer):
     """Passes requests for predictions on to a server, and its errors as they are, or as the text of Google's own."""
 
     def __init__(self, address, wrapped):

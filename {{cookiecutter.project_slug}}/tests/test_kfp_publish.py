@@ -11,9 +11,9 @@ from launcher import api, kfp_compile, kfp_publish, kfp_submit, parameters
 from project import git
 from project.errors import UserError
 from project.settings import load
-from rehearsal.storage import Storage
-from rehearsal.templates import Templates
-from rehearsal.vertex import Vertex
+from rehearsal.kfp_templates import FakeTemplateRegistry
+from rehearsal.storage import FakeStorage
+from rehearsal.vertex import FakeVertex
 
 DIGESTS = {name: f"example.com/{name}@sha256:{'0' * 64}" for name in kfp_publish.IMAGES}
 CLOUD = "cloud.environments.dev.project=my-project data.source=gs://rows/rows.csv"
@@ -23,7 +23,7 @@ CLOUD = "cloud.environments.dev.project=my-project data.source=gs://rows/rows.cs
 def storage(tmp_path, monkeypatch, settings):
     """A double of Cloud Storage, with the project's bucket."""
     (tmp_path / f"my-project-{settings.name}-storage").mkdir()
-    with Storage(tmp_path) as storage:
+    with FakeStorage(tmp_path) as storage:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", storage.address)
         monkeypatch.setenv("SET", CLOUD)
         yield storage
@@ -33,7 +33,7 @@ def storage(tmp_path, monkeypatch, settings):
 def templates(monkeypatch):
     """A double of the template registry."""
     monkeypatch.setattr(api, "FIRST_WAIT", 0.01)
-    with Templates() as templates:
+    with FakeTemplateRegistry() as templates:
         yield templates
 
 
@@ -99,7 +99,7 @@ def test_the_parameters_are_those_of_the_settings(storage, publish, tmp_path):
 
 def test_what_is_published_can_be_started(storage, publish, monkeypatch, capsys):
     told = publish()
-    with Vertex() as vertex:
+    with FakeVertex() as vertex:
         monkeypatch.setenv("CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM", vertex.address)
         where = ["--project", "my-project", "--region", "europe-west4", "--pipeline-root", "gs://root"]
         given = ["--template", told["pipeline"], "--parameters", told["parameters"], "--event", "a push"]

@@ -17,9 +17,9 @@ from project.cloud import place
 from project.errors import UserError
 from project.settings import load, project_root
 from project.storage import write
-from rehearsal.storage import Storage
-from rehearsal.templates import Templates
-from rehearsal.vertex import Vertex
+from rehearsal.kfp_templates import FakeTemplateRegistry
+from rehearsal.storage import FakeStorage
+from rehearsal.vertex import FakeVertex
 
 IMAGES = {name: f"example.com/{name}@sha256:{'a' * 64}" for name in parameters.STEP_IMAGES}
 VALUES = {
@@ -53,7 +53,7 @@ def template(tmp_path_factory):
 def vertex(monkeypatch):
     """A double of Vertex AI."""
     monkeypatch.setattr(api, "FIRST_WAIT", 0.01)
-    with Vertex() as vertex:
+    with FakeVertex() as vertex:
         monkeypatch.setenv("CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM", vertex.address)
         yield vertex
 
@@ -249,7 +249,7 @@ def test_a_followed_run_tells_its_steps_and_ends_as_it_ends(vertex, submit, caps
     told = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in told[1:-1]] == ["preprocess", "vertex-train", "evaluate", "gate", "register"]
     assert told[-1] == "succeeded"
-    vertex.outcome(state="FAILED", message="row 3 is wrong")
+    vertex.set_outcome(state="FAILED", message="row 3 is wrong")
     with pytest.raises(UserError, match=r"the run failed: step 'vertex-train': row 3 is wrong"):
         submit("--wait", "--poll", "0", event="another")
     assert "✗ vertex-train" in capsys.readouterr().out
@@ -319,7 +319,7 @@ def test_what_steps_wrote_about_their_outputs_is_seen(vertex, submit):
 
 def test_a_template_is_read_from_a_bucket_and_from_a_registry(vertex, submit, template, tmp_path, monkeypatch):
     text = template.read_text()
-    with Storage(tmp_path) as storage, Templates() as templates:
+    with FakeStorage(tmp_path) as storage, FakeTemplateRegistry() as templates:
         (tmp_path / "bucket").mkdir()
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", storage.address)
         write("gs://bucket/t/pipeline.json", json.dumps(yaml.safe_load(text)).encode())

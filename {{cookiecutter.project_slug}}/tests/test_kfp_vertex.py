@@ -11,8 +11,8 @@ from project import runs, status
 from project.errors import UserError
 from project.manifest import sha256
 from project.registry import LocalRegistry
-from rehearsal.storage import Storage
-from rehearsal.vertex import Vertex
+from rehearsal.storage import FakeStorage
+from rehearsal.vertex import FakeVertex
 from tests.conftest import ROOT
 
 DECISION = {"passed": True, "reason": "0.97 is enough"}
@@ -38,7 +38,7 @@ def vertex(cloud_project, tmp_path, monkeypatch):
     """A double of Vertex AI, and one of Cloud Storage with the bucket."""
     monkeypatch.setattr(api, "FIRST_WAIT", 0.01)
     (tmp_path / "buckets" / "my-bucket").mkdir(parents=True)
-    with Vertex() as vertex, Storage(tmp_path / "buckets") as storage:
+    with FakeVertex() as vertex, FakeStorage(tmp_path / "buckets") as storage:
         monkeypatch.setenv("CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM", vertex.address)
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", storage.address)
         vertex.storage = storage
@@ -134,7 +134,7 @@ def test_a_closed_gate_is_no_failure(vertex, pushed, capsys):
 
 
 def test_a_failed_step_is_named_with_what_it_said(vertex, pushed):
-    vertex.outcome(state="FAILED", message="row 3 is wrong")
+    vertex.set_outcome(state="FAILED", message="row 3 is wrong")
     with pytest.raises(UserError, match="the run failed: step 'vertex-train': row 3 is wrong"):
         kfp_run.main()
     told = runs.read_json(runs.all_runs()[0].folder / "story.json")

@@ -9,11 +9,11 @@ from launcher import api, deploy, kfp_publish, parameters, push, submit_build
 from project import cloud, manifest, storage
 from project.errors import UserError
 from project.settings import load
+from rehearsal.kfp_templates import FakeTemplateRegistry
+from rehearsal.pubsub import FakePubSub
 from rehearsal.server import Response
-from rehearsal.storage import Storage
-from rehearsal.templates import Templates
-from rehearsal.topics import Topics
-from rehearsal.vertex import Vertex
+from rehearsal.storage import FakeStorage
+from rehearsal.vertex import FakeVertex
 from tests.conftest import ROOT
 
 DEV = "cloud.environments.dev.project=my-project"
@@ -81,9 +81,14 @@ def pushed(tmp_path, project, monkeypatch):
     monkeypatch.setenv("POLL", "0")
     monkeypatch.setenv("SET", DEV)
     name = load().name
-    with Vertex() as vertex, Storage(tmp_path / "buckets") as store, Templates() as templates, Topics() as topics:
+    with (
+        FakeVertex() as vertex,
+        FakeStorage(tmp_path / "buckets") as store,
+        FakeTemplateRegistry() as templates,
+        FakePubSub() as topics,
+    ):
         for bucket in ("storage", "data", "pipelines"):
-            store.make(f"my-project-{name}-{bucket}")
+            store.create_bucket(f"my-project-{name}-{bucket}")
         vertex.skipped_tasks.add("register")
         vertex.task_outputs["gate"] = {"decision": {"passed": False, "reason": "this run only tests"}}
         vertex.predictor = lambda *_: Response({"predictions": [{"label": "1"}]})
@@ -117,7 +122,7 @@ def test_what_differs_in_the_commit_alone_is_not_published_again(pushed):
 
 def test_rows_that_are_not_there_are_told(pushed):
     pushed.publish("data.source=gs://my-project-rows/rows.csv")
-    pushed.store.make("my-project-rows")
+    pushed.store.create_bucket("my-project-rows")
     with pytest.raises(UserError, match="no rows at gs://my-project-rows"):
         pushed.release()
 
@@ -143,7 +148,7 @@ def test_the_functional_test_is_short_and_registers_nothing(pushed):
 
 def test_it_is_not_repeated_once_it_has_succeeded_and_is_after_a_failure(pushed):
     pushed.publish()
-    pushed.vertex.outcome(pushed.place.name, code=13, message="the weather", times=1)
+    pushed.vertex.set_outcome(pushed.place.name, code=13, message="the weather", times=1)
     with pytest.raises(UserError, match="the weather"):
         pushed.test()
     pushed.test()
@@ -211,7 +216,7 @@ def test_nothing_changed_starts_nothing(pushed):
 def test_a_training_that_failed_is_attempted_anew_by_the_next_push(pushed, state):
     pushed.publish()
     pushed.release()
-    pushed.vertex.outcome(state=state, through=(), times=1)
+    pushed.vertex.set_outcome(state=state, through=(), times=1)
     pushed.start_what_is_asked_for()
     pushed.publish(commit="3c4d")
     assert "a run is asked for, attempt 2" in pushed.release()
@@ -242,7 +247,7 @@ def test_whoever_is_cut_off_anywhere_asks_for_the_same_run(pushed):
 
 
 def test_other_rows_under_the_same_name_are_another_event(pushed):
-    pushed.store.make("my-project-rows")
+    pushed.store.create_bucket("my-project-rows")
     storage.write("gs://my-project-rows/rows.csv", b"a,digit\n1,2\n")
     pushed.publish("data.source=gs://my-project-rows/rows.csv")
     pushed.release()
@@ -412,7 +417,7 @@ def test_a_run_that_goes_on_while_another_predictor_is_pushed_loses_neither(serv
     serving.publish("train.epochs=41")
     serving.release()
     told_at_its_start = parameters.serving(load(), serving.place, serving.images["predict"])
-    serving.vertex.outcome(state="RUNNING", through=(), times=1)
+    serving.vertex.set_outcome(state="RUNNING", through=(), times=1)
     serving.start_what_is_asked_for()
     run = push.run_of(*event_of(serving)).name.rpartition("/")[2]
     serving.images["predict"] = f"example.com/predict@sha256:{'1' * 64}"

@@ -14,8 +14,8 @@ from launcher import api, kfp_compile, kfp_publish, parameters, published, reque
 from project import cloud, storage
 from project.errors import UserError
 from project.settings import load, project_root
-from rehearsal.server import Double, Refused, Response
-from rehearsal.storage import Storage
+from rehearsal.server import ApiError, FakeServer, Response
+from rehearsal.storage import FakeStorage
 
 ROOT = project_root()
 SCHEMA = ROOT / request_run.SCHEMA
@@ -24,7 +24,7 @@ PROJECT = "cloud.environments.dev.project=my-project"
 VERSION, OTHER = "0" * 15 + "1", "0" * 15 + "2"
 
 
-class Topics(Double):
+class Topics(FakeServer):
     """Topics of Pub/Sub that keep what they get."""
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class Topics(Double):
 
     def _publish(self, request, found):
         if found[1] not in self.known:
-            raise Refused(404, f"Topic not found (resource={found[1].split('/')[-1]}).")
+            raise ApiError(404, f"Topic not found (resource={found[1].split('/')[-1]}).")
         messages = json.loads(request.body)["messages"]
         return (found[1], [base64.b64decode(message["data"]) for message in messages]), Response({"messageIds": ["7"]})
 
@@ -59,9 +59,9 @@ def bucket(tmp_path, monkeypatch, spec, place, settings):
     published._version.cache_clear()
     values = parameters.from_settings(settings, "gs://rows/digits.csv", place.registry)
     without = {name: value for name, value in values.items() if name != "csv"}
-    with Storage(tmp_path) as double:
+    with FakeStorage(tmp_path) as double:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", double.address)
-        double.make(place.storage.removeprefix("gs://"))
+        double.create_bucket(place.storage.removeprefix("gs://"))
         folder = kfp_publish.templates_folder(place)
         for version, published_values in ((VERSION, values), (OTHER, without)):
             storage.write(f"{folder}/{version}/pipeline.json", json.dumps(spec).encode())

@@ -10,15 +10,15 @@ import pytest
 
 from project import storage
 from project.errors import UserError
-from rehearsal.storage import Storage
+from rehearsal.storage import FakeStorage
 
 
 @pytest.fixture
 def cloud(tmp_path, monkeypatch):
     """A double of Cloud Storage with the bucket "b"; nothing is mounted."""
     monkeypatch.setenv("GCS_MOUNT", str(tmp_path / "mount"))
-    with Storage(tmp_path / "cloud") as double:
-        double.make("b")
+    with FakeStorage(tmp_path / "cloud") as double:
+        double.create_bucket("b")
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", double.address)
         yield double
 

@@ -19,9 +19,9 @@ from project import storage
 from project.cloud import place
 from project.errors import UserError
 from project.settings import load, project_root
-from rehearsal.storage import Storage
-from rehearsal.vertex import Vertex
-from rehearsal.wire import canonical
+from rehearsal.protojson import canonical
+from rehearsal.storage import FakeStorage
+from rehearsal.vertex import FakeVertex
 
 PROJECT, PROD, NAME = "my-project", "my-prod", "animals"
 STATE = f"{PROJECT}-{NAME}-terraform"
@@ -161,10 +161,10 @@ def here(tmp_path, monkeypatch, program):
 @pytest.fixture
 def store(here, tmp_path, monkeypatch):
     """Cloud Storage, with the buckets of both environments and no state."""
-    with Storage(tmp_path / "gcs") as double:
+    with FakeStorage(tmp_path / "gcs") as double:
         for project in (PROJECT, PROD):
             for bucket in ("terraform", "storage"):
-                double.make(f"{project}-{NAME}-{bucket}")
+                double.create_bucket(f"{project}-{NAME}-{bucket}")
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", double.address)
         yield double
 
@@ -382,7 +382,7 @@ def vertex(monkeypatch):
     """Vertex AI, where two versions are served in each environment; `vertex.calls` holds what was asked for."""
     monkeypatch.setattr(api, "FIRST_WAIT", 0.01)
     monkeypatch.setattr(endpoint, "PAUSE", 0.01)
-    with Vertex() as double:
+    with FakeVertex() as double:
         monkeypatch.setenv("CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM", double.address)
         for project in (PROJECT, PROD):
             parent = canonical(f"projects/{project}/locations/europe-west4")
@@ -523,7 +523,7 @@ def test_the_first_foundation_begins_here_and_moves_to_the_bucket(here, program,
 
     def make_bucket(running, command, *rest):
         if command[2] == "apply":
-            store.make(STATE)
+            store.create_bucket(STATE)
         return run(running, command, *rest)
 
     monkeypatch.setattr(terraform.Running, "run", make_bucket)

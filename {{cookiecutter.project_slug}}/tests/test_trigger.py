@@ -17,8 +17,8 @@ from launcher.trigger import Message, NotPublished, Poison
 from project import cloud, storage
 from project.errors import UserError
 from project.settings import load, project_root
-from rehearsal.storage import Storage
-from rehearsal.vertex import Vertex
+from rehearsal.storage import FakeStorage
+from rehearsal.vertex import FakeVertex
 
 FOLDER = project_root() / "level_2_cicd/trigger_function_container"
 FIELDS = request_message.read_fields(FOLDER / "request.avsc")
@@ -414,7 +414,7 @@ def test_the_template_s_folder_bears_the_pipelines_name():
 def vertex(monkeypatch):
     """A double of Vertex AI."""
     monkeypatch.setattr(api, "FIRST_WAIT", 0.01)
-    with Vertex() as vertex:
+    with FakeVertex() as vertex:
         monkeypatch.setenv("CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM", vertex.address)
         yield vertex
 
@@ -423,9 +423,9 @@ def vertex(monkeypatch):
 def bucket(tmp_path, monkeypatch, spec):
     """A double of Cloud Storage, with two versions, of which the first is current."""
     published._version.cache_clear()
-    with Storage(tmp_path) as double:
+    with FakeStorage(tmp_path) as double:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", double.address)
-        double.make("storage")
+        double.create_bucket("storage")
         for version, values in ((VERSION, VALUES), (OTHER, {**VALUES, "threshold": 0.5})):
             storage.write(f"{TEMPLATES}/{version}/pipeline.json", json.dumps(spec).encode())
             document = {"labels": {"commit": "1A2b"}, "parameters": values}
@@ -516,7 +516,7 @@ def test_a_notification_of_the_double_of_cloud_storage_starts_a_run(deliver, buc
     """What the double of Cloud Storage publishes is what the function reads; tests of the template bring it over Pub/Sub."""
     sent = []
     monkeypatch.setattr(bucket, "_publish", lambda _, message: sent.append(message))
-    bucket.make("rows")
+    bucket.create_bucket("rows")
     bucket._notifications["rows"] = {"1": {"topic": "t", "payload_format": "JSON_API_V1", "object_name_prefix": "incoming/"}}
     storage.write("gs://rows/incoming/a.csv", b"a,b\n")
     storage.write("gs://rows/incoming/a.csv", b"a,b\n1,2\n")

@@ -12,8 +12,8 @@ from launcher import api, containers, vertex_by_hand, vertex_train
 from project import runs
 from project.errors import UserError
 from project.settings import project_root
-from rehearsal.storage import Storage
-from rehearsal.vertex import Vertex
+from rehearsal.storage import FakeStorage
+from rehearsal.vertex import FakeVertex
 
 ROOT = project_root()
 NAME = "20260101-000000-abcd"
@@ -37,8 +37,8 @@ def cloud(project, trained, tmp_path, monkeypatch):
     monkeypatch.setenv("SET", f"{DATA} {CLOUD} cloud.train.jobs=[l4-spot,l4]")
     bucket = tmp_path / "buckets" / "some-bucket"
     shutil.copytree(trained / "model", bucket / "pipeline-root" / "runs" / NAME / "model")
-    with Vertex() as vertex, Storage(tmp_path / "buckets") as storage:
-        vertex.outcome(state="SUCCEEDED", through=())
+    with FakeVertex() as vertex, FakeStorage(tmp_path / "buckets") as storage:
+        vertex.set_outcome(state="SUCCEEDED", through=())
         monkeypatch.setenv("CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM", vertex.address)
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", storage.address)
         monkeypatch.setenv("GCS_MOUNT", str(tmp_path / "not-mounted"))
@@ -88,7 +88,7 @@ def test_one_job_can_be_chosen(cloud, monkeypatch):
 
 def test_a_run_that_was_cut_off_goes_on(cloud, monkeypatch):
     """Its job is found, not sent again, and neither are image and rows."""
-    cloud.outcome(state="SUCCEEDED")
+    cloud.set_outcome(state="SUCCEEDED")
     cloud.fail("customJobs.get", status=403)
     with pytest.raises(UserError, match="The job may still run"):
         train(monkeypatch)
@@ -143,7 +143,7 @@ def test_a_model_that_was_changed_on_its_way_is_not_kept(cloud, monkeypatch):
 
 
 def test_ctrl_c_cancels_the_job(cloud, monkeypatch):
-    cloud.outcome(state="SUCCEEDED", through=("RUNNING",) * 100)
+    cloud.set_outcome(state="SUCCEEDED", through=("RUNNING",) * 100)
     carry_out = cloud.handle
 
     def handle(asked):

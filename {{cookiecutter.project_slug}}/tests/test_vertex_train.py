@@ -20,8 +20,8 @@ from launcher.vertex_train import Jobs, Request, train
 from project import manifest
 from project.errors import UserError
 from project.settings import project_root
-from rehearsal.storage import Storage
-from rehearsal.vertex import Vertex
+from rehearsal.storage import FakeStorage
+from rehearsal.vertex import FakeVertex
 from trainer.hyperparameters import Hyperparameters
 
 PLACE = "projects/some-project/locations/europe-west4"
@@ -54,7 +54,7 @@ def request(count=1, **changes):
 @pytest.fixture
 def vertex(monkeypatch):
     monkeypatch.setattr(api, "FIRST_WAIT", 0.001)
-    with Vertex() as double:
+    with FakeVertex() as double:
         monkeypatch.setenv("CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM", double.address)
         yield double
 
@@ -130,7 +130,7 @@ def pipeline_job(vertex):
 def test_the_pipelines_step_sends_a_job_with_the_runs_key_and_labels(vertex, bucket, pipeline_job, monkeypatch):
     """As kfp calls it: what is in `hyperparameters` and `jobs` has become doubles."""
     monkeypatch.setattr(vertex_train, "FIRST_WAIT", 0.001)
-    vertex.outcome(state="SUCCEEDED", through=())
+    vertex.set_outcome(state="SUCCEEDED", through=())
     rows, model = Dataset(uri="gs://bucket/rows"), Model(uri=OUTPUT)
     values = {"seed": 0.0, "threads": 2.0, "epochs": 3.0, "batch_size": 16.0, "learning_rate": 0.01}
     vertex_step.vertex_train(values, [job()], pipeline_job, rows, model)
@@ -191,7 +191,7 @@ def test_what_cannot_be_sent_is_told_before_anything_is(vertex, changes, problem
 
 # ── how it ends ─────────────────────────────────────────────────────────────────────────────────────────────────────
 def test_a_failure_is_told_with_the_jobs_own_words_and_its_log(vertex, bucket):
-    vertex.outcome(state="FAILED", message="The replica workerpool0-0 exited with a non-zero status of 2.")
+    vertex.set_outcome(state="FAILED", message="The replica workerpool0-0 exited with a non-zero status of 2.")
     with pytest.raises(UserError, match="non-zero status of 2") as told:
         train(request(2), QUICK)
     assert vertex_train.logs(jobs_in(vertex)[0]) in str(told.value)
@@ -209,7 +209,7 @@ def test_a_failure_is_told_with_the_jobs_own_words_and_its_log(vertex, bucket):
     ],
 )
 def test_want_of_a_machine_leads_to_the_next_job(vertex, bucket, capsys, code, message):
-    vertex.outcome("g2-standard-8$", "FAILED", code=code, message=message)
+    vertex.set_outcome("g2-standard-8$", "FAILED", code=code, message=message)
     train(request(3), QUICK)
     sent = [(job.display_name.split("-train-")[1], job.labels["attempt"]) for job in vertex.calls("customJobs.create")]
     assert sent == [("g2-standard-8", "1"), ("g2-standard-12", "2")]
@@ -217,7 +217,7 @@ def test_want_of_a_machine_leads_to_the_next_job(vertex, bucket, capsys, code, m
 
 
 def test_too_little_memory_is_no_want_of_a_machine(vertex, bucket):
-    vertex.outcome(state="FAILED", code=8, message="The replica workerpool0-0 ran out-of-memory and exited with 137")
+    vertex.set_outcome(state="FAILED", code=8, message="The replica workerpool0-0 ran out-of-memory and exited with 137")
     with pytest.raises(UserError, match="ran out-of-memory"):
         train(request(2), QUICK)
     assert len(jobs_in(vertex)) == 1
@@ -250,7 +250,7 @@ def test_success_without_a_model_is_none(vertex, bucket):
 
 
 def test_without_a_mount_the_model_is_checked_through_the_api(vertex, bucket, monkeypatch):
-    with Storage(bucket.parents[4]) as storage:
+    with FakeStorage(bucket.parents[4]) as storage:
         monkeypatch.setenv("GCS_MOUNT", str(bucket / "nowhere"))
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", storage.address)
         train(request(), QUICK)
@@ -285,7 +285,7 @@ def test_a_restart_goes_on_where_earlier_jobs_got_no_machine(vertex, bucket):
 def test_a_restart_after_a_failure_tells_it_again_and_sends_nothing(vertex, bucket):
     """Here too the first attempt was refused, and left no job."""
     vertex.fail("customJobs.create", status=429, message=GPU_QUOTA)
-    vertex.outcome(state="FAILED", message="The replica workerpool0-0 exited with a non-zero status of 2.")
+    vertex.set_outcome(state="FAILED", message="The replica workerpool0-0 exited with a non-zero status of 2.")
     for _ in range(2):
         with pytest.raises(UserError, match="non-zero status of 2"):
             train(request(2), QUICK)
@@ -316,7 +316,7 @@ def test_another_requests_job_is_left_alone(vertex, bucket):
 
 
 def test_a_job_that_somebody_cancelled_ends_it_and_a_restart_sends_another(vertex, bucket):
-    vertex.outcome(state="CANCELLED", times=1)
+    vertex.set_outcome(state="CANCELLED", times=1)
     with pytest.raises(UserError, match="ended as CANCELLED"):
         train(request(), QUICK)
     train(request(), QUICK)
@@ -362,7 +362,7 @@ def test_when_nobody_answers_it_says_what_remains(vertex, bucket, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_during_any_call_cancels_the_job(vertex, bucket, monkeypatch, number, index):
     """The double sends it while this process waits for its answer."""
-    vertex.outcome(state="SUCCEEDED", through=("RUNNING",) * 1000)
+    vertex.set_outcome(state="SUCCEEDED", through=("RUNNING",) * 1000)
     carry_out, left = vertex.handle, [index]
 
     def handle(asked):
@@ -445,7 +445,7 @@ def command(*extra, jobs=None):
 
 
 def test_the_command_line_trains(vertex, bucket):
-    vertex.outcome(state="SUCCEEDED", through=())
+    vertex.set_outcome(state="SUCCEEDED", through=())
     done = command("--key", KEY)
     assert done.returncode == 0, done.stderr
     (sent,) = vertex.calls("customJobs.create")

@@ -7,9 +7,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from rehearsal.containers import Containers
-from rehearsal.server import Double
-from rehearsal.storage import Storage
-from rehearsal.vertex import Vertex
+from rehearsal.server import FakeServer
+from rehearsal.storage import FakeStorage
+from rehearsal.vertex import FakeVertex
 
 
 def main() -> None:
@@ -23,14 +23,14 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with ExitStack() as doubles:
         try:
-            storage = doubles.enter_context(Storage(given.buckets.resolve(), given.port and given.port + 1))
+            storage = doubles.enter_context(FakeStorage(given.buckets.resolve(), given.port and given.port + 1))
             containers = Containers(given.buckets.resolve(), storage_address=storage.address) if given.run else None
-            vertex = doubles.enter_context(Vertex(given.port, containers))
+            vertex = doubles.enter_context(FakeVertex(given.port, containers))
         except OSError as error:
             print(f"error: {error.strerror}: port {given.port} or {given.port + 1}. Another: --port 8190", file=sys.stderr)
             sys.exit(2)
         for name in given.bucket:
-            storage.make(name)
+            storage.create_bucket(name)
         for double in (vertex, storage):  # before anyone can know where they are
             double.log = lambda line: print(line, flush=True)
         print(exports(vertex, storage), flush=True)
@@ -40,7 +40,7 @@ def main() -> None:
             sys.exit(0)
 
 
-def exports(vertex: Double, storage: Double) -> str:
+def exports(vertex: FakeServer, storage: FakeServer) -> str:
     """What leads Google's clients, gcloud and this project here."""
     variables = {
         "CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM": f"{vertex.address}/",

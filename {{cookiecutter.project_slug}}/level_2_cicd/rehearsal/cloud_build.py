@@ -1,7 +1,7 @@
 """A double of Cloud Build: builds and triggers as gcloud sends them, read strictly with Google's own definitions, checked and
 kept; builds are run.
 
-`with CloudBuild(work) as builds:` where `work(build)` does what the build asks for; without it, every build succeeds at once.
+`with FakeCloudBuild(work) as builds:` where `work(build)` does what the build asks for; without it, every build succeeds at once.
 CLOUDSDK_API_ENDPOINT_OVERRIDES_CLOUDBUILD=`address` brings gcloud here.
 """
 
@@ -16,9 +16,9 @@ from typing import Any
 
 from google.cloud.devtools import cloudbuild_v1 as types
 
-from rehearsal import steps
-from rehearsal.server import Double, Refused, Request, Response
-from rehearsal.wire import now, read, written
+from rehearsal import build_steps
+from rehearsal.protojson import now, read, written
+from rehearsal.server import ApiError, FakeServer, Request, Response
 
 Json = dict[str, Any]
 
@@ -30,16 +30,16 @@ METADATA = "type.googleapis.com/google.devtools.cloudbuild.v1.BuildOperationMeta
 OWN_LOGS = {"CLOUD_LOGGING_ONLY", "NONE"}
 
 
-class Failed(Exception):
+class BuildFailed(Exception):
     """A build's work failed; says why."""
 
 
-class CloudBuild(Double):
+class FakeCloudBuild(FakeServer):
     """Cloud Build on this machine.
 
     Args:
         work: does a build, given as JSON with its substitutions filled in; returns the images' digests, name → sha256:…, or
-            raises Failed. It runs beside the server, so that builds go on in parallel.
+            raises BuildFailed. It runs beside the server, so that builds go on in parallel.
     """
 
     def __init__(self, work: Callable[[Json], dict[str, str]] | None = None, port: int = 0) -> None:
@@ -87,7 +87,7 @@ class CloudBuild(Double):
         status, said, digests = "SUCCESS", "", {}
         try:
             digests = self.work(resolved) if self.work else {}
-        except Failed as failed:
+        except BuildFailed as failed:
             status, said = "FAILURE", str(failed)
         except Exception as error:
             traceback.print_exc()
@@ -101,7 +101,7 @@ class CloudBuild(Double):
     def _list(self, request: Request, _: re.Match[str]) -> tuple[Any, Response]:
         unknown = set(request.query) - {"alt", "filter", "pageSize", "pageToken"}
         if unknown or request.query.get("filter"):
-            raise Refused(400, f"this double lists all builds, and knows no {', '.join(unknown) or 'filter'}")
+            raise ApiError(400, f"this double lists all builds, and knows no {', '.join(unknown) or 'filter'}")
         return None, Response({"builds": [written(build) for build in reversed(self.builds.values())]})
 
     def _get(self, _: Request, found: re.Match[str]) -> tuple[Any, Response]:
@@ -110,7 +110,7 @@ class CloudBuild(Double):
     def _cancel(self, _: Request, found: re.Match[str]) -> tuple[Any, Response]:
         build = self._build(found["id"])
         if build.status.name in ENDED:
-            raise Refused(400, f"build {found['id']} has ended: it cannot be cancelled", name="FAILED_PRECONDITION")
+            raise ApiError(400, f"build {found['id']} has ended: it cannot be cancelled", name="FAILED_PRECONDITION")
         build.status, build.finish_time = types.Build.Status.CANCELLED, now()
         return None, Response(written(build))
 
@@ -120,27 +120,27 @@ class CloudBuild(Double):
     def _create_trigger(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
         trigger = read(types.BuildTrigger, request.body)
         if trigger.name in self.triggers:
-            raise Refused(409, f"trigger {trigger.name} already exists")
+            raise ApiError(409, f"trigger {trigger.name} already exists")
         return trigger, self._keep_trigger(trigger, found)
 
     def _patch_trigger(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
         trigger = read(types.BuildTrigger, request.body)
         if found["id"] not in self.triggers:
-            raise Refused(404, f"Requested entity was not found: trigger {found['id']}")
+            raise ApiError(404, f"Requested entity was not found: trigger {found['id']}")
         return trigger, self._keep_trigger(trigger, found)
 
     def _keep_trigger(self, trigger: Any, found: re.Match[str]) -> Response:
         if not re.fullmatch(r"[a-zA-Z0-9]([a-zA-Z0-9-]{0,62}[a-zA-Z0-9])?", trigger.name):
-            raise Refused(400, f"invalid value for 'trigger.name': {trigger.name!r}")
+            raise ApiError(400, f"invalid value for 'trigger.name': {trigger.name!r}")
         if not trigger.repository_event_config.repository.startswith(f"{found['parent']}/connections/"):
-            raise Refused(400, "this double knows triggers of a linked repository in the same region")
+            raise ApiError(400, "this double knows triggers of a linked repository in the same region")
         self.triggers[trigger.name] = kept = types.BuildTrigger(trigger)
         kept.id, kept.resource_name = trigger.name, f"{found['parent']}/triggers/{trigger.name}"
         return Response(written(kept))
 
     def _build(self, identity: str) -> Any:
         if identity not in self.builds:
-            raise Refused(404, f"Requested entity was not found: build {identity}")
+            raise ApiError(404, f"Requested entity was not found: build {identity}")
         return self.builds[identity]
 
     def _told(self, build: Any) -> Json:
@@ -161,33 +161,33 @@ def check(build: Json, values: dict[str, str]) -> Json:
     """What Cloud Build looks at before a build begins; the build with its substitutions filled in.
 
     Raises:
-        Refused: says what is wrong.
+        ApiError: says what is wrong.
     """
     for name in build.get("substitutions", {}):
-        if not re.fullmatch(r"_[A-Z0-9_]+", name) and name not in steps.BUILT_IN:
-            raise Refused(400, f"invalid value for 'build.substitutions': {name} is no name of a substitution")
+        if not re.fullmatch(r"_[A-Z0-9_]+", name) and name not in build_steps.BUILT_IN:
+            raise ApiError(400, f"invalid value for 'build.substitutions': {name} is no name of a substitution")
     try:
-        resolved = steps.resolve(build, values)
-    except steps.Invalid as invalid:
-        raise Refused(400, f"invalid build: {invalid}") from None
+        resolved = build_steps.resolve(build, values)
+    except build_steps.InvalidBuild as invalid:
+        raise ApiError(400, f"invalid build: {invalid}") from None
     options = resolved.get("options", {})
     if resolved.get("serviceAccount") and options.get("logging") not in OWN_LOGS and not resolved.get("logsBucket"):
-        raise Refused(
+        raise ApiError(
             400, "if 'build.service_account' is specified, the build must specify 'build.logs_bucket' or CLOUD_LOGGING_ONLY"
         )
     if not re.fullmatch(r"(projects/[^/]+/serviceAccounts/[^/@]+@[^/@]+)?", resolved.get("serviceAccount", "")):
-        raise Refused(400, f"invalid value for 'build.service_account': {resolved['serviceAccount']}")
-    limit = steps.seconds(resolved.get("timeout", "600s"))
+        raise ApiError(400, f"invalid value for 'build.service_account': {resolved['serviceAccount']}")
+    limit = build_steps.seconds(resolved.get("timeout", "600s"))
     if not 0 < limit <= 86400:
-        raise Refused(400, "invalid value for 'build.timeout': from 0s to 86400s")
+        raise ApiError(400, "invalid value for 'build.timeout': from 0s to 86400s")
     for tag in resolved.get("tags", []):
         if not re.fullmatch(r"[\w][\w.-]{0,127}", tag):
-            raise Refused(400, f"invalid value for 'build.tags': {tag!r}")
+            raise ApiError(400, f"invalid value for 'build.tags': {tag!r}")
     for step in resolved["steps"]:
         if not step.get("name"):
-            raise Refused(400, "invalid build: a step has no name")
-        if steps.seconds(step.get("timeout")) > limit and step.get("timeout"):
-            raise Refused(400, f"step {step.get('id')}: its timeout is longer than the build's")
+            raise ApiError(400, "invalid build: a step has no name")
+        if build_steps.seconds(step.get("timeout")) > limit and step.get("timeout"):
+            raise ApiError(400, f"step {step.get('id')}: its timeout is longer than the build's")
     return resolved
 
 
@@ -198,18 +198,18 @@ def unpack(build: Json, buckets: Path, workspace: Path) -> None:
         archive.extractall(workspace, filter="data")
 
 
-def does(
+def build_worker(
     buckets: Path,
     folder: Path,
-    command: Callable[[Path], Callable[[Json, Json], steps.Command]],
+    command: Callable[[Path], Callable[[Json, Json], build_steps.Command]],
     push: Callable[[str], str],
-    ran: Callable[[Json, steps.Outcome], None] = lambda *_: None,
+    ran: Callable[[Json, build_steps.Outcome], None] = lambda *_: None,
 ) -> Callable[[Json], dict[str, str]]:
     """The work of a build, really done: its source is unpacked, its steps are run, its images are pushed.
 
     Args:
         folder: workspaces are made below it.
-        command: workspace → what runs a step there; see steps.as_process.
+        command: workspace → what runs a step there; see build_steps.as_process.
         push: sends an image of this machine to its registry; returns its digest.
         ran: is told what became of each build.
     """
@@ -218,10 +218,10 @@ def does(
         workspace = folder / uuid.uuid4().hex
         workspace.mkdir(parents=True)
         unpack(build, buckets, workspace)
-        outcome = steps.run(build, workspace, command(workspace))
+        outcome = build_steps.run(build, workspace, command(workspace))
         ran(build, outcome)
         if outcome.status != "SUCCESS":
-            raise Failed(outcome.told())
+            raise BuildFailed(outcome.failures())
         return {image: push(image) for image in build.get("images", [])}
 
     return work

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from rehearsal.server import Refused, Response
+from rehearsal.server import ApiError, Response
 
 LAST_LINES = 12
 GRACE = 10  # seconds between SIGTERM and SIGKILL
@@ -88,7 +88,7 @@ class Containers:
             environment["AIP_TENSORBOARD_LOG_DIR"] = f"{prefix}/logs/"
         return self.run(spec.image_uri, options, environment, [*command[1:], *spec.args])
 
-    def start_server(self, model: Any, deployed: Any) -> "Server":
+    def start_server(self, model: Any, deployed: Any) -> "ModelServer":
         """Start a deployed model's container, on a free port in place of its own."""
         spec = model.container_spec
         port = free_port()
@@ -104,7 +104,7 @@ class Containers:
         options = ["--entrypoint", command[0]] if command else []
         options += [] if self.network == "host" else ["--publish", f"127.0.0.1:{port}:{port}"]
         container = self.run(spec.image_uri, options, environment, [*command[1:], *spec.args])
-        return Server(container, f"http://127.0.0.1:{port}", routes, time.monotonic() + self.patience)
+        return ModelServer(container, f"http://127.0.0.1:{port}", routes, time.monotonic() + self.patience)
 
 
 class Container:
@@ -142,7 +142,7 @@ class Container:
                 self.process.wait(0.2)
 
 
-class Server:
+class ModelServer:
     """A deployed model's container."""
 
     def __init__(self, container: Container, address: str, routes: Mapping[str, str], deadline: float) -> None:
@@ -152,16 +152,16 @@ class Server:
         """Whether it is healthy.
 
         Raises:
-            Refused: it has ended, or is not healthy in time; the text holds its last lines.
+            ApiError: it has ended, or is not healthy in time; the text holds its last lines.
         """
         ended = self.container.poll()
         if ended is not None:
-            raise Refused(400, f"Model server exited unexpectedly with {ended[0]}. {ended[1]}")
+            raise ApiError(400, f"Model server exited unexpectedly with {ended[0]}. {ended[1]}")
         if self._ask(self.routes["AIP_HEALTH_ROUTE"], None, 1.0).status == 200:
             return True
         if time.monotonic() > self.deadline:
             self.container.stop()
-            raise Refused(400, f"Model server never became ready. {self.container.last_lines()}")
+            raise ApiError(400, f"Model server never became ready. {self.container.last_lines()}")
         return False
 
     def predict(self, body: bytes) -> Response:

@@ -9,7 +9,7 @@ import re
 import uuid
 from typing import Any
 
-from rehearsal.server import Double, Refused, Request, Response
+from rehearsal.server import ApiError, FakeServer, Request, Response
 
 Json = dict[str, Any]
 
@@ -19,7 +19,7 @@ CONFIG = "application/vnd.docker.container.image.v1+json"
 LAYER = "application/vnd.docker.image.rootfs.diff.tar.gzip"
 
 
-class Images(Double):
+class Images(FakeServer):
     """The repositories, which are there as soon as something is pushed to them."""
 
     def __init__(self, port: int = 0) -> None:
@@ -78,10 +78,10 @@ class Images(Double):
         name, reference = found["repository"], found["reference"]
         key = name, self.tags.get((name, reference), reference)
         if key not in self.manifests:
-            raise Refused(404, f"manifest unknown: {name}:{reference}")
+            raise ApiError(404, f"manifest unknown: {name}:{reference}")
         content, kind = self.manifests[key]
         if kind not in request.headers.get("accept", ""):
-            raise Refused(404, f"manifest unknown: {name}:{reference} is a {kind}, which the request does not accept")
+            raise ApiError(404, f"manifest unknown: {name}:{reference} is a {kind}, which the request does not accept")
         return reference, Response(content, headers={"Content-Type": kind, "Docker-Content-Digest": key[1]})
 
     def _put_manifest(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
@@ -90,12 +90,12 @@ class Images(Double):
             document: Json = json.loads(request.body)
             blobs = [document["config"], *document["layers"]]
         except (ValueError, KeyError, TypeError):
-            raise Refused(400, "manifest invalid") from None
+            raise ApiError(400, "manifest invalid") from None
         missing = [blob["digest"] for blob in blobs if (name, blob["digest"]) not in self.blobs]
         if missing:
-            raise Refused(404, f"manifest blob unknown: {', '.join(missing)}")
+            raise ApiError(404, f"manifest blob unknown: {', '.join(missing)}")
         if document.get("mediaType", kind) != kind:
-            raise Refused(400, f"manifest invalid: it says {document['mediaType']}, and its header {kind}")
+            raise ApiError(400, f"manifest invalid: it says {document['mediaType']}, and its header {kind}")
         there = self._keep(name, found["reference"], request.body, kind)
         return f"{name}:{found['reference']}", Response(b"", 201, {"Docker-Content-Digest": there})
 
@@ -109,7 +109,7 @@ class Images(Double):
     def _get_blob(self, _: Request, found: re.Match[str]) -> tuple[Any, Response]:
         key = found["repository"], found["digest"]
         if key not in self.blobs:
-            raise Refused(404, f"blob unknown: {found['digest']}")
+            raise ApiError(404, f"blob unknown: {found['digest']}")
         return found["digest"], Response(self.blobs[key], headers={"Docker-Content-Digest": found["digest"]})
 
     def _begin(self, _: Request, found: re.Match[str]) -> tuple[Any, Response]:
@@ -124,13 +124,13 @@ class Images(Double):
     def _put_blob(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
         content = self._uploads.pop(self._upload(found)) + request.body
         if digest(content) != request.query.get("digest"):
-            raise Refused(400, "digest invalid: the content has another one")
+            raise ApiError(400, "digest invalid: the content has another one")
         self.blobs[found["repository"], digest(content)] = content
         return digest(content), Response(b"", 201, {"Docker-Content-Digest": digest(content)})
 
     def _upload(self, found: re.Match[str]) -> str:
         if found["upload"] not in self._uploads:
-            raise Refused(404, "blob upload unknown")
+            raise ApiError(404, "blob upload unknown")
         return found["upload"]
 
 

@@ -52,7 +52,7 @@ class Response:
     share: float = 1.0  # of the body that is sent before the connection is cut
 
 
-class Refused(Exception):
+class ApiError(Exception):
     """An answer that is an error, in Google's form."""
 
     def __init__(self, status: int, message: str, reason: str = "", name: str = "") -> None:
@@ -102,11 +102,11 @@ NAMES = {
 Handler = Callable[[Request, re.Match[str]], tuple[Any, Response]]
 
 
-class Double:
+class FakeServer:
     """A server on a free port: `with Vertex() as vertex: … vertex.address … vertex.received`.
 
     A subclass fills `routes`: (method, regular expression of the whole path, the call's name, handler). A handler gets
-    the request and the path's match, under the lock, and returns the parsed message and the response, or raises Refused.
+    the request and the path's match, under the lock, and returns the parsed message and the response, or raises ApiError.
     """
 
     def __init__(self, port: int = 0) -> None:
@@ -153,7 +153,7 @@ class Double:
                 return response
         known = sorted({call for _, _, call, _ in self.routes})
         message = f"this double does not know {request.method} {request.path}; it knows {', '.join(known)}"
-        response = refusal(501, message)
+        response = error_response(501, message)
         self._tell(f"unknown {request.method} {request.path}", response)
         return response
 
@@ -162,20 +162,20 @@ class Double:
         if fault:
             time.sleep(fault.seconds)
         if fault and fault.status is not None and not fault.done:
-            return refusal(fault.status, fault.message) if fault.status else None
+            return error_response(fault.status, fault.message) if fault.status else None
         try:
             with self.lock:
                 message, response = handler(request, found)
                 self.received.append(Received(call, request, message))
             if callable(response.body):
                 response = response.body()
-        except Refused as refused:
-            response = refusal(refused.status, refused.message, refused.reason, refused.name)
+        except ApiError as refused:
+            response = error_response(refused.status, refused.message, refused.reason, refused.name)
         except Exception as error:
             traceback.print_exc()
-            response = refusal(500, f"this double has a mistake of its own: {error!r}")
+            response = error_response(500, f"this double has a mistake of its own: {error!r}")
         if fault and fault.status is not None:
-            return refusal(fault.status, fault.message) if fault.status else None
+            return error_response(fault.status, fault.message) if fault.status else None
         if fault:
             response.share = fault.share
         return response
@@ -198,7 +198,7 @@ class Double:
         return None
 
 
-def refusal(status: int, message: str, reason: str = "", name: str = "") -> Response:
+def error_response(status: int, message: str, reason: str = "", name: str = "") -> Response:
     """An error in the form of Google's APIs; `name` where the status has another name than its usual one."""
     error: dict[str, Any] = {"code": status, "message": message, "status": name or NAMES.get(status, "UNKNOWN")}
     if reason:
@@ -209,7 +209,7 @@ def refusal(status: int, message: str, reason: str = "", name: str = "") -> Resp
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 256
-    double: Double
+    double: FakeServer
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Be silent about a client that hung up."""

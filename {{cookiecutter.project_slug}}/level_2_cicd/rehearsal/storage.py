@@ -1,6 +1,6 @@
 """A double of Cloud Storage's JSON API, whose objects are files.
 
-`with Storage(root) as storage:` keeps the object gs://BUCKET/NAME as the file root/BUCKET/NAME, so that `root` can be mounted
+`with FakeStorage(root) as storage:` keeps the object gs://BUCKET/NAME as the file root/BUCKET/NAME, so that `root` can be mounted
 as /gcs in a container. What a container writes there is an object too. A file's time of change, in microseconds, is the
 object's generation.
 """
@@ -24,7 +24,7 @@ from urllib.parse import quote
 
 import google_crc32c
 
-from rehearsal.server import Double, Refused, Request, Response
+from rehearsal.server import ApiError, FakeServer, Request, Response
 
 Json = dict[str, Any]
 
@@ -59,7 +59,7 @@ class Session:
     result: Json | None = None
 
 
-class Storage(Double):
+class FakeStorage(FakeServer):
     """Cloud Storage on this machine; STORAGE_EMULATOR_HOST=`address` brings Google's client to it.
 
     Args:
@@ -106,7 +106,7 @@ class Storage(Double):
 
     # What tests say and ask, without HTTP.
 
-    def make(self, bucket: str, **settings: Any) -> Path:
+    def create_bucket(self, bucket: str, **settings: Any) -> Path:
         """Make a bucket, with settings as the API names them; its folder."""
         with self.lock:
             (self.root / bucket).mkdir(exist_ok=True)
@@ -124,10 +124,10 @@ class Storage(Double):
         asked = _json(request.body)
         name = asked.get("name", "")
         if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]", name):
-            raise Refused(400, f"Invalid bucket name: '{name}'", "invalid")
+            raise ApiError(400, f"Invalid bucket name: '{name}'", "invalid")
         if (self.root / name).is_dir():
-            raise Refused(409, "Your previous request to create the named bucket succeeded and you already own it.", "conflict")
-        self.make(name, **asked)
+            raise ApiError(409, "Your previous request to create the named bucket succeeded and you already own it.", "conflict")
+        self.create_bucket(name, **asked)
         return asked, Response(self._bucket(name))
 
     def _list_buckets(self, request: Request, _: re.Match[str]) -> tuple[Any, Response]:
@@ -140,13 +140,13 @@ class Storage(Double):
 
     def _patch_bucket(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
         self._bucket(found[1])
-        self.make(found[1], **_json(request.body))
+        self.create_bucket(found[1], **_json(request.body))
         return _json(request.body), Response(self._bucket(found[1]))
 
     def _delete_bucket(self, _: Request, found: re.Match[str]) -> tuple[Any, Response]:
         self._bucket(found[1])
         if self._names(found[1]):
-            raise Refused(409, "The bucket you tried to delete is not empty.", "conflict")
+            raise ApiError(409, "The bucket you tried to delete is not empty.", "conflict")
         shutil.rmtree(self.root / found[1])  # there are only folders in it
         self._buckets.pop(found[1], None)
         return None, Response(b"", 204)
@@ -168,10 +168,10 @@ class Storage(Double):
         """A bucket's resource.
 
         Raises:
-            Refused: there is no such bucket.
+            ApiError: there is no such bucket.
         """
         if name.startswith(".") or not (self.root / name).is_dir():
-            raise Refused(404, "The specified bucket does not exist.", "notFound")
+            raise ApiError(404, "The specified bucket does not exist.", "notFound")
         standard = {"location": "EUROPE-WEST4", "locationType": "region", "storageClass": "STANDARD", "metageneration": "1"}
         return {"kind": "storage#bucket", "id": name, "name": name, **standard, **self._buckets.get(name, {})}
 
@@ -181,9 +181,9 @@ class Storage(Double):
         self._bucket(found[1])
         asked = _json(request.body)
         if not re.fullmatch(r"//pubsub\.googleapis\.com/projects/[^/]+/topics/[^/]+", asked.get("topic", "")):
-            raise Refused(400, f"Invalid Google Cloud Pub/Sub topic: '{asked.get('topic', '')}'", "invalid")
+            raise ApiError(400, f"Invalid Google Cloud Pub/Sub topic: '{asked.get('topic', '')}'", "invalid")
         if asked.get("payload_format") not in ("JSON_API_V1", "NONE"):
-            raise Refused(400, "Invalid payload format: JSON_API_V1 and NONE are allowed.", "invalid")
+            raise ApiError(400, "Invalid payload format: JSON_API_V1 and NONE are allowed.", "invalid")
         of_bucket = self._notifications.setdefault(found[1], {})
         number = str(max(map(int, of_bucket), default=0) + 1)
         of_bucket[number] = {"kind": "storage#notification", **asked, "id": number, "etag": number}
@@ -204,7 +204,7 @@ class Storage(Double):
     def _notification(self, found: re.Match[str]) -> Json:
         self._bucket(found[1])
         if found[2] not in self._notifications.get(found[1], {}):
-            raise Refused(404, "Notification not found.", "notFound")
+            raise ApiError(404, "Notification not found.", "notFound")
         return self._notifications[found[1]][found[2]]
 
     def _notify(self, kind: str, resource: Json, **more: str) -> None:
@@ -237,7 +237,7 @@ class Storage(Double):
         try:
             urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10).close()
         except OSError as error:
-            raise Refused(500, f"the object is stored, but the notification to {address} failed: {error}") from None
+            raise ApiError(500, f"the object is stored, but the notification to {address} failed: {error}") from None
 
     # Objects: reading.
 
@@ -298,23 +298,23 @@ class Storage(Double):
         """An object's file.
 
         Raises:
-            Refused: no file can have such a name.
+            ApiError: no file can have such a name.
         """
         if {"", ".", ".."} & set(name.split("/")) or "\0" in name or len(name.encode()) > 1024:
-            raise Refused(400, f"objects are files here, and none can be called '{name}'", "invalid")
+            raise ApiError(400, f"objects are files here, and none can be called '{name}'", "invalid")
         return self.root / bucket / name
 
     def _existing(self, bucket: str, name: str, query: dict[str, str]) -> Json:
         """An object's resource.
 
         Raises:
-            Refused: it is not there, or not in the generation that is asked for.
+            ApiError: it is not there, or not in the generation that is asked for.
         """
         self._bucket(bucket)
         there = not name.endswith("/") and self._path(bucket, name).is_file()
         resource = self._resource(bucket, name) if there else None
         if resource is None or query.get("generation", resource["generation"]) != resource["generation"]:
-            raise Refused(404, f"No such object: {bucket}/{name}", "notFound")
+            raise ApiError(404, f"No such object: {bucket}/{name}", "notFound")
         return resource
 
     def _resource(self, bucket: str, name: str) -> Json:
@@ -381,13 +381,13 @@ class Storage(Double):
         said = request.headers.get("content-range", whole)
         part = re.fullmatch(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)", said)
         if not part:
-            raise Refused(400, f"Invalid Content-Range: {said}", "badRequest")
+            raise ApiError(400, f"Invalid Content-Range: {said}", "badRequest")
         if part[1]:
             begin, end = int(part[1]), int(part[2]) + 1
             if end - begin != len(request.body) or begin > len(session.content):
-                raise Refused(400, f"{said}: {len(request.body)} bytes came, {len(session.content)} are there", "badRequest")
+                raise ApiError(400, f"{said}: {len(request.body)} bytes came, {len(session.content)} are there", "badRequest")
             if part[3] in ("*", "") and len(request.body) % CHUNK:
-                raise Refused(400, f"a chunk before the last must be a multiple of {CHUNK} bytes", "badRequest")
+                raise ApiError(400, f"a chunk before the last must be a multiple of {CHUNK} bytes", "badRequest")
             session.content[begin:] = request.body
         if part[3] != "*" and len(session.content) == int(part[3]):
             session.result = self._write(session.bucket, session.name, bytes(session.content), session.metadata, session.query)
@@ -403,7 +403,7 @@ class Storage(Double):
     def _session(self, request: Request, bucket: str) -> Session:
         session = self.sessions.get(request.query.get("upload_id", ""))
         if session is None or session.bucket != bucket:
-            raise Refused(404, "there is no such upload; begin it again", "notFound")
+            raise ApiError(404, "there is no such upload; begin it again", "notFound")
         return session
 
     def _rewrite(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
@@ -458,25 +458,25 @@ class Storage(Double):
         """The object that would be overwritten, if it may be.
 
         Raises:
-            Refused: a precondition does not hold, or no file can have this name.
+            ApiError: a precondition does not hold, or no file can have this name.
         """
         path = self._path(bucket, name)
         old = self._resource(bucket, name) if path.is_file() else None
         _require(old, query)
         if path.is_dir() and any(files for _, _, files in os.walk(path)):
-            raise Refused(400, f"objects are files here: '{name}' is already a folder of others", "invalid")
+            raise ApiError(400, f"objects are files here: '{name}' is already a folder of others", "invalid")
         return old
 
     def _write(self, bucket: str, name: str, content: bytes, metadata: Json, query: dict[str, str]) -> Json:
         """Write an object as a whole, and tell who wants to know.
 
         Raises:
-            Refused: a precondition does not hold, or the content is not what its sender meant.
+            ApiError: a precondition does not hold, or the content is not what its sender meant.
         """
         old = self._require(bucket, name, query)
         for kind, value in _hashes(content).items():
             if metadata.get(kind, value) != value:
-                raise Refused(400, f"Provided {kind} {metadata[kind]} doesn't match calculated {value}.", "invalid")
+                raise ApiError(400, f"Provided {kind} {metadata[kind]} doesn't match calculated {value}.", "invalid")
         path = self._path(bucket, name)
         if path.is_dir():
             shutil.rmtree(path)  # there are only folders in it
@@ -488,7 +488,7 @@ class Storage(Double):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
-            raise Refused(400, f"objects are files here: a folder of '{name}' is already an object", "invalid") from None
+            raise ApiError(400, f"objects are files here: a folder of '{name}' is already an object", "invalid") from None
         aside.replace(path)
         self._metadata[bucket, name, generation] = {key: value for key, value in metadata.items() if key in SETTABLE and value}
         new = self._resource(bucket, name)
@@ -503,12 +503,12 @@ def _require(resource: Json | None, query: dict[str, str]) -> None:
     """Check an object, or its absence, against ifGenerationMatch and its like.
 
     Raises:
-        Refused: with 412.
+        ApiError: with 412.
     """
     for what in ("generation", "metageneration"):
         now, asked = resource[what] if resource else "0", f"if{what.capitalize()}"
         if query.get(f"{asked}Match", now) != now or query.get(f"{asked}NotMatch") == now:
-            raise Refused(412, "At least one of the pre-conditions you specified did not hold.", "conditionNotMet")
+            raise ApiError(412, "At least one of the pre-conditions you specified did not hold.", "conditionNotMet")
 
 
 def _hashes(content: bytes) -> Json:
@@ -530,7 +530,7 @@ def _part(content: bytes, asked: str, headers: dict[str, str]) -> Response:
     begin = int(part[1]) if part[1] else max(0, size - int(part[2]))
     end = min(size, int(part[2]) + 1) if part[1] and part[2] else size
     if begin >= size or end <= begin:
-        raise Refused(416, "The requested range cannot be satisfied.", "requestedRangeNotSatisfiable")
+        raise ApiError(416, "The requested range cannot be satisfied.", "requestedRangeNotSatisfiable")
     headers["Content-Range"] = f"bytes {begin}-{end - 1}/{size}"
     return Response(content[begin:end], 206, headers)
 
@@ -539,11 +539,11 @@ def _parts(kind: str, body: bytes) -> tuple[Json, bytes]:
     """The metadata and the content of a multipart/related body.
 
     Raises:
-        Refused: it is none.
+        ApiError: it is none.
     """
     boundary = re.search(r"""boundary=["']?([^"';]+)""", kind)  # gcloud's stands in single quotation marks
     if not boundary:
-        raise Refused(400, f"Missing multipart boundary in the content type {kind}", "badRequest")
+        raise ApiError(400, f"Missing multipart boundary in the content type {kind}", "badRequest")
     line = re.escape(boundary[1].encode())
     pieces = re.fullmatch(
         rb"(?:\r?\n)?--%b(\r?\n).*?\r?\n\r?\n(.*?)\r?\n--%b\r?\n(.*?)\r?\n\r?\n(.*)--%b--\s*" % (line, line, line),
@@ -551,7 +551,7 @@ def _parts(kind: str, body: bytes) -> tuple[Json, bytes]:
         re.DOTALL,
     )
     if not pieces:
-        raise Refused(400, "Malformed multipart body: metadata and content are wanted", "badRequest")
+        raise ApiError(400, "Malformed multipart body: metadata and content are wanted", "badRequest")
     new_line, metadata, headers, content = pieces.groups()
     found = re.search(rb"content-type:\s*([^\r\n]+)", headers, re.IGNORECASE)
     return {**({"contentType": found[1].decode()} if found else {}), **_json(metadata)}, content.removesuffix(new_line)
@@ -561,9 +561,9 @@ def _json(body: bytes) -> Json:
     try:
         document = json.loads(body)
     except ValueError:
-        raise Refused(400, "Parse Error", "parseError") from None
+        raise ApiError(400, "Parse Error", "parseError") from None
     if not isinstance(document, dict):
-        raise Refused(400, "a JSON object is wanted", "parseError")
+        raise ApiError(400, "a JSON object is wanted", "parseError")
     return document
 
 

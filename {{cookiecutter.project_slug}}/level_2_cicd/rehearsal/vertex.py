@@ -1,6 +1,6 @@
 """A double of Vertex AI: jobs, pipeline jobs, models with versions and aliases, endpoints with traffic.
 
-    with Vertex() as vertex:
+    with FakeVertex() as vertex:
         os.environ["CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM"] = vertex.address
         …
         vertex.calls("customJobs.create")  # what was received
@@ -14,13 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from rehearsal import wire
+from rehearsal import protojson
 from rehearsal.containers import Containers
-from rehearsal.server import Double, Refused, Request, Response
+from rehearsal.protojson import PLACE, now, place_of, written
+from rehearsal.server import ApiError, FakeServer, Request, Response
 from rehearsal.vertex_endpoints import Endpoints
 from rehearsal.vertex_jobs import GOING, CustomJobs, Outcome, PipelineJobs
 from rehearsal.vertex_models import Models
-from rehearsal.wire import PLACE, now, place_of, written
 
 TYPES = "type.googleapis.com/google.cloud.aiplatform.v1."
 EMPTY = "type.googleapis.com/google.protobuf.Empty"
@@ -54,7 +54,7 @@ class Operation:
             if self.server is not None and not self.server.ready():
                 return
             message = self.apply()
-        except Refused as refused:
+        except ApiError as refused:
             self.result = {"error": {"code": 9, "message": refused.message}}
             return
         typed = {"@type": EMPTY} if message is None else {"@type": f"{TYPES}{type(message).__name__}", **written(message)}
@@ -76,7 +76,7 @@ class Operation:
         return body if self.result is None else {**body, "done": True, **self.result}
 
 
-class Vertex(Double):
+class FakeVertex(FakeServer):
     """The double; see README.md.
 
     Attributes:
@@ -117,7 +117,7 @@ class Vertex(Double):
             if self.containers is not None:
                 self.containers.close()
 
-    def outcome(
+    def set_outcome(
         self,
         name: str = "",
         state: str = "JOB_STATE_FAILED",
@@ -166,7 +166,7 @@ class Vertex(Double):
 
     def _find(self, found: re.Match[str]) -> Operation:
         if found["id"] not in self.operations:
-            raise Refused(404, f"The Operation does not exist: {found['id']}")
+            raise ApiError(404, f"The Operation does not exist: {found['id']}")
         return self.operations[found["id"]]
 
     def _look(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
@@ -180,7 +180,7 @@ class Vertex(Double):
 
     def _list(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
         start = int(request.query.get("pageToken") or 0)
-        size = int(request.query.get("pageSize") or wire.PAGE)
+        size = int(request.query.get("pageSize") or protojson.PAGE)
         here = f"{place_of(found)}{found['resource']}/operations/"
         chosen = [operation for name, operation in self.operations.items() if operation.name == f"{here}{name}"]
         body: dict[str, Any] = {"operations": [operation.written() for operation in chosen[start : start + size]]}

@@ -7,10 +7,8 @@ from typing import Any
 
 from google.cloud.aiplatform_v1 import types
 
-from rehearsal.containers import Server
-from rehearsal.server import Handler, Refused, Request, Response, refusal
-from rehearsal.vertex_models import check_etag, check_mask
-from rehearsal.wire import (
+from rehearsal.containers import ModelServer
+from rehearsal.protojson import (
     PLACE,
     answer,
     check_labels,
@@ -22,6 +20,8 @@ from rehearsal.wire import (
     read,
     read_query,
 )
+from rehearsal.server import ApiError, Handler, Request, Response, error_response
+from rehearsal.vertex_models import check_etag, check_mask
 
 ENDPOINT_ID = r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?|[1-9][0-9]{0,8}|0"
 DEPLOYED_MODEL_ID = r"[0-9]{1,10}"
@@ -35,7 +35,7 @@ class Endpoints:
     def __init__(self, vertex: Any) -> None:
         self.vertex = vertex
         self.endpoints: dict[str, Any] = {}
-        self.running: dict[tuple[str, str], Server] = {}  # (endpoint, deployed model) → what really serves it
+        self.running: dict[tuple[str, str], ModelServer] = {}  # (endpoint, deployed model) → what really serves it
         self.turns: dict[str, Counter[str]] = {}
 
     def routes(self) -> list[tuple[str, str, str, Handler]]:
@@ -57,7 +57,7 @@ class Endpoints:
         """The endpoint of a path."""
         name = f"{place_of(found)}/endpoints/{found['id']}"
         if name not in self.endpoints:
-            raise Refused(404, f"The Endpoint does not exist: {name}")
+            raise ApiError(404, f"The Endpoint does not exist: {name}")
         return self.endpoints[name]
 
     def where(self, model: str, version: str) -> list[Any]:
@@ -81,12 +81,12 @@ class Endpoints:
         need(message, "display_name")
         check_labels(message.labels)
         if request.query.get("endpointId") and not re.fullmatch(ENDPOINT_ID, identity):
-            raise Refused(400, f"endpoint_id is {identity!r}: it must match {ENDPOINT_ID}")
+            raise ApiError(400, f"endpoint_id is {identity!r}: it must match {ENDPOINT_ID}")
         if message.deployed_models or message.traffic_split:
-            raise Refused(400, "deployed_models and traffic_split are not set here: use deployModel")
+            raise ApiError(400, "deployed_models and traffic_split are not set here: use deployModel")
         message.name = f"{place_of(found)}/endpoints/{identity}"
         if message.name in self.endpoints:
-            raise Refused(409, f"The Endpoint {message.name} already exists")
+            raise ApiError(409, f"The Endpoint {message.name} already exists")
 
         def apply() -> Any:
             endpoint = self.endpoints[message.name] = types.Endpoint(message)
@@ -130,7 +130,7 @@ class Endpoints:
         def apply() -> None:
             if endpoint.deployed_models:
                 text = f"The Endpoint {endpoint.name} cannot be deleted: models are deployed to it; undeploy them first"
-                raise Refused(400, text, name="FAILED_PRECONDITION")
+                raise ApiError(400, text, name="FAILED_PRECONDITION")
             self.endpoints.pop(endpoint.name, None)
 
         return asked, self.vertex.operate(endpoint.name, "DeleteOperationMetadata", apply)
@@ -147,13 +147,13 @@ class Endpoints:
         deployed.display_name = deployed.display_name or model.display_name
         check_resources(deployed)
         if deployed.id and not re.fullmatch(DEPLOYED_MODEL_ID, deployed.id):
-            raise Refused(400, f"deployed_model.id is {deployed.id!r}: 1 to 10 digits")
+            raise ApiError(400, f"deployed_model.id is {deployed.id!r}: 1 to 10 digits")
         deployed.id = deployed.id or self.vertex.new_id(10)
 
         def check() -> dict[str, int]:
             here = {other.id for other in endpoint.deployed_models}
             if deployed.id in here:
-                raise Refused(409, f"The DeployedModel {deployed.id} already exists on {endpoint.name}")
+                raise ApiError(409, f"The DeployedModel {deployed.id} already exists on {endpoint.name}")
             traffic = dict(asked.traffic_split)
             if traffic:
                 check_traffic(traffic, {*here, NEW})
@@ -173,7 +173,7 @@ class Endpoints:
         check()
         about = (endpoint.name, deployed.id)
         if self.vertex.under_way(about):
-            raise Refused(409, f"The DeployedModel {deployed.id} is being deployed to {endpoint.name} already")
+            raise ApiError(409, f"The DeployedModel {deployed.id} is being deployed to {endpoint.name} already")
         server = None if self.vertex.containers is None else self.vertex.containers.start_server(model, deployed)
         return asked, self.vertex.operate(endpoint.name, "DeployModelOperationMetadata", apply, server, about)
 
@@ -187,14 +187,14 @@ class Endpoints:
         def check() -> dict[str, int]:
             here = {deployed.id for deployed in endpoint.deployed_models}
             if asked.deployed_model_id not in here:
-                raise Refused(404, f"The DeployedModel {asked.deployed_model_id} does not exist on {endpoint.name}")
+                raise ApiError(404, f"The DeployedModel {asked.deployed_model_id} does not exist on {endpoint.name}")
             traffic = dict(asked.traffic_split)
             if traffic:
                 check_traffic(traffic, here)
             left = traffic or dict(endpoint.traffic_split)
             if here != {asked.deployed_model_id} and left.get(asked.deployed_model_id):
                 text = f"The DeployedModel {asked.deployed_model_id} still has {left[asked.deployed_model_id]} % of the traffic"
-                raise Refused(400, text, name="FAILED_PRECONDITION")
+                raise ApiError(400, text, name="FAILED_PRECONDITION")
             return {} if here == {asked.deployed_model_id} else {key: share for key, share in left.items() if key in here}
 
         def apply() -> Any:
@@ -215,7 +215,7 @@ class Endpoints:
         """The deployed model whose turn it is: each gets its share of every hundred predictions, evenly spread."""
         shares = {key: share for key, share in endpoint.traffic_split.items() if share}
         if not shares:
-            raise Refused(400, f"The Endpoint {endpoint.name} has no deployed model with traffic", name="FAILED_PRECONDITION")
+            raise ApiError(400, f"The Endpoint {endpoint.name} has no deployed model with traffic", name="FAILED_PRECONDITION")
         turns = self.turns.setdefault(endpoint.name, Counter())
         for key in set(turns) - set(shares):
             del turns[key]
@@ -239,7 +239,7 @@ class Endpoints:
         server = self.running.get((endpoint.name, deployed.id))
         predictor = self.vertex.predictor
         if server is None and predictor is None:
-            raise Refused(501, "this double runs no containers: set Vertex.predictor, or give it Containers")
+            raise ApiError(501, "this double runs no containers: set FakeVertex.predictor, or give it Containers")
 
         def later() -> Response:
             response = server.predict(request.body) if server is not None else predictor(deployed, request.body)
@@ -263,7 +263,7 @@ class Endpoints:
 def refused_by_container(response: Response) -> Response:
     """An error of the container, as `predict` tells it."""
     said = response.body.decode(errors="replace") if isinstance(response.body, bytes) else json.dumps(response.body)
-    return refusal(response.status if response.status in {400, 429, 503, 504} else 500, said)
+    return error_response(response.status if response.status in {400, 429, 503, 504} else 500, said)
 
 
 def endpoint_field(endpoint: Any, name: str) -> str | None:
@@ -274,21 +274,21 @@ def endpoint_field(endpoint: Any, name: str) -> str | None:
 def check_traffic(traffic: dict[str, int], known: set[str]) -> None:
     """Refuse shares that do not add up to 100, or go to what is not there."""
     if unknown := sorted(set(traffic) - known):
-        raise Refused(400, f"traffic_split: there is no DeployedModel {', '.join(unknown)}")
+        raise ApiError(400, f"traffic_split: there is no DeployedModel {', '.join(unknown)}")
     if any(share < 0 for share in traffic.values()) or (traffic and sum(traffic.values()) != 100):
-        raise Refused(400, f"traffic_split: {sum(traffic.values())} is the sum of {traffic}; it must be 100")
+        raise ApiError(400, f"traffic_split: {sum(traffic.values())} is the sum of {traffic}; it must be 100")
 
 
 def check_resources(deployed: Any) -> None:
     """Refuse resources that the API refuses; fill in what it fills in."""
     kinds = [kind for kind in ("dedicated_resources", "automatic_resources", "shared_resources") if kind in deployed]
     if len(kinds) != 1:
-        raise Refused(400, "deployed_model: one of dedicated_resources, automatic_resources or shared_resources is required")
+        raise ApiError(400, "deployed_model: one of dedicated_resources, automatic_resources or shared_resources is required")
     if kinds == ["dedicated_resources"]:
         resources = deployed.dedicated_resources
         need(resources, "machine_spec.machine_type")
         if resources.min_replica_count < 1:
-            raise Refused(400, "dedicated_resources.min_replica_count must be at least 1")
+            raise ApiError(400, "dedicated_resources.min_replica_count must be at least 1")
         resources.max_replica_count = resources.max_replica_count or resources.min_replica_count
         if resources.max_replica_count < resources.min_replica_count:
-            raise Refused(400, "dedicated_resources.max_replica_count is less than min_replica_count")
+            raise ApiError(400, "dedicated_resources.max_replica_count is less than min_replica_count")

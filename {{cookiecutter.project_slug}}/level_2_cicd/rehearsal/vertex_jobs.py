@@ -8,8 +8,7 @@ from typing import Any
 from google.cloud.aiplatform_v1 import types
 
 from rehearsal.containers import Container
-from rehearsal.server import Handler, Refused, Request, Response
-from rehearsal.wire import (
+from rehearsal.protojson import (
     PLACE,
     answer,
     check_labels,
@@ -22,6 +21,7 @@ from rehearsal.wire import (
     read_query,
     written,
 )
+from rehearsal.server import ApiError, Handler, Request, Response
 
 GOING = ("QUEUED", "PENDING", "RUNNING")
 ENDED = ("SUCCEEDED", "FAILED", "CANCELLED", "EXPIRED", "PARTIALLY_SUCCEEDED")
@@ -103,7 +103,7 @@ class Jobs(ABC):
         """The job of a path."""
         name = f"{place_of(found)}/{self.plural}/{found['id']}"
         if name not in self.jobs:
-            raise Refused(404, f"The {self.kind.__name__} does not exist: {name}")
+            raise ApiError(404, f"The {self.kind.__name__} does not exist: {name}")
         return self.jobs[name]
 
     def state(self, job: Job) -> str:
@@ -148,7 +148,7 @@ class Jobs(ABC):
         asked.name = job.message.name
         if self.state(job) in ENDED:
             text = f"The {self.kind.__name__} {job.message.name} cannot be cancelled: its state is {job.message.state.name}"
-            raise Refused(400, text, name="FAILED_PRECONDITION")
+            raise ApiError(400, text, name="FAILED_PRECONDITION")
         job.ahead = ["CANCELLED"]
         self.enter(job, "CANCELLING")
         if job.running is not None:
@@ -161,7 +161,7 @@ class Jobs(ABC):
         asked = read_query(self.asks[3], request, name=job.message.name)
         if self.state(job) not in ENDED:
             text = f"The {self.kind.__name__} {job.message.name} cannot be deleted: its state is {job.message.state.name}"
-            raise Refused(400, text, name="FAILED_PRECONDITION")
+            raise ApiError(400, text, name="FAILED_PRECONDITION")
 
         def apply() -> None:
             self.jobs.pop(job.message.name, None)
@@ -210,24 +210,24 @@ class CustomJobs(Jobs):
 def check_job_spec(spec: Any) -> None:
     """Refuse a CustomJobSpec that lacks what the API requires, or says more than the API takes."""
     if not spec.worker_pool_specs:
-        raise Refused(400, "job_spec.worker_pool_specs is required")
+        raise ApiError(400, "job_spec.worker_pool_specs is required")
     for index, pool in enumerate(spec.worker_pool_specs):
         here = f"job_spec.worker_pool_specs[{index}]"
         if "container_spec" not in pool and "python_package_spec" not in pool:
             if index == 0 or pool.replica_count:
-                raise Refused(400, f"{here}: container_spec or python_package_spec is required")
+                raise ApiError(400, f"{here}: container_spec or python_package_spec is required")
             continue
         if "container_spec" in pool and not pool.container_spec.image_uri:
-            raise Refused(400, f"{here}.container_spec.image_uri is required")
+            raise ApiError(400, f"{here}.container_spec.image_uri is required")
         if not pool.machine_spec.machine_type:
-            raise Refused(400, f"{here}.machine_spec.machine_type is required")
+            raise ApiError(400, f"{here}.machine_spec.machine_type is required")
         if pool.replica_count < 1 or (index == 0 and pool.replica_count > 1):
-            raise Refused(400, f"{here}.replica_count is {pool.replica_count}: 1 for pool 0, at least 1 for others")
+            raise ApiError(400, f"{here}.replica_count is {pool.replica_count}: 1 for pool 0, at least 1 for others")
         if bool(pool.machine_spec.accelerator_type) != bool(pool.machine_spec.accelerator_count):
-            raise Refused(400, f"{here}.machine_spec: accelerator_type and accelerator_count go together")
+            raise ApiError(400, f"{here}.machine_spec: accelerator_type and accelerator_count go together")
     prefix = spec.base_output_directory.output_uri_prefix
     if prefix and not re.fullmatch(FOLDER, prefix):
-        raise Refused(400, f"job_spec.base_output_directory.output_uri_prefix is {prefix!r}: gs://BUCKET/FOLDER")
+        raise ApiError(400, f"job_spec.base_output_directory.output_uri_prefix is {prefix!r}: gs://BUCKET/FOLDER")
 
 
 class PipelineJobs(Jobs):
@@ -247,12 +247,12 @@ class PipelineJobs(Jobs):
         message = read(types.PipelineJob, request.body)
         identity = read_query(types.CreatePipelineJobRequest, request).pipeline_job_id or f"run-{self.vertex.new_id()}"
         if not re.fullmatch(PIPELINE_JOB_ID, identity):
-            raise Refused(400, f"pipeline_job_id is {identity!r}: it must match {PIPELINE_JOB_ID}")
+            raise ApiError(400, f"pipeline_job_id is {identity!r}: it must match {PIPELINE_JOB_ID}")
         check_run(message)
         check_labels(message.labels)
         message.name = f"{place_of(found)}/pipelineJobs/{identity}"
         if message.name in self.jobs:
-            raise Refused(409, f"The PipelineJob {message.name} already exists")
+            raise ApiError(409, f"The PipelineJob {message.name} already exists")
         job = self.keep(types.PipelineJob(message), found, identity)
         return message, answer(job.message)
 
@@ -300,17 +300,17 @@ def ordered(graph: Any, components: Any) -> list[str]:
 def check_run(message: Any) -> None:
     """Refuse a PipelineJob whose parameters are not those of its pipeline."""
     if not message.pipeline_spec and not message.template_uri:
-        raise Refused(400, "pipeline_spec or template_uri is required")
+        raise ApiError(400, "pipeline_spec or template_uri is required")
     folder = message.runtime_config.gcs_output_directory
     if not re.fullmatch(FOLDER, folder):
-        raise Refused(400, f"runtime_config.gcs_output_directory is {folder!r}: gs://BUCKET/FOLDER")
+        raise ApiError(400, f"runtime_config.gcs_output_directory is {folder!r}: gs://BUCKET/FOLDER")
     if not message.pipeline_spec:
         return
     spec = written(message)["pipelineSpec"]
     known = spec.get("root", {}).get("inputDefinitions", {}).get("parameters", {})
     given = message.runtime_config.parameter_values
     if unknown := sorted(set(given) - set(known)):
-        raise Refused(400, f"runtime_config.parameter_values: the pipeline has no parameter {', '.join(unknown)}")
+        raise ApiError(400, f"runtime_config.parameter_values: the pipeline has no parameter {', '.join(unknown)}")
     needed = [name for name, rule in known.items() if "defaultValue" not in rule and not rule.get("isOptional")]
     if missing := set(needed) - set(given):
-        raise Refused(400, f"runtime_config.parameter_values: {', '.join(sorted(missing))} is required")
+        raise ApiError(400, f"runtime_config.parameter_values: {', '.join(sorted(missing))} is required")

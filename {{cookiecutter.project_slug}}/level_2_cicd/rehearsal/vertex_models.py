@@ -5,8 +5,7 @@ from typing import Any
 
 from google.cloud.aiplatform_v1 import types
 
-from rehearsal.server import Handler, Refused, Request, Response
-from rehearsal.wire import (
+from rehearsal.protojson import (
     PLACE,
     answer,
     canonical,
@@ -19,6 +18,7 @@ from rehearsal.wire import (
     read,
     read_query,
 )
+from rehearsal.server import ApiError, Handler, Request, Response
 
 ALIAS = r"[a-z][a-zA-Z0-9-]{0,126}[a-z0-9]"
 MODEL_ID = r"[a-z_][a-z0-9_-]{0,62}"
@@ -56,7 +56,7 @@ class Models:
         if "container_spec" in model:
             need(model, "container_spec.image_uri")
         elif not model.artifact_uri:
-            raise Refused(400, "model: container_spec or artifact_uri is required")
+            raise ApiError(400, "model: container_spec or artifact_uri is required")
         check_labels(model.labels)
         for alias in model.version_aliases:
             check_alias(alias)
@@ -73,14 +73,14 @@ class Models:
         if asked.parent_model:
             name = canonical(asked.parent_model.split("@")[0])
             if name not in self.models:
-                raise Refused(404, f"The Model does not exist: {asked.parent_model}")
+                raise ApiError(404, f"The Model does not exist: {asked.parent_model}")
             return name
         identity = asked.model_id or self.vertex.new_id()
         if asked.model_id and not re.fullmatch(MODEL_ID, identity):
-            raise Refused(400, f"model_id is {identity!r}: it must match {MODEL_ID}")
+            raise ApiError(400, f"model_id is {identity!r}: it must match {MODEL_ID}")
         name = f"{place_of(found)}/models/{identity}"
         if name in self.models:
-            raise Refused(409, f"The Model {name} already exists; parent_model adds a version to it")
+            raise ApiError(409, f"The Model {name} already exists; parent_model adds a version to it")
         return name
 
     def add(self, name: str, model: Any) -> str:
@@ -108,13 +108,13 @@ class Models:
         """The version that NAME, NAME@VERSION or NAME@ALIAS means; NAME means the default.
 
         Raises:
-            Refused: there is none.
+            ApiError: there is none.
         """
         base, _, version = canonical(name).partition("@")
         for model in self.models.get(base, {}).values():
             if model.version_id == version or (version or "default") in model.version_aliases:
                 return model
-        raise Refused(404, f"The Model does not exist: {name}")
+        raise ApiError(404, f"The Model does not exist: {name}")
 
     def named(self, found: re.Match[str]) -> str:
         """The model name of a path, with its version if one was given."""
@@ -150,14 +150,14 @@ class Models:
         asked.name = self.named(found)
         need(asked, "version_aliases")
         if "@" not in asked.name:
-            raise Refused(400, f"name is {asked.name}: a version must be named, as in {asked.name}@1")
+            raise ApiError(400, f"name is {asked.name}: a version must be named, as in {asked.name}@1")
         model = self.find(asked.name)
         removed = [alias.removeprefix("-") for alias in asked.version_aliases if alias.startswith("-")]
         added = [alias for alias in asked.version_aliases if not alias.startswith("-") and alias not in removed]
         for alias in added:
             check_alias(alias)
         if "default" in removed:
-            raise Refused(400, "version_aliases: `default` cannot be removed; give it to another version")
+            raise ApiError(400, "version_aliases: `default` cannot be removed; give it to another version")
         self.give(model.name, model.version_id, added)
         model.version_aliases = [alias for alias in model.version_aliases if alias not in removed]
         model.version_update_time = now()
@@ -193,13 +193,13 @@ class Models:
         model = self.find(self.named(found))
         asked = read_query(types.DeleteModelVersionRequest, request, name=self.named(found))
         if "@" not in found["id"]:
-            raise Refused(400, f"name is {asked.name}: a version must be named, as in {asked.name}@1")
+            raise ApiError(400, f"name is {asked.name}: a version must be named, as in {asked.name}@1")
 
         def apply() -> None:
             self.refuse_deployed(model.name, model.version_id)
             if "default" in model.version_aliases:
                 text = f"The default version {model.name}@{model.version_id} cannot be deleted: give `default` to another"
-                raise Refused(400, text, name="FAILED_PRECONDITION")
+                raise ApiError(400, text, name="FAILED_PRECONDITION")
             del self.models[model.name][model.version_id]
 
         return asked, self.vertex.operate(model.name, "DeleteOperationMetadata", apply)
@@ -208,7 +208,7 @@ class Models:
         """Refuse to delete what is deployed."""
         if places := self.vertex.endpoints.where(name, version):
             text = f"The Model {name}@{version} cannot be deleted: it is deployed to {places[0].endpoint}; undeploy it first"
-            raise Refused(400, text, name="FAILED_PRECONDITION")
+            raise ApiError(400, text, name="FAILED_PRECONDITION")
 
 
 def model_field(model: Any, name: str) -> str | None:
@@ -219,18 +219,18 @@ def model_field(model: Any, name: str) -> str | None:
 def check_alias(alias: str) -> None:
     """Refuse what cannot be an alias."""
     if not re.fullmatch(ALIAS, alias):
-        raise Refused(400, f"version_aliases: {alias!r} must match {ALIAS}")
+        raise ApiError(400, f"version_aliases: {alias!r} must match {ALIAS}")
 
 
 def check_mask(paths: Any, changeable: set[str]) -> None:
     """Refuse a change of what cannot be changed."""
     if not paths:
-        raise Refused(400, "update_mask is required")
+        raise ApiError(400, "update_mask is required")
     if wrong := sorted(set(paths) - changeable):
-        raise Refused(400, f"update_mask: {', '.join(wrong)} cannot be changed; {', '.join(sorted(changeable))} can")
+        raise ApiError(400, f"update_mask: {', '.join(wrong)} cannot be changed; {', '.join(sorted(changeable))} can")
 
 
 def check_etag(sent: Any, kept: Any) -> None:
     """Refuse a change of what has changed since it was read; without an etag nothing is compared."""
     if sent.etag and sent.etag != kept.etag:
-        raise Refused(409, f"etag is {sent.etag!r}, but {kept.name} has changed since and has {kept.etag!r}", name="ABORTED")
+        raise ApiError(409, f"etag is {sent.etag!r}, but {kept.name} has changed since and has {kept.etag!r}", name="ABORTED")

@@ -8,12 +8,12 @@ import json
 import re
 from typing import Any
 
-from rehearsal.server import Double, Refused, Request, Response
+from rehearsal.server import ApiError, FakeServer, Request, Response
 
 NUMBER = "123456789012"
 
 
-class Platform(Double):
+class FakeProject(FakeServer):
     """One project's surroundings.
 
     Attributes:
@@ -57,12 +57,12 @@ class Platform(Double):
     def _services(self, request: Request, _: re.Match[str]) -> tuple[Any, Response]:
         names = request.repeated.get("names", [])
         if not 0 < len(names) <= 30:
-            raise Refused(400, "names: from 1 to 30 services")
+            raise ApiError(400, "names: from 1 to 30 services")
         found = []
         for name in names:
             known = re.fullmatch(rf"projects/(?:{re.escape(self.project)}|{NUMBER})/services/([a-z.]+\.googleapis\.com)", name)
             if not known:
-                raise Refused(400, f"names: {name} is no service of this project")
+                raise ApiError(400, f"names: {name} is no service of this project")
             state = "ENABLED" if known[1] in self.services else "DISABLED"
             found.append({"name": f"projects/{NUMBER}/services/{known[1]}", "parent": f"projects/{NUMBER}", "state": state})
         return names, Response({"services": found})
@@ -71,7 +71,7 @@ class Platform(Double):
         service, named, metric = found.groups()
         limits = {region: limit for (name, region), limit in self.quotas.items() if name == metric}
         if named != service or not limits:
-            raise Refused(404, f"Quota metric {named}/{metric} of {service} not found")
+            raise ApiError(404, f"Quota metric {named}/{metric} of {service} not found")
         # Numbers of 64 bits are texts in JSON; the least specific bucket comes first.
         buckets = [
             {"effectiveLimit": str(limit), **({"dimensions": {"region": region}} if region else {})}
@@ -83,7 +83,7 @@ class Platform(Double):
     def _repository(self, _: Request, found: re.Match[str]) -> tuple[Any, Response]:
         location, name = found.groups()
         if (location, name) not in self.repositories:
-            raise Refused(404, f"Repository {name} not found in {location}")
+            raise ApiError(404, f"Repository {name} not found in {location}")
         path = f"projects/{self.project}/locations/{location}/repositories/{name}"
         return None, Response({"name": path, "format": self.repositories[location, name]})
 
@@ -94,26 +94,26 @@ class Platform(Double):
     def _bucket(self, _: Request, found: re.Match[str]) -> tuple[Any, Response]:
         name = found[1]
         if name not in self.buckets:
-            raise Refused(404, "The specified bucket does not exist.")
+            raise ApiError(404, "The specified bucket does not exist.")
         return None, Response({"name": name, "location": self.buckets[name], "projectNumber": NUMBER})
 
     def _object(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
         self._bucket(request, found)
         bucket, name = found.groups()
         if f"{bucket}/{name}" not in self.objects:
-            raise Refused(404, f"No such object: {bucket}/{name}")
+            raise ApiError(404, f"No such object: {bucket}/{name}")
         return None, Response({"bucket": bucket, "name": name})
 
     def _bucket_permissions(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
         self._bucket(request, found)
         wanted = request.repeated.get("permissions", [])
         if not wanted:
-            raise Refused(400, "permissions: is missing")
+            raise ApiError(400, "permissions: is missing")
         return self._allowed(found[1], wanted)
 
     def _account_permissions(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
         if found[1] not in self.accounts:
-            raise Refused(404, f"Unknown service account: {found[1]}")
+            raise ApiError(404, f"Unknown service account: {found[1]}")
         return self._allowed(found[1], _wanted(request))
 
     def _project_permissions(self, request: Request, _: re.Match[str]) -> tuple[Any, Response]:
@@ -130,12 +130,12 @@ def _wanted(request: Request) -> list[str]:
     try:
         body = json.loads(request.body)
     except ValueError:
-        raise Refused(400, "Invalid JSON payload received.") from None
+        raise ApiError(400, "Invalid JSON payload received.") from None
     wanted = body.get("permissions") if isinstance(body, dict) and set(body) == {"permissions"} else None
     if (
         not isinstance(wanted, list)
         or not wanted
         or not all(re.fullmatch(r"[a-zA-Z]+(\.[a-zA-Z]+)+", str(name)) for name in wanted)
     ):
-        raise Refused(400, f"Invalid value at 'permissions': {request.body.decode(errors='replace')}")
+        raise ApiError(400, f"Invalid value at 'permissions': {request.body.decode(errors='replace')}")
     return wanted

@@ -35,7 +35,7 @@ BUILT_IN = (
 VARIABLE = re.compile(r"\$(?:\$|([A-Z_][A-Z0-9_]*)|\{([A-Z_][A-Z0-9_]*)\})")
 
 
-class Invalid(Exception):
+class InvalidBuild(Exception):
     """What Cloud Build would refuse; says what."""
 
 
@@ -44,7 +44,7 @@ def read(path: Path | str, values: Mapping[str, str]) -> Json:
     """A Cloud Build file with its substitutions filled in.
 
     Raises:
-        Invalid: a substitution is missing, or not needed; or the steps do not fit together.
+        InvalidBuild: a substitution is missing, or not needed; or the steps do not fit together.
     """
     document: Json = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     return resolve(document, values)
@@ -54,7 +54,7 @@ def resolve(build: Json, values: Mapping[str, str]) -> Json:
     """A build with its substitutions filled in, and its steps' ids and order checked.
 
     Raises:
-        Invalid: see `read`.
+        InvalidBuild: see `read`.
     """
     given = {**build.get("substitutions", {}), **values}
     unchanged = {"substitutions", "source"}
@@ -62,9 +62,9 @@ def resolve(build: Json, values: Mapping[str, str]) -> Json:
     own = {name for name in given if name.startswith("_")}
     loose = build.get("options", {}).get("substitutionOption") == "ALLOW_LOOSE"
     if missing := sorted(name for name in used if name not in given):
-        raise Invalid(f"key in the template {', '.join(missing)!r} is not matched in the substitution data")
+        raise InvalidBuild(f"key in the template {', '.join(missing)!r} is not matched in the substitution data")
     if (extra := sorted(own - used)) and not loose:
-        raise Invalid(f"key {', '.join(extra)!r} in the substitution data is not matched in the template")
+        raise InvalidBuild(f"key {', '.join(extra)!r} in the substitution data is not matched in the template")
     filled: Json = {key: value if key in unchanged else fill(value, given) for key, value in build.items()}
     check_order(filled.get("steps", []))
     return filled
@@ -95,17 +95,17 @@ def check_order(steps: Sequence[Json]) -> None:
     """Ids are unique, and each step waits for earlier ones.
 
     Raises:
-        Invalid: says which does not.
+        InvalidBuild: says which does not.
     """
     if not steps:
-        raise Invalid("a build must have at least one step")
+        raise InvalidBuild("a build must have at least one step")
     seen: set[str] = set()
     for step in steps:
         unknown = [name for name in step.get("waitFor", []) if name != "-" and name not in seen]
         if unknown:
-            raise Invalid(f"step {step.get('id')}: waitFor names {', '.join(unknown)}, which is no earlier step")
+            raise InvalidBuild(f"step {step.get('id')}: waitFor names {', '.join(unknown)}, which is no earlier step")
         if step.get("id") in seen:
-            raise Invalid(f"there are two steps {step['id']}")
+            raise InvalidBuild(f"there are two steps {step['id']}")
         seen.add(step.get("id", ""))
 
 
@@ -149,7 +149,7 @@ class Outcome:
         """A step by its id."""
         return next(step for step in self.steps if step.name == name)
 
-    def told(self) -> str:
+    def failures(self) -> str:
         """What the steps wrote that did not succeed, for a test's message."""
         return "\n".join(
             f"── {step.name}: {step.status}\n{step.output}" for step in self.steps if step.status not in {"SUCCESS", "QUEUED"}

@@ -9,10 +9,10 @@ import json
 import re
 from typing import Any
 
-from rehearsal.server import Double, Refused, Request, Response
+from rehearsal.server import ApiError, FakeServer, Request, Response
 
 
-class Topics(Double):
+class FakePubSub(FakeServer):
     """The topics, which are there as soon as something is published to them.
 
     Attributes:
@@ -38,9 +38,9 @@ class Topics(Double):
                 for message in body["messages"]
             ]
         except (ValueError, KeyError, TypeError, AttributeError, binascii.Error) as error:
-            raise Refused(400, f"Invalid JSON payload received. {error}") from None
+            raise ApiError(400, f"Invalid JSON payload received. {error}") from None
         if unknown or not sent or not all(data or attributes for data, attributes in sent):
-            raise Refused(400, f"a message has data or attributes, and nothing else: {', '.join(unknown)}")
+            raise ApiError(400, f"a message has data or attributes, and nothing else: {', '.join(unknown)}")
         first = len(self.messages) + 1
         self.messages += [(found[1], data, attributes) for data, attributes in sent]
         return [data for data, _ in sent], Response({"messageIds": [str(first + place) for place in range(len(sent))]})

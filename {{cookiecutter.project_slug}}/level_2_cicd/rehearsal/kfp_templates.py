@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from rehearsal.server import Double, Refused, Request, Response
+from rehearsal.server import ApiError, FakeServer, Request, Response
 
 Json = dict[str, Any]
 
@@ -28,7 +28,7 @@ class Package:
     tags: dict[str, str] = field(default_factory=dict)
 
 
-class Templates(Double):
+class FakeTemplateRegistry(FakeServer):
     """The repositories, which are there as soon as something is uploaded to them."""
 
     def __init__(self, port: int = 0) -> None:
@@ -70,7 +70,7 @@ class Templates(Double):
         package = self._package(found)
         version = package.tags.get(found[4], found[4])
         if version not in package.contents:
-            raise Refused(404, f"there is no version or tag {found[4]} of {found[3]}")
+            raise ApiError(404, f"there is no version or tag {found[4]} of {found[3]}")
         return version, Response(package.contents[version], headers={"Content-Type": "application/yaml"})
 
     def _list_packages(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
@@ -103,7 +103,7 @@ class Templates(Double):
     def _create_tag(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
         package, tag = self._package(found), request.query.get("tagId", "")
         if tag in package.tags:
-            raise Refused(409, f"the tag {tag} is there already")
+            raise ApiError(409, f"the tag {tag} is there already")
         return self._point(request, package, tag)
 
     def _get_tag(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
@@ -113,7 +113,7 @@ class Templates(Double):
     def _patch_tag(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
         package = self._package(found)
         if request.query.get("updateMask", "version") != "version":
-            raise Refused(400, "of a tag, only its version can be changed")
+            raise ApiError(400, "of a tag, only its version can be changed")
         return self._point(request, package, _known(package.tags, found[4]))
 
     def _delete_tag(self, _: Request, found: re.Match[str]) -> tuple[Any, Response]:
@@ -128,7 +128,7 @@ class Templates(Double):
         where, _, version = str(asked.get("version", "")).rpartition("/versions/")
         here = _parent(request).split("/tags")[0]
         if where != here:
-            raise Refused(400, f"the version must be named in full, as {here}/versions/sha256:…")
+            raise ApiError(400, f"the version must be named in full, as {here}/versions/sha256:…")
         package.tags[tag] = _known(package.versions, version)
         return asked, Response(_tag(package, tag, here))
 
@@ -140,10 +140,10 @@ def _known(known: Any, name: Any) -> Any:
     """The name, if it is one.
 
     Raises:
-        Refused: with 404.
+        ApiError: with 404.
     """
     if name not in known:
-        raise Refused(404, f"there is no {name}")
+        raise ApiError(404, f"there is no {name}")
     return name
 
 
@@ -163,18 +163,18 @@ def _tag(package: Package, tag: str, parent: str) -> Json:
 
 def _check_tag(tag: str) -> None:
     if not re.fullmatch(TAG, tag):
-        raise Refused(400, f"the tag '{tag}' must match {TAG}")
+        raise ApiError(400, f"the tag '{tag}' must match {TAG}")
 
 
 def _form(request: Request) -> dict[str, bytes]:
     """The fields of a multipart/form-data body.
 
     Raises:
-        Refused: it is none.
+        ApiError: it is none.
     """
     boundary = re.search(r'multipart/form-data;.*boundary="?([^";]+)', request.headers.get("content-type", ""))
     if not boundary:
-        raise Refused(400, "multipart/form-data is wanted, with content and tags")
+        raise ApiError(400, "multipart/form-data is wanted, with content and tags")
     fields = {}
     for part in request.body.split(b"--" + boundary[1].encode())[1:-1]:
         headers, _, content = part.partition(b"\r\n\r\n")
@@ -188,14 +188,14 @@ def _json(body: bytes) -> Json:
     """A JSON object.
 
     Raises:
-        Refused: it is none.
+        ApiError: it is none.
     """
     try:
         document = json.loads(body)
     except ValueError:
-        raise Refused(400, "the body is no JSON") from None
+        raise ApiError(400, "the body is no JSON") from None
     if not isinstance(document, dict):
-        raise Refused(400, "a JSON object is wanted")
+        raise ApiError(400, "a JSON object is wanted")
     return document
 
 
@@ -203,7 +203,7 @@ def _pipeline_name(content: bytes) -> str:
     """The name of a compiled pipeline, after it was parsed strictly.
 
     Raises:
-        Refused: it is no pipeline.
+        ApiError: it is no pipeline.
     """
     import yaml
     from google.protobuf import json_format
@@ -213,9 +213,9 @@ def _pipeline_name(content: bytes) -> str:
         document = next(yaml.safe_load_all(content))
         specification = json_format.ParseDict(document, pipeline_spec_pb2.PipelineSpec())
     except (yaml.YAMLError, json_format.ParseError, StopIteration, AttributeError, TypeError, UnicodeDecodeError) as error:
-        raise Refused(400, f"the content is no compiled pipeline: {error}") from None
+        raise ApiError(400, f"the content is no compiled pipeline: {error}") from None
     if not specification.pipeline_info.name:
-        raise Refused(400, "the pipeline has no name")
+        raise ApiError(400, "the pipeline has no name")
     return str(specification.pipeline_info.name)
 
 

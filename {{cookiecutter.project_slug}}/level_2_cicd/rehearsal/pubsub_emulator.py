@@ -1,7 +1,7 @@
 """How events travel on this machine: the Pub/Sub emulator of the Cloud SDK, and the trigger function in a process of its own.
 
-    with PubSub() as pubsub, Function(project, variables) as function:
-        pubsub.topic("projects/my-project/topics/digit-reader-requests", schema)
+    with PubSubEmulator() as pubsub, TriggerFunction(project, variables) as function:
+        pubsub.create_topic("projects/my-project/topics/digit-reader-requests", schema)
         pubsub.subscribe("projects/my-project/topics/digit-reader-requests", function.address)
 
 The emulator is Google's own, so it pushes as Pub/Sub does, refuses what a topic's schema refuses, and delivers again. It ignores
@@ -30,11 +30,11 @@ Json = dict[str, Any]
 START_SECONDS = 90
 
 
-class NoEmulator(Exception):
+class EmulatorNotFound(Exception):
     """The Cloud SDK, or its emulator, is not there."""
 
 
-class Refusal(Exception):
+class EmulatorError(Exception):
     """The emulator answered with an error."""
 
     def __init__(self, status: int, message: str) -> None:
@@ -116,7 +116,7 @@ class Process(ABC):
         self._folder.cleanup()
 
 
-class PubSub(Process):
+class PubSubEmulator(Process):
     """The emulator; PUBSUB_EMULATOR_HOST=`host` brings Google's clients to it."""
 
     @property
@@ -128,11 +128,11 @@ class PubSub(Process):
         """The Cloud SDK's command, with settings of its own.
 
         Raises:
-            NoEmulator: there is no Cloud SDK.
+            EmulatorNotFound: there is no Cloud SDK.
         """
         gcloud = shutil.which("gcloud")
         if not gcloud:
-            raise NoEmulator("the Cloud SDK is not installed")
+            raise EmulatorNotFound("the Cloud SDK is not installed")
         start = [
             "beta",
             "emulators",
@@ -145,11 +145,11 @@ class PubSub(Process):
         settings = {"CLOUDSDK_CONFIG": str(self.folder / "gcloud"), "CLOUDSDK_CORE_DISABLE_PROMPTS": "1"}
         return [gcloud, *start], {**os.environ, **settings}
 
-    def ask(self, method: str, path: str, body: Json | None = None) -> Json:
+    def call(self, method: str, path: str, body: Json | None = None) -> Json:
         """One call of its REST interface.
 
         Raises:
-            Refusal: it was refused.
+            EmulatorError: it was refused.
         """
         content = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(
@@ -161,16 +161,16 @@ class PubSub(Process):
                 return found
         except urllib.error.HTTPError as error:
             with error:
-                raise Refusal(error.code, error.read().decode(errors="replace")) from None
+                raise EmulatorError(error.code, error.read().decode(errors="replace")) from None
 
-    def topic(self, name: str, schema: str = "") -> None:
+    def create_topic(self, name: str, schema: str = "") -> None:
         """Make a topic: projects/PROJECT/topics/NAME; with an Avro schema, it takes only messages that fit, as JSON."""
         settings: Json = {}
         if schema:
             project, _, own = name.partition("/topics/")
-            self.ask("POST", f"{project}/schemas?schemaId={own}", {"type": "AVRO", "definition": schema})
+            self.call("POST", f"{project}/schemas?schemaId={own}", {"type": "AVRO", "definition": schema})
             settings = {"schemaSettings": {"schema": f"{project}/schemas/{own}", "encoding": "JSON"}}
-        self.ask("PUT", name, settings)
+        self.call("PUT", name, settings)
 
     def subscribe(self, topic: str, endpoint: str = "", dead_letters: str = "", attempts: int = 5) -> str:
         """Make a subscription of the topic's name: it pushes to an endpoint, or is pulled from.
@@ -186,25 +186,25 @@ class PubSub(Process):
             settings["pushConfig"] = {"pushEndpoint": endpoint}
         if dead_letters:
             settings["deadLetterPolicy"] = {"deadLetterTopic": dead_letters, "maxDeliveryAttempts": attempts}
-        self.ask("PUT", name, settings)
+        self.call("PUT", name, settings)
         return name
 
     def publish(self, topic: str, data: bytes = b"", attributes: Mapping[str, str] | None = None) -> None:
         """Publish a message."""
         message = {"data": base64.b64encode(data).decode(), "attributes": dict(attributes or {})}
-        self.ask("POST", f"{topic}:publish", {"messages": [message]})
+        self.call("POST", f"{topic}:publish", {"messages": [message]})
 
     def pull(self, subscription: str) -> list[Json]:
         """Take the messages that wait there now."""
-        found: list[Json] = self.ask("POST", f"{subscription}:pull", {"maxMessages": 1000, "returnImmediately": True}).get(
+        found: list[Json] = self.call("POST", f"{subscription}:pull", {"maxMessages": 1000, "returnImmediately": True}).get(
             "receivedMessages", []
         )
         if found:
-            self.ask("POST", f"{subscription}:acknowledge", {"ackIds": [one["ackId"] for one in found]})
+            self.call("POST", f"{subscription}:acknowledge", {"ackIds": [one["ackId"] for one in found]})
         return [one["message"] for one in found]
 
 
-class Function(Process):
+class TriggerFunction(Process):
     """The trigger function under functions-framework, as its image's command starts it.
 
     Args:

@@ -22,25 +22,25 @@ from google.cloud import storage
 from google.cloud.storage.retry import DEFAULT_RETRY
 from kfp import compiler, dsl
 from kfp.registry import RegistryClient
-from rehearsal.server import Double, Request, Response
-from rehearsal.storage import Storage
-from rehearsal.templates import Templates
+from rehearsal.kfp_templates import FakeTemplateRegistry
+from rehearsal.server import FakeServer, Request, Response
+from rehearsal.storage import FakeStorage
 
 QUICK = DEFAULT_RETRY.with_delay(initial=0.05)
 
 
 @pytest.fixture
-def double(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Storage]:
+def double(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeStorage]:
     """Cloud Storage with the bucket "data"."""
-    with Storage(tmp_path / "cloud") as double:
-        double.make("data")
+    with FakeStorage(tmp_path / "cloud") as double:
+        double.create_bucket("data")
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", double.address)
         monkeypatch.setenv("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
         yield double
 
 
 @pytest.fixture
-def bucket(double: Storage) -> Any:
+def bucket(double: FakeStorage) -> Any:
     """The bucket, through Google's client."""
     return storage.Client(project="p").bucket("data")
 
@@ -51,7 +51,7 @@ def noise(size: int) -> bytes:
 
 
 # ── objects ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-def test_an_object_is_a_file_and_a_file_an_object(double: Storage, bucket: Any) -> None:
+def test_an_object_is_a_file_and_a_file_an_object(double: FakeStorage, bucket: Any) -> None:
     blob = bucket.blob("a/b c+%2F?ü.bin")
     blob.metadata = {"key": "value"}
     blob.upload_from_string(noise(1000), content_type="text/x-noise")
@@ -84,7 +84,7 @@ def test_every_way_to_upload_keeps_each_byte(bucket: Any, size: int, chunk: int 
 
 @pytest.mark.parametrize("fault", [{"status": 503}, {"status": 0}])
 @pytest.mark.parametrize("done", [False, True])
-def test_an_upload_in_chunks_goes_on_after_each_lost_answer(double: Storage, bucket: Any, fault: Any, done: bool) -> None:
+def test_an_upload_in_chunks_goes_on_after_each_lost_answer(double: FakeStorage, bucket: Any, fault: Any, done: bool) -> None:
     content = noise(5 << 18)
     for index in range(6):
         double.fail("objects.insert", after=index, done=done, **fault)
@@ -134,7 +134,7 @@ def _with_md5(blob: Any, md5: str) -> Any:
     return blob
 
 
-def test_of_a_hundred_writers_at_once_one_wins(double: Storage, bucket: Any) -> None:
+def test_of_a_hundred_writers_at_once_one_wins(double: FakeStorage, bucket: Any) -> None:
     start = Barrier(100)
     url = f"{double.address}/upload/storage/v1/b/data/o?uploadType=media&name=one&ifGenerationMatch=0"
 
@@ -158,20 +158,20 @@ def test_a_copy_and_a_composition(bucket: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["../x", "a/../../x", "/x", "a//b", ".", "a/"])
-def test_no_object_leaves_its_bucket(double: Storage, bucket: Any, name: str) -> None:
+def test_no_object_leaves_its_bucket(double: FakeStorage, bucket: Any, name: str) -> None:
     with pytest.raises(BadRequest, match="objects are files here"):
         bucket.blob(name).upload_from_string(b"")
     assert not [path for path in double.root.rglob("*") if path.is_file()]
 
 
-def test_what_it_does_not_know_is_named(double: Storage) -> None:
+def test_what_it_does_not_know_is_named(double: FakeStorage) -> None:
     answer = requests.get(f"{double.address}/storage/v1/b/data/acl", timeout=10)
     assert answer.status_code == 501
     assert "does not know GET /storage/v1/b/data/acl" in answer.json()["error"]["message"]
 
 
 # ── notifications ───────────────────────────────────────────────────────────────────────────────────────────────────
-class Topic(Double):
+class Topic(FakeServer):
     """Takes what is published."""
 
     def __init__(self) -> None:
@@ -185,9 +185,9 @@ class Topic(Double):
 
 @pytest.mark.parametrize("versioned", [False, True])
 def test_what_happens_to_an_object_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, versioned: bool) -> None:
-    with Topic() as topic, Storage(tmp_path, pubsub=topic.address) as double:
+    with Topic() as topic, FakeStorage(tmp_path, pubsub=topic.address) as double:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", double.address)
-        double.make("data", versioning={"enabled": versioned})
+        double.create_bucket("data", versioning={"enabled": versioned})
         bucket = storage.Client(project="p").bucket("data")
         wanted = bucket.notification("arrivals", "my-project", blob_name_prefix="in/", payload_format="JSON_API_V1")
         wanted.create()
@@ -216,7 +216,7 @@ def test_what_happens_to_an_object_is_published(tmp_path: Path, monkeypatch: pyt
 
 # ── gcloud ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.heavy  # each command takes three seconds
-def test_gcloud_copies_lists_and_removes(double: Storage, tmp_path: Path) -> None:
+def test_gcloud_copies_lists_and_removes(double: FakeStorage, tmp_path: Path) -> None:
     assert shutil.which("gcloud"), "the Google Cloud CLI is wanted"
     variables = {
         "CLOUDSDK_API_ENDPOINT_OVERRIDES_STORAGE": f"{double.address}/storage/v1/",
@@ -264,7 +264,7 @@ def compiled(folder: Path, default: int) -> Path:
 
 def test_kfps_own_client_publishes_tags_and_finds(tmp_path: Path) -> None:
     first, second = compiled(tmp_path, 1), compiled(tmp_path, 2)
-    with Templates() as double:
+    with FakeTemplateRegistry() as double:
         client = RegistryClient("https://europe-west4-kfp.pkg.dev/p/r", auth=requests.auth.HTTPBasicAuth("", ""))
         client._config = {key: re.sub(HOSTS, double.address, value) for key, value in client._config.items()}
         name, version = client.upload_pipeline(str(first), tags=["v1", "latest"], extra_headers={"description": "first"})
@@ -297,7 +297,7 @@ def test_kfps_own_client_publishes_tags_and_finds(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", ["", "a: 1", "[", "pipelineInfo: {}", "pipelineInfo: {name: x}\nroot: {dagg: {}}"])
 def test_what_is_no_pipeline_is_not_published(content: str) -> None:
-    with Templates() as double:
+    with FakeTemplateRegistry() as double:
         answer = requests.post(f"{double.address}/p/r", files={"content": content}, timeout=10)
         assert answer.status_code == 400
         assert double.packages == {}

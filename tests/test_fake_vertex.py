@@ -24,11 +24,11 @@ from google.protobuf import json_format
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
-from rehearsal import wire
+from rehearsal import protojson
 from rehearsal.containers import Containers
 from rehearsal.server import Response
-from rehearsal.storage import Storage
-from rehearsal.vertex import Vertex
+from rehearsal.storage import FakeStorage
+from rehearsal.vertex import FakeVertex
 from trainer.data import find_csv, prepare
 
 PLACE = "projects/digits/locations/europe-west4"
@@ -51,12 +51,12 @@ CALLS = settings(max_examples=20, stateful_step_count=20)
 
 
 @pytest.fixture
-def vertex() -> Iterator[Vertex]:
-    with Vertex() as vertex:
+def vertex() -> Iterator[FakeVertex]:
+    with FakeVertex() as vertex:
         yield vertex
 
 
-def client(vertex: Vertex, kind: str) -> Any:
+def client(vertex: FakeVertex, kind: str) -> Any:
     """Google's client, as the project makes it."""
     options = {"api_endpoint": vertex.address}
     return getattr(api, f"{kind}ServiceClient")(client_options=options, transport="rest", credentials=AnonymousCredentials())
@@ -70,11 +70,11 @@ def custom_job(name: str = "train", image: str = "", **fields: Any) -> api.Custo
     return job
 
 
-def create_job(vertex: Vertex, name: str = "train", **fields: Any) -> api.CustomJob:
+def create_job(vertex: FakeVertex, name: str = "train", **fields: Any) -> api.CustomJob:
     return client(vertex, "Job").create_custom_job(parent=PLACE, custom_job=custom_job(name, **fields))
 
 
-def states(vertex: Vertex, name: str, looks: int = 4) -> list[str]:
+def states(vertex: FakeVertex, name: str, looks: int = 4) -> list[str]:
     return [client(vertex, "Job").get_custom_job(name=name).state.name.removeprefix("JOB_STATE_") for _ in range(looks)]
 
 
@@ -88,46 +88,46 @@ def run_of(**parameters: Any) -> dict[str, Any]:
     }
 
 
-def submit(vertex: Vertex, identity: str = "", job: dict[str, Any] | None = None) -> api.PipelineJob:
+def submit(vertex: FakeVertex, identity: str = "", job: dict[str, Any] | None = None) -> api.PipelineJob:
     request = {"parent": PLACE, "pipeline_job_id": identity, "pipeline_job": job or run_of(epochs=3)}
     return client(vertex, "Pipeline").create_pipeline_job(request=request)
 
 
-def upload(vertex: Vertex, *aliases: str, parent: str = "", **fields: Any) -> api.UploadModelResponse:
+def upload(vertex: FakeVertex, *aliases: str, parent: str = "", **fields: Any) -> api.UploadModelResponse:
     container = {"image_uri": "predict@sha256:2", "health_route": "/health", "predict_route": "/predict"}
     model = {"display_name": "digits", "container_spec": container, "artifact_uri": "gs://b/model", "version_aliases": aliases}
     request = {"parent": PLACE, "parent_model": parent, "model": {**model, **fields}}
     return client(vertex, "Model").upload_model(request=request).result()
 
 
-def aliases_of(vertex: Vertex, model: str) -> dict[str, set[str]]:
+def aliases_of(vertex: FakeVertex, model: str) -> dict[str, set[str]]:
     versions = client(vertex, "Model").list_model_versions(name=model)
     return {version.version_id: set(version.version_aliases) for version in versions}
 
 
-def create_endpoint(vertex: Vertex, name: str = "digits") -> str:
+def create_endpoint(vertex: FakeVertex, name: str = "digits") -> str:
     endpoint: api.Endpoint = client(vertex, "Endpoint").create_endpoint(parent=PLACE, endpoint={"display_name": name}).result()
     return str(endpoint.name)
 
 
-def deploy(vertex: Vertex, endpoint: str, model: str, traffic: dict[str, int] | None = None, **fields: Any) -> str:
+def deploy(vertex: FakeVertex, endpoint: str, model: str, traffic: dict[str, int] | None = None, **fields: Any) -> str:
     deployed = {"model": model, "dedicated_resources": RESOURCES, **fields}
     request = {"endpoint": endpoint, "deployed_model": deployed, "traffic_split": traffic or {}}
     response = client(vertex, "Endpoint").deploy_model(request=request).result()
     return str(response.deployed_model.id)
 
 
-def undeploy(vertex: Vertex, endpoint: str, identity: str, traffic: dict[str, int] | None = None) -> None:
+def undeploy(vertex: FakeVertex, endpoint: str, identity: str, traffic: dict[str, int] | None = None) -> None:
     request = {"endpoint": endpoint, "deployed_model_id": identity, "traffic_split": traffic or {}}
     client(vertex, "Endpoint").undeploy_model(request=request).result()
 
 
-def send_traffic(vertex: Vertex, endpoint: str, traffic: dict[str, int], etag: str = "") -> api.Endpoint:
+def send_traffic(vertex: FakeVertex, endpoint: str, traffic: dict[str, int], etag: str = "") -> api.Endpoint:
     message = {"name": endpoint, "traffic_split": traffic, "etag": etag}
     return client(vertex, "Endpoint").update_endpoint(endpoint=message, update_mask="trafficSplit")
 
 
-def traffic_of(vertex: Vertex, endpoint: str) -> dict[str, int]:
+def traffic_of(vertex: FakeVertex, endpoint: str) -> dict[str, int]:
     return dict(client(vertex, "Endpoint").get_endpoint(name=endpoint).traffic_split)
 
 
@@ -144,7 +144,7 @@ def post(address: str, body: Any) -> tuple[int, Any]:
 # ── what is understood ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_job_is_received_as_it_was_sent(vertex: Vertex) -> None:
+def test_a_job_is_received_as_it_was_sent(vertex: FakeVertex) -> None:
     sent = custom_job(labels={"commit": "a1b2"}, encryption_spec={"kms_key_name": "projects/p/key"})
     answered = client(vertex, "Job").create_custom_job(parent=PLACE, custom_job=sent)
     assert vertex.calls("customJobs.create") == [sent]
@@ -165,14 +165,16 @@ def test_a_job_is_received_as_it_was_sent(vertex: Vertex) -> None:
         ("customJobs", [1], "Failed to parse"),
     ],
 )
-def test_a_field_that_the_api_does_not_know_is_refused_with_its_name(vertex: Vertex, path: str, body: Any, named: str) -> None:
+def test_a_field_that_the_api_does_not_know_is_refused_with_its_name(
+    vertex: FakeVertex, path: str, body: Any, named: str
+) -> None:
     status, answer = post(f"{vertex.address}/v1/{PLACE}/{path}", body)
     assert (status, answer["error"]["status"]) == (400, "INVALID_ARGUMENT")
     assert named in answer["error"]["message"]
     assert vertex.received == []
 
 
-def test_a_call_that_the_double_does_not_know_is_refused_with_its_name(vertex: Vertex) -> None:
+def test_a_call_that_the_double_does_not_know_is_refused_with_its_name(vertex: FakeVertex) -> None:
     with pytest.raises(exceptions.MethodNotImplemented, match=r"POST /v1/.*/batchPredictionJobs; it knows .*customJobs.create"):
         client(vertex, "Job").create_batch_prediction_job(parent=PLACE, batch_prediction_job={"display_name": "x"})
 
@@ -192,7 +194,7 @@ def test_a_call_that_the_double_does_not_know_is_refused_with_its_name(vertex: V
         (lambda job: job.labels.update({"long": "x" * 64}), "at most 63"),
     ],
 )
-def test_a_job_that_the_api_refuses_is_refused(vertex: Vertex, change: Callable[[Any], Any], named: str) -> None:
+def test_a_job_that_the_api_refuses_is_refused(vertex: FakeVertex, change: Callable[[Any], Any], named: str) -> None:
     job = custom_job()
     change(job)
     with pytest.raises(exceptions.BadRequest, match=named):
@@ -200,7 +202,7 @@ def test_a_job_that_the_api_refuses_is_refused(vertex: Vertex, change: Callable[
     assert list(client(vertex, "Job").list_custom_jobs(parent=PLACE)) == []
 
 
-def test_names_carry_the_projects_number_and_both_forms_are_taken(vertex: Vertex) -> None:
+def test_names_carry_the_projects_number_and_both_forms_are_taken(vertex: FakeVertex) -> None:
     name = create_job(vertex).name
     assert name.split("/")[1].isdigit()
     by_id = f"{PLACE}/customJobs/{name.split('/')[-1]}"
@@ -212,7 +214,7 @@ def test_names_carry_the_projects_number_and_both_forms_are_taken(vertex: Vertex
 # ── jobs ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_each_look_at_a_job_is_a_step_and_a_list_is_none(vertex: Vertex) -> None:
+def test_each_look_at_a_job_is_a_step_and_a_list_is_none(vertex: FakeVertex) -> None:
     job = create_job(vertex)
     assert job.state.name == "JOB_STATE_QUEUED"
     for _ in range(3):
@@ -223,18 +225,18 @@ def test_each_look_at_a_job_is_a_step_and_a_list_is_none(vertex: Vertex) -> None
     assert ended.create_time <= ended.start_time <= ended.end_time
 
 
-def test_a_job_ends_as_the_newest_rule_says(vertex: Vertex) -> None:
-    vertex.outcome("spot", code=8, message="RESOURCE_EXHAUSTED: no L4 is free", through=("QUEUED", "PENDING"), times=1)
+def test_a_job_ends_as_the_newest_rule_says(vertex: FakeVertex) -> None:
+    vertex.set_outcome("spot", code=8, message="RESOURCE_EXHAUSTED: no L4 is free", through=("QUEUED", "PENDING"), times=1)
     first, second = create_job(vertex, "l4-spot"), create_job(vertex, "l4-spot")
     assert states(vertex, first.name, 3) == ["PENDING", "FAILED", "FAILED"]
     failed = client(vertex, "Job").get_custom_job(name=first.name)
     assert (failed.error.code, failed.error.message) == (8, "RESOURCE_EXHAUSTED: no L4 is free")
     assert states(vertex, second.name)[-1] == "SUCCEEDED"
-    vertex.outcome("l4", "JOB_STATE_EXPIRED", through=())
+    vertex.set_outcome("l4", "JOB_STATE_EXPIRED", through=())
     assert create_job(vertex, "l4").state.name == "JOB_STATE_EXPIRED"
 
 
-def test_a_cancelled_job_ends_cancelled_and_an_ended_one_cannot_be_cancelled(vertex: Vertex) -> None:
+def test_a_cancelled_job_ends_cancelled_and_an_ended_one_cannot_be_cancelled(vertex: FakeVertex) -> None:
     jobs, job = client(vertex, "Job"), create_job(vertex)
     jobs.cancel_custom_job(name=job.name)
     assert [message.name for message in vertex.calls("customJobs.cancel")] == [job.name]
@@ -264,7 +266,7 @@ def test_a_cancelled_job_ends_cancelled_and_an_ended_one_cannot_be_cancelled(ver
         ('create_time<"2020-01-01T00:00:00Z"', []),
     ],
 )
-def test_a_list_holds_what_the_filter_says_the_newest_first(vertex: Vertex, text: str, found: list[str]) -> None:
+def test_a_list_holds_what_the_filter_says_the_newest_first(vertex: FakeVertex, text: str, found: list[str]) -> None:
     create_job(vertex, "a", labels={"run": "r1", "job": "1"})
     create_job(vertex, "b", labels={"run": "r1", "job": "2"})
     create_job(vertex, "c")
@@ -275,13 +277,13 @@ def test_a_list_holds_what_the_filter_says_the_newest_first(vertex: Vertex, text
 @pytest.mark.parametrize(
     ("text", "named"), [("owner=x", "owner"), ('display_name="a" AND', "AND"), ("(state=x", r"\)"), ("a~b", "a~b")]
 )
-def test_a_filter_that_is_not_understood_is_refused(vertex: Vertex, text: str, named: str) -> None:
+def test_a_filter_that_is_not_understood_is_refused(vertex: FakeVertex, text: str, named: str) -> None:
     create_job(vertex)
     with pytest.raises(exceptions.BadRequest, match=named):
         client(vertex, "Job").list_custom_jobs(request={"parent": PLACE, "filter": text})
 
 
-def test_a_list_comes_in_pages_and_holds_one_region(vertex: Vertex) -> None:
+def test_a_list_comes_in_pages_and_holds_one_region(vertex: FakeVertex) -> None:
     names = {create_job(vertex).name for _ in range(5)}
     jobs = client(vertex, "Job")
     pages = [len(page.custom_jobs) for page in jobs.list_custom_jobs(request={"parent": PLACE, "page_size": 2}).pages]
@@ -290,18 +292,18 @@ def test_a_list_comes_in_pages_and_holds_one_region(vertex: Vertex) -> None:
     assert list(jobs.list_custom_jobs(parent="projects/digits/locations/us-central1")) == []
 
 
-def test_a_run_is_kept_under_its_id_and_advances(vertex: Vertex) -> None:
+def test_a_run_is_kept_under_its_id_and_advances(vertex: FakeVertex) -> None:
     run = submit(vertex, "event-1")
     assert run.name.endswith("/pipelineJobs/event-1")
     assert [message.name for message in vertex.calls("pipelineJobs.create")] == [run.name]
     assert vertex.calls("pipelineJobs.create")[0].runtime_config.parameter_values["epochs"] == 3
     seen = [client(vertex, "Pipeline").get_pipeline_job(name=run.name).state.name for _ in range(3)]
     assert seen == ["PIPELINE_STATE_PENDING", "PIPELINE_STATE_RUNNING", "PIPELINE_STATE_SUCCEEDED"]
-    vertex.outcome(state="PIPELINE_STATE_FAILED", through=())
+    vertex.set_outcome(state="PIPELINE_STATE_FAILED", through=())
     assert submit(vertex).state.name == "PIPELINE_STATE_FAILED"
 
 
-def test_the_same_run_a_hundred_times_at_once_is_one(vertex: Vertex) -> None:
+def test_the_same_run_a_hundred_times_at_once_is_one(vertex: FakeVertex) -> None:
     def one(_: int) -> int:
         return post(f"{vertex.address}/v1/{PLACE}/pipelineJobs?pipelineJobId=event-1", body)[0]
 
@@ -324,13 +326,13 @@ def test_the_same_run_a_hundred_times_at_once_is_one(vertex: Vertex) -> None:
         ("event", {**run_of(epochs=1), "labels": {"by": "Ada"}}, "'Ada'"),
     ],
 )
-def test_a_run_that_the_api_refuses_is_refused(vertex: Vertex, identity: str, job: dict[str, Any], named: str) -> None:
+def test_a_run_that_the_api_refuses_is_refused(vertex: FakeVertex, identity: str, job: dict[str, Any], named: str) -> None:
     with pytest.raises(exceptions.BadRequest, match=named):
         submit(vertex, identity, job)
     assert list(client(vertex, "Pipeline").list_pipeline_jobs(parent=PLACE)) == []
 
 
-def test_a_runs_tasks_follow_its_state(vertex: Vertex) -> None:
+def test_a_runs_tasks_follow_its_state(vertex: FakeVertex) -> None:
     tasks: dict[str, Any] = {
         "evaluate": {"componentRef": {"name": "comp-evaluate"}, "dependentTasks": ["train"]},
         "train": {"componentRef": {"name": "comp-train"}},
@@ -345,7 +347,7 @@ def test_a_runs_tasks_follow_its_state(vertex: Vertex) -> None:
     assert told == [[], [("train", "RUNNING")], [(name, "SUCCEEDED") for name in ("train", "evaluate", "deploy")]]
     assert looks[2][1].outputs["metrics"].artifacts[0].metadata == {"accuracy": 0.97}
 
-    vertex.outcome("run", code=8, message="no GPU is free", through=())
+    vertex.set_outcome("run", code=8, message="no GPU is free", through=())
     failed = submit(vertex, "event-2", job).job_detail.task_details
     assert [(task.task_name, task.state.name, task.error.message) for task in failed] == [
         ("train", "SUCCEEDED", ""),
@@ -356,7 +358,7 @@ def test_a_runs_tasks_follow_its_state(vertex: Vertex) -> None:
 # ── models ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_versions_are_numbered_and_an_alias_is_on_one_version(vertex: Vertex) -> None:
+def test_versions_are_numbered_and_an_alias_is_on_one_version(vertex: FakeVertex) -> None:
     first = upload(vertex, "candidate", labels={"commit": "a1"})
     second = upload(vertex, "candidate", parent=first.model)
     assert (first.model_version_id, second.model_version_id) == ("1", "2")
@@ -379,7 +381,7 @@ def test_versions_are_numbered_and_an_alias_is_on_one_version(vertex: Vertex) ->
     ]
 
 
-def test_an_upload_that_the_api_refuses_is_refused(vertex: Vertex) -> None:
+def test_an_upload_that_the_api_refuses_is_refused(vertex: FakeVertex) -> None:
     models = client(vertex, "Model")
     with pytest.raises(exceptions.NotFound):
         upload(vertex, parent=f"{PLACE}/models/7")
@@ -395,7 +397,7 @@ def test_an_upload_that_the_api_refuses_is_refused(vertex: Vertex) -> None:
         models.upload_model(request={**request, "model_id": "7up"})
 
 
-def test_aliases_that_the_api_refuses_are_refused(vertex: Vertex) -> None:
+def test_aliases_that_the_api_refuses_are_refused(vertex: FakeVertex) -> None:
     models, name = client(vertex, "Model"), upload(vertex).model
     with pytest.raises(exceptions.BadRequest, match="a version must be named"):
         models.merge_version_aliases(name=name, version_aliases=["champion"])
@@ -406,7 +408,7 @@ def test_aliases_that_the_api_refuses_are_refused(vertex: Vertex) -> None:
     assert aliases_of(vertex, name) == {"1": {"default"}}
 
 
-def test_what_is_deployed_or_the_default_is_not_deleted_and_a_number_is_not_given_twice(vertex: Vertex) -> None:
+def test_what_is_deployed_or_the_default_is_not_deleted_and_a_number_is_not_given_twice(vertex: FakeVertex) -> None:
     models, name, endpoint = client(vertex, "Model"), upload(vertex).model, create_endpoint(vertex)
     upload(vertex, parent=name)
     deployed = deploy(vertex, endpoint, f"{name}@2")
@@ -423,7 +425,7 @@ def test_what_is_deployed_or_the_default_is_not_deleted_and_a_number_is_not_give
     assert list(models.list_models(parent=PLACE)) == []
 
 
-def test_a_models_labels_change_and_its_artifact_does_not(vertex: Vertex) -> None:
+def test_a_models_labels_change_and_its_artifact_does_not(vertex: FakeVertex) -> None:
     models, name = client(vertex, "Model"), upload(vertex, labels={"a": "1"}).model
     change = {"name": f"{name}@1", "labels": {"a": "2"}, "artifact_uri": "gs://b/other"}
     assert models.update_model(model=change, update_mask="labels").labels == {"a": "2"}
@@ -435,7 +437,7 @@ def test_a_models_labels_change_and_its_artifact_does_not(vertex: Vertex) -> Non
 # ── endpoints ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_canary_from_deployment_to_the_old_ones_end(vertex: Vertex) -> None:
+def test_a_canary_from_deployment_to_the_old_ones_end(vertex: FakeVertex) -> None:
     endpoint, model = create_endpoint(vertex), upload(vertex, "champion").model
     old = deploy(vertex, endpoint, f"{model}@champion", {"0": 100}, service_account="predictor@digits.iam.gserviceaccount.com")
     upload(vertex, "candidate", parent=model)
@@ -469,7 +471,7 @@ def test_a_canary_from_deployment_to_the_old_ones_end(vertex: Vertex) -> None:
     ],
 )
 def test_a_deployment_that_the_api_refuses_changes_nothing(
-    vertex: Vertex, traffic: dict[str, int], fields: dict[str, Any], named: str
+    vertex: FakeVertex, traffic: dict[str, int], fields: dict[str, Any], named: str
 ) -> None:
     endpoint, model = create_endpoint(vertex), upload(vertex).model
     with pytest.raises(exceptions.BadRequest, match=named):
@@ -477,7 +479,7 @@ def test_a_deployment_that_the_api_refuses_changes_nothing(
     assert not client(vertex, "Endpoint").get_endpoint(name=endpoint).deployed_models
 
 
-def test_an_id_that_is_taken_an_unknown_model_and_a_full_endpoint_are_refused(vertex: Vertex) -> None:
+def test_an_id_that_is_taken_an_unknown_model_and_a_full_endpoint_are_refused(vertex: FakeVertex) -> None:
     endpoint, model = create_endpoint(vertex), upload(vertex).model
     assert deploy(vertex, endpoint, model, {"0": 100}, id="7") == "7"
     with pytest.raises(exceptions.Conflict, match="7 already exists"):
@@ -493,7 +495,7 @@ def test_an_id_that_is_taken_an_unknown_model_and_a_full_endpoint_are_refused(ve
     assert list(client(vertex, "Endpoint").list_endpoints(parent=PLACE)) == []
 
 
-def test_a_change_of_what_has_changed_since_is_refused_when_an_etag_is_sent(vertex: Vertex) -> None:
+def test_a_change_of_what_has_changed_since_is_refused_when_an_etag_is_sent(vertex: FakeVertex) -> None:
     endpoint, model = create_endpoint(vertex), upload(vertex).model
     first, second = deploy(vertex, endpoint, model, {"0": 100}), deploy(vertex, endpoint, model)
     read = client(vertex, "Endpoint").get_endpoint(name=endpoint).etag
@@ -508,7 +510,7 @@ def test_a_change_of_what_has_changed_since_is_refused_when_an_etag_is_sent(vert
         send_traffic(vertex, endpoint, {second: 99})
 
 
-def test_endpoints_are_found_by_display_name(vertex: Vertex) -> None:
+def test_endpoints_are_found_by_display_name(vertex: FakeVertex) -> None:
     create_endpoint(vertex, "other")
     wanted = create_endpoint(vertex, "digits")
     found = client(vertex, "Endpoint").list_endpoints(request={"parent": PLACE, "filter": 'display_name="digits"'})
@@ -562,7 +564,7 @@ def test_whatever_is_called_the_traffic_adds_up() -> None:
                 assert sum(traffic.values()) in {0, 100}
                 assert set(traffic) <= {deployed.id for deployed in self.kept().deployed_models}
 
-    with Vertex() as vertex:
+    with FakeVertex() as vertex:
         run_state_machine_as_test(Calls, settings=CALLS)
         carried_out = {call: len(vertex.calls(f"endpoints.{call}")) for call in ("deployModel", "undeployModel", "patch")}
         assert min(carried_out.values()) >= 5, carried_out
@@ -571,11 +573,11 @@ def test_whatever_is_called_the_traffic_adds_up() -> None:
 # ── predictions ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def predict(vertex: Vertex, endpoint: str) -> api.PredictResponse:
+def predict(vertex: FakeVertex, endpoint: str) -> api.PredictResponse:
     return client(vertex, "Prediction").predict(endpoint=endpoint, instances=[{"x": 1.0}])
 
 
-def test_each_deployed_model_gets_its_share_evenly(vertex: Vertex) -> None:
+def test_each_deployed_model_gets_its_share_evenly(vertex: FakeVertex) -> None:
     endpoint, model = create_endpoint(vertex), upload(vertex).model
     old = deploy(vertex, endpoint, model, {"0": 100})
     new = deploy(vertex, endpoint, upload(vertex, parent=model).model + "@2", {"0": 10, old: 90})
@@ -588,12 +590,12 @@ def test_each_deployed_model_gets_its_share_evenly(vertex: Vertex) -> None:
     assert list(answers[0].predictions) == ["1", {"instances": [{"x": 1.0}]}]
 
 
-def test_raw_predictions_pass_and_an_error_of_the_container_is_told(vertex: Vertex) -> None:
+def test_raw_predictions_pass_and_an_error_of_the_container_is_told(vertex: FakeVertex) -> None:
     endpoint = create_endpoint(vertex)
     with pytest.raises(exceptions.BadRequest, match="no deployed model with traffic"):
         predict(vertex, endpoint)
     deployed = deploy(vertex, endpoint, upload(vertex).model, {"0": 100})
-    with pytest.raises(exceptions.MethodNotImplemented, match=r"Vertex\.predictor"):
+    with pytest.raises(exceptions.MethodNotImplemented, match=r"FakeVertex\.predictor"):
         predict(vertex, endpoint)
     vertex.predictor = lambda deployed, body: Response(body[::-1])
     request = urllib.request.Request(f"{vertex.address}/v1/{endpoint}:rawPredict", b"abc")
@@ -608,7 +610,7 @@ def test_raw_predictions_pass_and_an_error_of_the_container_is_told(vertex: Vert
 # ── what goes wrong when it shall ───────────────────────────────────────────────────────────────────────────
 
 
-def test_an_operation_takes_as_many_looks_as_it_shall(vertex: Vertex) -> None:
+def test_an_operation_takes_as_many_looks_as_it_shall(vertex: FakeVertex) -> None:
     vertex.slow_operations = 1
     endpoints = client(vertex, "Endpoint")
     operation = endpoints.create_endpoint(parent=PLACE, endpoint={"display_name": "slow"})
@@ -617,8 +619,8 @@ def test_an_operation_takes_as_many_looks_as_it_shall(vertex: Vertex) -> None:
     assert len(vertex.calls("operations.get")) == 2
 
 
-def test_operations_that_go_on_are_listed_and_may_be_cancelled(vertex: Vertex, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "PAGE", 1)
+def test_operations_that_go_on_are_listed_and_may_be_cancelled(vertex: FakeVertex, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protojson, "PAGE", 1)
     endpoint, model = create_endpoint(vertex), upload(vertex).model
     vertex.slow_operations = 1
     endpoints = client(vertex, "Endpoint")
@@ -640,7 +642,7 @@ def test_operations_that_go_on_are_listed_and_may_be_cancelled(vertex: Vertex, m
     assert endpoints.deploy_model(request=request).result().deployed_model.id == "7"
 
 
-def test_an_operation_fails_when_the_world_has_changed_meanwhile(vertex: Vertex) -> None:
+def test_an_operation_fails_when_the_world_has_changed_meanwhile(vertex: FakeVertex) -> None:
     endpoint, model = create_endpoint(vertex), upload(vertex).model
     old = deploy(vertex, endpoint, model, {"0": 100})
     new = deploy(vertex, endpoint, model)
@@ -664,7 +666,7 @@ def test_an_operation_fails_when_the_world_has_changed_meanwhile(vertex: Vertex)
     ],
 )
 @pytest.mark.parametrize("done", [False, True])
-def test_a_fault_comes_once_before_or_after_the_work(vertex: Vertex, fault: dict[str, Any], error: type, done: bool) -> None:
+def test_a_fault_comes_once_before_or_after_the_work(vertex: FakeVertex, fault: dict[str, Any], error: type, done: bool) -> None:
     vertex.fail("customJobs.create", done=done, **fault)
     with pytest.raises(error, match=fault["message"]):
         create_job(vertex, "first")
@@ -674,7 +676,7 @@ def test_a_fault_comes_once_before_or_after_the_work(vertex: Vertex, fault: dict
     assert len(vertex.calls("customJobs.create")) == len(listed)
 
 
-def test_a_fault_waits_comes_as_often_as_it_shall_and_meets_only_its_call(vertex: Vertex) -> None:
+def test_a_fault_waits_comes_as_often_as_it_shall_and_meets_only_its_call(vertex: FakeVertex) -> None:
     job = create_job(vertex)
     vertex.fail("customJobs.get", after=1, times=2)
     jobs, seen = client(vertex, "Job"), []
@@ -687,7 +689,7 @@ def test_a_fault_waits_comes_as_often_as_it_shall_and_meets_only_its_call(vertex
     assert seen == ["JOB_STATE_PENDING", "503", "503", "JOB_STATE_RUNNING", "JOB_STATE_SUCCEEDED"]
 
 
-def test_a_slow_answer_is_no_error_but_a_deadline_may_end_before_it(vertex: Vertex) -> None:
+def test_a_slow_answer_is_no_error_but_a_deadline_may_end_before_it(vertex: FakeVertex) -> None:
     vertex.fail("customJobs.list", status=None, seconds=0.5, times=2)
     jobs = client(vertex, "Job")
     with pytest.raises(Exception, match="timed out"):
@@ -695,7 +697,7 @@ def test_a_slow_answer_is_no_error_but_a_deadline_may_end_before_it(vertex: Vert
     assert list(jobs.list_custom_jobs(parent=PLACE, timeout=30)) == []
 
 
-def test_a_mistake_in_the_double_itself_is_an_answer_that_says_so(vertex: Vertex, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_in_the_double_itself_is_an_answer_that_says_so(vertex: FakeVertex, capfd: pytest.CaptureFixture[str]) -> None:
     vertex.jobs.outcomes = [None]  # type: ignore[list-item]
     with pytest.raises(exceptions.InternalServerError, match="a mistake of its own: AttributeError"):
         create_job(vertex)
@@ -744,7 +746,7 @@ def test_by_hand_each_call_is_a_line_and_sigterm_ends_it(by_hand: tuple[subproce
     assert process.returncode == 0
 
 
-def test_by_hand_a_port_in_use_is_told(template: Path, vertex: Vertex) -> None:
+def test_by_hand_a_port_in_use_is_told(template: Path, vertex: FakeVertex) -> None:
     port = vertex.address.rpartition(":")[2]
     command = [sys.executable, "-m", "rehearsal", "--port", port]
     done = subprocess.run(command, cwd=template / "level_2_cicd", capture_output=True, text=True)
@@ -754,7 +756,7 @@ def test_by_hand_a_port_in_use_is_told(template: Path, vertex: Vertex) -> None:
 
 
 @pytest.fixture
-def gcloud(vertex: Vertex, tmp_path: Path) -> Callable[..., str]:
+def gcloud(vertex: FakeVertex, tmp_path: Path) -> Callable[..., str]:
     """The real gcloud, with the double as its server and no credentials; what it writes."""
     if shutil.which("gcloud") is None:
         if os.environ.get("REQUIRE_DOCKER"):  # where heavy tests must run
@@ -779,7 +781,7 @@ def gcloud(vertex: Vertex, tmp_path: Path) -> Callable[..., str]:
 
 
 @pytest.mark.heavy
-def test_gcloud_speaks_to_it(vertex: Vertex, gcloud: Callable[..., str], tmp_path: Path) -> None:
+def test_gcloud_speaks_to_it(vertex: FakeVertex, gcloud: Callable[..., str], tmp_path: Path) -> None:
     config = tmp_path / "job.json"  # JSON is YAML too
     config.write_text(json.dumps(SPEC), encoding="utf-8")
     gcloud("custom-jobs", "create", "--display-name=train", f"--config={config}", "--labels=commit=a1b2")
@@ -836,10 +838,10 @@ def python_image(docker: str) -> str:
 
 
 @pytest.fixture
-def real(python_image: str, tmp_path: Path) -> Iterator[Vertex]:
+def real(python_image: str, tmp_path: Path) -> Iterator[FakeVertex]:
     """A double that runs what it is asked to run; the cloud's image names mean the image with Python."""
     images = {"train@sha256:1": python_image, "predict@sha256:2": python_image}
-    with Vertex(containers=Containers(tmp_path / "buckets", images=images, storage_address="http://storage")) as vertex:
+    with FakeVertex(containers=Containers(tmp_path / "buckets", images=images, storage_address="http://storage")) as vertex:
         yield vertex
 
 
@@ -857,7 +859,7 @@ def eventually(holds: Callable[[], object]) -> None:
         time.sleep(0.05)
 
 
-def start_script(vertex: Vertex, script: str) -> str:
+def start_script(vertex: FakeVertex, script: str) -> str:
     """Start a job of a Python script; its name."""
     job = custom_job()
     container = job.job_spec.worker_pool_specs[0].container_spec
@@ -866,7 +868,7 @@ def start_script(vertex: Vertex, script: str) -> str:
     return str(client(vertex, "Job").create_custom_job(parent=PLACE, custom_job=job).name)
 
 
-def ended(vertex: Vertex, name: str) -> api.CustomJob:
+def ended(vertex: FakeVertex, name: str) -> api.CustomJob:
     """The job, when it has ended."""
     jobs = client(vertex, "Job")
     eventually(lambda: jobs.get_custom_job(name=name).end_time)
@@ -874,7 +876,7 @@ def ended(vertex: Vertex, name: str) -> api.CustomJob:
 
 
 @pytest.mark.heavy
-def test_a_job_really_runs_and_writes_to_the_bucket(real: Vertex, tmp_path: Path) -> None:
+def test_a_job_really_runs_and_writes_to_the_bucket(real: FakeVertex, tmp_path: Path) -> None:
     script = """
 import os, pathlib
 folder = pathlib.Path("/gcs", os.environ["AIP_MODEL_DIR"].removeprefix("gs://"))
@@ -891,7 +893,7 @@ names = ("GREETING", "AIP_MODEL_DIR", "AIP_CHECKPOINT_DIR", "AIP_TENSORBOARD_LOG
 
 
 @pytest.mark.heavy
-def test_a_job_that_fails_says_its_last_lines_and_one_whose_image_is_not_there_fails(real: Vertex) -> None:
+def test_a_job_that_fails_says_its_last_lines_and_one_whose_image_is_not_there_fails(real: FakeVertex) -> None:
     job = ended(real, start_script(real, "import sys; print('row 7 is bad'); sys.exit(3)"))
     assert job.state.name == "JOB_STATE_FAILED"
     assert "status of 3" in job.error.message
@@ -902,7 +904,7 @@ def test_a_job_that_fails_says_its_last_lines_and_one_whose_image_is_not_there_f
 
 
 @pytest.mark.heavy
-def test_a_cancelled_job_gets_sigterm_and_ends_cancelled(real: Vertex, tmp_path: Path) -> None:
+def test_a_cancelled_job_gets_sigterm_and_ends_cancelled(real: FakeVertex, tmp_path: Path) -> None:
     script = """
 import pathlib, signal, sys, time
 def stop(*_):
@@ -922,7 +924,7 @@ time.sleep(600)
 
 
 @pytest.mark.heavy
-def test_a_deployed_model_really_answers_and_ends_when_it_is_undeployed(real: Vertex) -> None:
+def test_a_deployed_model_really_answers_and_ends_when_it_is_undeployed(real: FakeVertex) -> None:
     endpoint = create_endpoint(real)
     serving = {"image_uri": "predict@sha256:2", "health_route": "/health", "predict_route": "/predict"}
     model = upload(real, container_spec={**serving, "command": ["python", "-c"], "args": [SERVER]}).model
@@ -944,7 +946,7 @@ def test_a_deployed_model_really_answers_and_ends_when_it_is_undeployed(real: Ve
 @pytest.mark.heavy
 def test_what_runs_ends_with_the_double_also_after_an_error(python_image: str, tmp_path: Path) -> None:
     images = {"train@sha256:1": python_image}
-    with pytest.raises(ZeroDivisionError), Vertex(containers=Containers(tmp_path, images=images)) as vertex:
+    with pytest.raises(ZeroDivisionError), FakeVertex(containers=Containers(tmp_path, images=images)) as vertex:
         start_script(vertex, "import time; time.sleep(600)")
         eventually(running)
         raise ZeroDivisionError
@@ -979,9 +981,9 @@ def test_the_projects_own_images_train_and_predict(images: dict[str, str], tmp_p
     container.args = ["--train", "gs://bucket/data/train.parquet", "--hyperparameters", json.dumps(values)]
 
     with contextlib.ExitStack() as stack:
-        storage = stack.enter_context(Storage(root=tmp_path / "buckets"))
+        storage = stack.enter_context(FakeStorage(root=tmp_path / "buckets"))
         containers = Containers(storage.root, images=images, storage_address=storage.address)
-        vertex = stack.enter_context(Vertex(containers=containers))
+        vertex = stack.enter_context(FakeVertex(containers=containers))
         name = client(vertex, "Job").create_custom_job(parent=PLACE, custom_job=job).name
         trained = ended(vertex, name)
         assert trained.state.name == "JOB_STATE_SUCCEEDED", trained.error

@@ -9,7 +9,7 @@ from typing import Any
 
 from google.protobuf import json_format
 
-from rehearsal.server import Refused, Request, Response
+from rehearsal.server import ApiError, Request, Response
 
 PLACE = r"/(?:v1|v1beta1|ui)/(?P<parent>projects/(?P<project>[^/:]+)/locations/(?P<region>[^/:]+))"
 SYSTEM = {"alt", "$alt", "key", "fields", "prettyPrint", "quotaUser"}  # every call of Google's takes these
@@ -22,13 +22,13 @@ def read(kind: Any, body: bytes) -> Any:
     """A body as a message.
 
     Raises:
-        Refused: it is no JSON, or has a field or a value that the message does not take; the text names it.
+        ApiError: it is no JSON, or has a field or a value that the message does not take; the text names it.
     """
     message = kind()
     try:
         json_format.Parse(body or b"{}", kind.pb(message))
     except (json_format.ParseError, ValueError) as error:
-        raise Refused(400, f"Invalid JSON payload received. {error}") from None
+        raise ApiError(400, f"Invalid JSON payload received. {error}") from None
     return message
 
 
@@ -42,7 +42,7 @@ def read_query(kind: Any, request: Request, **fields: Any) -> Any:
     try:
         json_format.ParseDict(query, kind.pb(message))
     except (json_format.ParseError, ValueError) as error:
-        raise Refused(400, f"Invalid query parameter. {error}") from None
+        raise ApiError(400, f"Invalid query parameter. {error}") from None
     for name, value in fields.items():
         setattr(message, name, value)
     return message
@@ -71,7 +71,7 @@ def need(message: Any, *paths: str) -> None:
         for part in path.split("."):
             value = getattr(value, part)
         if not value:
-            raise Refused(400, f"{type(message).__name__}: the field {path} is required")
+            raise ApiError(400, f"{type(message).__name__}: the field {path} is required")
 
 
 def check_labels(labels: Any) -> None:
@@ -79,9 +79,9 @@ def check_labels(labels: Any) -> None:
     for key, value in labels.items():
         if not re.fullmatch(LABEL_KEY, key) or not re.fullmatch(LABEL_VALUE, value):
             text = f"labels: {key!r}: {value!r}: lower case letters, digits, - and _, at most 63; a key begins with a letter"
-            raise Refused(400, text)
+            raise ApiError(400, text)
     if len(labels) > 64:
-        raise Refused(400, f"labels: {len(labels)} are too many: at most 64")
+        raise ApiError(400, f"labels: {len(labels)} are too many: at most 64")
 
 
 def number_of(project: str) -> str:
@@ -115,7 +115,7 @@ def page(messages: Iterable[Any], asked: Any, field: str, lookup: Callable[[Any,
     chosen = [message for message in messages if matches(asked.filter, message, lookup)] if asked.filter else list(messages)
     chosen = ordered(chosen, getattr(asked, "order_by", "") or "create_time desc")
     if asked.page_token and not asked.page_token.isdigit():
-        raise Refused(400, f"page_token: {asked.page_token!r} is none of this list's")
+        raise ApiError(400, f"page_token: {asked.page_token!r} is none of this list's")
     start = int(asked.page_token or 0)
     end = start + (asked.page_size or PAGE)
     body: dict[str, Any] = {field: [written(message) for message in chosen[start:end]]}
@@ -129,7 +129,7 @@ def ordered(messages: list[Any], order: str) -> list[Any]:
     for term in reversed(order.split(",")):
         field, _, way = term.strip().partition(" ")
         if field not in SORTABLE or way not in {"", "asc", "desc"}:
-            raise Refused(400, f"order_by: {term.strip()!r}; known are {', '.join(SORTABLE)}")
+            raise ApiError(400, f"order_by: {term.strip()!r}; known are {', '.join(SORTABLE)}")
         messages = sorted(messages, key=operator.attrgetter(field), reverse=way == "desc")
     return messages
 
@@ -148,7 +148,7 @@ def matches(text: str, message: Any, lookup: Callable[[Any, str], str | None]) -
     while text[position:].strip():
         token = TOKEN.match(text, position)
         if token is None:
-            raise Refused(400, f"filter: {text[position:].strip()!r} is not understood")
+            raise ApiError(400, f"filter: {text[position:].strip()!r} is not understood")
         tokens.append(token)
         position = token.end()
 
@@ -176,20 +176,20 @@ def matches(text: str, message: Any, lookup: Callable[[Any, str], str | None]) -
         if take("("):
             result = every()
             if not take(")"):
-                raise Refused(400, f"filter: a ) is missing in {text!r}")
+                raise ApiError(400, f"filter: a ) is missing in {text!r}")
             return result
         if not tokens or not tokens[0]["field"]:
-            raise Refused(400, f"filter: {text!r} is not understood")
+            raise ApiError(400, f"filter: {text!r} is not understood")
         token = tokens.pop(0)
         try:
             value = lookup(message, token["field"].replace('"', ""))
         except KeyError:
-            raise Refused(400, f"filter: the field {token['field']} is not known") from None
+            raise ApiError(400, f"filter: the field {token['field']} is not known") from None
         return compare(value, token["sign"], token["value"].strip("\"'"))
 
     result = every()
     if tokens:
-        raise Refused(400, f"filter: {text!r} is not understood")
+        raise ApiError(400, f"filter: {text!r} is not understood")
     return result
 
 
@@ -204,7 +204,7 @@ def compare(value: str | None, sign: str, wanted: str) -> bool:
     try:
         left, right = datetime.fromisoformat(value), datetime.fromisoformat(wanted)
     except ValueError:
-        raise Refused(400, f"filter: {sign} compares times, not {value!r} with {wanted!r}") from None
+        raise ApiError(400, f"filter: {sign} compares times, not {value!r} with {wanted!r}") from None
     return {"<": left < right, "<=": left <= right, ">": left > right, ">=": left >= right}[sign]
 
 
