@@ -1,4 +1,4 @@
-"""`make demo`: what README promises of it."""
+"""`make demo` does what README.md says."""
 
 import os
 import re
@@ -25,7 +25,7 @@ def run_demo(root: Path, folder: Path, port: int) -> subprocess.CompletedProcess
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
 
 
-def test_the_demo_climbs_to_level_1_and_ends_with_a_prediction(root: Path, tmp_path: Path) -> None:
+def test_demo_runs_level_1_and_ends_with_a_prediction(root: Path, tmp_path: Path) -> None:
     with_docker = bool(shutil.which("docker")) and subprocess.run(["docker", "info"], capture_output=True).returncode == 0
     port = free_port()
     done = run_demo(root, tmp_path / "demo", port)
@@ -41,19 +41,19 @@ def test_the_demo_climbs_to_level_1_and_ends_with_a_prediction(root: Path, tmp_p
     assert "██" in done.stdout
     assert re.search(r"Next: cd \S+digit-reader && make notebook", done.stdout)
     with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
-        pass  # the server was stopped
+        pass  # the server has stopped
     shutil.rmtree(tmp_path / "demo")
 
 
-def test_without_docker_it_says_what_it_leaves_out(root: Path) -> None:
+def test_demo_without_docker_reports_the_skipped_step(root: Path) -> None:
     environment = {**os.environ, "DOCKER_HOST": "unix:///nowhere.sock"}
     command = ["make", "demo-containers", "PROJECT=not-looked-at"]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0
-    assert done.stdout.startswith("5/7  Skipped, because no Docker engine answers here")
+    assert done.stdout.startswith("5/7  Skipped, because Docker is not running")
 
 
-def test_a_folder_that_is_there_is_left_alone(root: Path, tmp_path: Path) -> None:
+def test_demo_keeps_an_existing_folder(root: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     done = run_demo(root, tmp_path, free_port())
     assert done.returncode == 2
@@ -61,7 +61,7 @@ def test_a_folder_that_is_there_is_left_alone(root: Path, tmp_path: Path) -> Non
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_a_port_in_use_is_told_before_anything_is_made(root: Path, tmp_path: Path) -> None:
+def test_demo_reports_a_port_in_use_before_it_starts(root: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         done = run_demo(root, tmp_path / "demo", taken.getsockname()[1])
     assert done.returncode == 2
