@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = ROOT / "{{cookiecutter.project_slug}}"
 LEVELS = sorted(PROJECT.glob("level_*/README.md"))
 PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "AGENTS.md")),
     *sorted((ROOT / "docs").glob("*.md")),
     *(PROJECT / "README.md", *LEVELS),
 ]
@@ -59,7 +59,7 @@ def section(page: Path, title: str) -> str:
 
 # Where the commands of a page's sentences are typed.
 BOTH = {"README.md", "docs/index.md", "docs/decisions.md", "docs/gotchas.md", "docs/benchmarks.md", "CHANGELOG.md"}
-IN_TEMPLATE = {"CONTRIBUTING.md"}
+IN_TEMPLATE = {"CONTRIBUTING.md", "AGENTS.md"}
 
 
 def targets(makefile: Path) -> set[str]:
