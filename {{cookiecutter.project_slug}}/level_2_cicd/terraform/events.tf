@@ -1,21 +1,20 @@
-# What the function hears: requests (a push, a person, the clock) and files that came, changed or went. A message is delivered
-# again until the function has answered; what it refuses for good ends among the dead letters, where it is kept for a week.
-locals {
-  # A file that waits for its window to close is delivered again and again; see cloud.events.fold_minutes.
-  # Otherwise thirty attempts are some four hours: an outage of Google's, or a first push that is not released yet, may take as long.
-  attempts = { requests = 30, data = local.chosen.fold_minutes > 0 ? 100 : 30 }
-}
-
+# Event sources of the function: requests, object notifications of the data bucket, and a schedule.
+# Pub/Sub retries each message; one that the function rejects for good goes to the dead letters.
 resource "google_pubsub_subscription" "push" {
-  for_each             = local.has_function ? local.attempts : {}
-  name                 = "${local.chosen.name}-${each.key}"
-  topic                = module.names.topics[each.key]
+  # Topic → maximum delivery attempts. 30 take about four hours: longer than an outage or the time
+  # before the first release. A file waiting for its batch window (fold_minutes) needs more.
+  for_each = local.has_function ? {
+    requests = 30
+    data     = local.settings.events.fold_minutes > 0 ? 100 : 30
+  } : {}
+  name                 = "${local.name}-${each.key}"
+  topic                = local.names.topics[each.key]
   ack_deadline_seconds = 120
 
   push_config {
     push_endpoint = google_cloud_run_v2_service.trigger[0].uri
     oidc_token {
-      service_account_email = module.names.accounts.trigger
+      service_account_email = local.names.accounts.trigger
       audience              = google_cloud_run_v2_service.trigger[0].uri
     }
   }
@@ -26,18 +25,18 @@ resource "google_pubsub_subscription" "push" {
   }
 
   dead_letter_policy {
-    dead_letter_topic     = module.names.topics["dead-letters"]
+    dead_letter_topic     = local.names.topics["dead-letters"]
     max_delivery_attempts = each.value
   }
 
   expiration_policy {
-    ttl = "" # never, however long nothing happens
+    ttl = "" # never
   }
 }
 
 resource "google_pubsub_subscription" "dead_letters" {
-  name                       = "${local.chosen.name}-dead-letters"
-  topic                      = module.names.topics["dead-letters"]
+  name                       = "${local.name}-dead-letters"
+  topic                      = local.names.topics["dead-letters"]
   message_retention_duration = "604800s" # 7 days
   ack_deadline_seconds       = 60
 
@@ -47,25 +46,27 @@ resource "google_pubsub_subscription" "dead_letters" {
 }
 
 resource "google_storage_notification" "data" {
-  bucket             = module.names.buckets.data
-  topic              = module.names.topics.data
+  bucket             = local.names.buckets.data
+  topic              = local.names.topics.data
   payload_format     = "JSON_API_V1"
   event_types        = ["OBJECT_FINALIZE", "OBJECT_ARCHIVE", "OBJECT_DELETE"]
-  object_name_prefix = local.incoming
+  object_name_prefix = "incoming/"
 }
 
 resource "google_cloud_scheduler_job" "schedule" {
-  count       = local.chosen.schedule == "" ? 0 : 1
-  name        = "${local.chosen.name}-schedule"
-  region      = local.chosen.region
-  description = "Asks for a run by the clock"
-  schedule    = local.chosen.schedule
+  count       = local.settings.events.schedule == "" ? 0 : 1
+  name        = "${local.name}-schedule"
+  region      = local.region
+  description = "Requests a run on schedule"
+  schedule    = local.settings.events.schedule
   time_zone   = "Etc/UTC"
 
   pubsub_target {
-    topic_name = module.names.topics.requests
-    # The function adds the time: a message of the clock is always the same.
-    data = base64encode(jsonencode({ event = "schedule", version = "", parameters = "{}", actor = "schedule", attempt = 1 }))
+    topic_name = local.names.topics.requests
+    # Every message is the same; the function adds the time.
+    data = base64encode(jsonencode({
+      event = "schedule", version = "", parameters = "{}", actor = "schedule", attempt = 1
+    }))
   }
 
   retry_config {

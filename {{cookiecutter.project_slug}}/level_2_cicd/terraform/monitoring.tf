@@ -1,66 +1,119 @@
-# Who is told what: a run that failed, an endpoint that answers badly or slowly, messages that nobody could deliver, a function
-# that breaks. Budgets are the foundation's.
+# Alerts and a dashboard. The budget is in foundation/, because it belongs to the billing account.
 locals {
-  endpoint = "resource.type = \"aiplatform.googleapis.com/Endpoint\" AND resource.labels.endpoint_id = \"${google_vertex_ai_endpoint.this.name}\""
-  online   = "aiplatform.googleapis.com/prediction/online"
+  _endpoint = join(" AND ", [
+    "resource.type = 'aiplatform.googleapis.com/Endpoint'",
+    "resource.labels.endpoint_id = '${google_vertex_ai_endpoint.this.name}'",
+  ])
+  _online      = "metric.type = 'aiplatform.googleapis.com/prediction/online"
+  _queue       = "resource.type = 'pubsub_subscription'"
+  _undelivered = "metric.type = 'pubsub.googleapis.com/subscription/num_undelivered_messages'"
+  _dead_letters = join("", [
+    "resource.labels.subscription_id = '", google_pubsub_subscription.dead_letters.name, "'"
+  ])
 
-  # What a number must not exceed, for so many seconds; each is one alert.
-  alerts = {
+  # Aligner, reducer, and the clauses of a filter.
+  _series = {
+    predictions = ["RATE", "SUM", local._endpoint, "${local._online}/prediction_count'"]
+    responses   = ["RATE", "SUM", local._endpoint, "${local._online}/response_count'"]
+    latency = [
+      "PERCENTILE_95", "MAX", local._endpoint, "${local._online}/prediction_latencies'"
+    ]
+    replicas     = ["MEAN", "SUM", local._endpoint, "${local._online}/replicas'"]
+    queue        = ["MAX", "SUM", local._queue, local._undelivered]
+    dead_letters = ["MAX", "MAX", local._queue, local._dead_letters, local._undelivered]
+    errors = [
+      "RATE", "SUM", local._endpoint, "${local._online}/response_count'",
+      "metric.labels.response_code = monitoring.regex.full_match('5..')",
+    ]
+    function_errors = [
+      "RATE", "SUM", "resource.type = 'cloud_run_revision'",
+      "resource.labels.service_name = '${local.name}-trigger'",
+      "metric.type = 'run.googleapis.com/request_count'",
+      "metric.labels.response_code_class = '5xx'",
+    ]
+    run_duration = [
+      "MAX", "MAX", "resource.type = 'aiplatform.googleapis.com/PipelineJob'",
+      "metric.type = 'aiplatform.googleapis.com/pipelinejob/duration'",
+    ]
+  }
+  # Filters need double quotes, which the table above writes as single ones to be readable.
+  _filters = {
+    for name, series in local._series :
+    name => replace(join(" AND ", slice(series, 2, length(series))), "'", "\"")
+  }
+
+  _alerts = {
     "error rate" = {
-      filter      = "${local.endpoint} AND metric.type = \"${local.online}/response_count\" AND metric.labels.response_code = monitoring.regex.full_match(\"5..\")"
-      denominator = "${local.endpoint} AND metric.type = \"${local.online}/response_count\""
-      aligner     = "ALIGN_RATE", reducer = "REDUCE_SUM", above = 0.01, seconds = 300
-      advice      = "More than 1 % of the requests to the endpoint fail. `make status RUNNER=vertex` names the champion; `make rollback RUNNER=vertex VERSION=N` goes back to an older version."
+      series = "errors", denominator = "responses", threshold = 0.01, seconds = 300
+      advice = <<-EOT
+        More than 1 % of the requests to the endpoint fail. `make status RUNNER=vertex` shows the
+        champion; `make rollback RUNNER=vertex VERSION=N` returns to an older version.
+      EOT
     }
     "latency" = {
-      filter      = "${local.endpoint} AND metric.type = \"${local.online}/prediction_latencies\""
-      denominator = null
-      aligner     = "ALIGN_PERCENTILE_95", reducer = "REDUCE_MAX", above = 1000, seconds = 300
-      advice      = "One request in twenty takes longer than a second. More replicas: cloud.serve.replicas in project.yaml; a larger machine: cloud.serve.machine."
+      series = "latency", denominator = null, threshold = 1000, seconds = 300
+      advice = <<-EOT
+        5 % of the requests take longer than a second. In project.yaml, add replicas
+        (cloud.serve.replicas) or choose a larger machine (cloud.serve.machine).
+      EOT
     }
     "dead letters" = {
-      filter      = "resource.type = \"pubsub_subscription\" AND resource.labels.subscription_id = \"${google_pubsub_subscription.dead_letters.name}\" AND metric.type = \"pubsub.googleapis.com/subscription/num_undelivered_messages\""
-      denominator = null
-      aligner     = "ALIGN_MAX", reducer = "REDUCE_MAX", above = 0, seconds = 0
-      advice      = "A request or a file's event was refused for good. gcloud pubsub subscriptions pull ${local.chosen.name}-dead-letters --project=${local.chosen.project} shows it; the function's log says why."
+      series = "dead_letters", denominator = null, threshold = 0, seconds = 0
+      advice = <<-EOT
+        The function rejected a request or file event permanently; its log has the reason. Message:
+        `gcloud pubsub subscriptions pull ${local.name}-dead-letters --project=${local.project}`
+      EOT
     }
     "function" = {
-      filter      = "resource.type = \"cloud_run_revision\" AND resource.labels.service_name = \"${local.chosen.name}-trigger\" AND metric.type = \"run.googleapis.com/request_count\" AND metric.labels.response_code_class = \"5xx\""
-      denominator = null
-      aligner     = "ALIGN_RATE", reducer = "REDUCE_SUM", above = 0.05, seconds = 600
-      advice      = "The function that starts runs answers with errors. Pub/Sub delivers again, so nothing is lost yet; its log says what is wrong."
+      series = "function_errors", denominator = null, threshold = 0.05, seconds = 600
+      advice = <<-EOT
+        The function that starts runs returns errors; its log has the reason. Pub/Sub retries, so
+        no event is lost yet.
+      EOT
     }
   }
+
+  _charts = [
+    ["Predictions per second", "predictions"], ["Errors per second", "errors"],
+    ["Latency, 95th percentile, ms", "latency"], ["Replicas", "replicas"],
+    ["Undelivered events", "queue"], ["Pipeline run duration, s", "run_duration"],
+  ]
 }
 
-resource "google_monitoring_alert_policy" "number" {
-  for_each              = local.alerts
-  display_name          = "${local.chosen.name} ${local.chosen.environment}: ${each.key}"
+# Created by the foundation, whose budget uses it too.
+data "google_monitoring_notification_channel" "email" {
+  display_name = "${local.name} alerts"
+  type         = "email"
+}
+
+resource "google_monitoring_alert_policy" "metric" {
+  for_each              = local._alerts
+  display_name          = "${local.title}: ${each.key}"
   combiner              = "OR"
-  notification_channels = local.channels
+  notification_channels = [data.google_monitoring_notification_channel.email.name]
   severity              = "ERROR"
 
   conditions {
     display_name = each.key
     condition_threshold {
-      filter             = each.value.filter
-      denominator_filter = each.value.denominator
+      filter             = local._filters[each.value.series]
+      denominator_filter = try(local._filters[each.value.denominator], null)
       comparison         = "COMPARISON_GT"
-      threshold_value    = each.value.above
+      threshold_value    = each.value.threshold
       duration           = "${each.value.seconds}s"
 
       aggregations {
         alignment_period     = "300s"
-        per_series_aligner   = each.value.aligner
-        cross_series_reducer = each.value.reducer
+        per_series_aligner   = "ALIGN_${local._series[each.value.series][0]}"
+        cross_series_reducer = "REDUCE_${local._series[each.value.series][1]}"
       }
 
       dynamic "denominator_aggregations" {
         for_each = each.value.denominator[*]
         content {
           alignment_period     = "300s"
-          per_series_aligner   = each.value.aligner
-          cross_series_reducer = each.value.reducer
+          per_series_aligner   = "ALIGN_${local._series[denominator_aggregations.value][0]}"
+          cross_series_reducer = "REDUCE_${local._series[denominator_aggregations.value][1]}"
         }
       }
 
@@ -77,15 +130,18 @@ resource "google_monitoring_alert_policy" "number" {
 }
 
 resource "google_monitoring_alert_policy" "run_failed" {
-  display_name          = "${local.chosen.name} ${local.chosen.environment}: run failed"
+  display_name          = "${local.title}: run failed"
   combiner              = "OR"
-  notification_channels = local.channels
+  notification_channels = [data.google_monitoring_notification_channel.email.name]
   severity              = "ERROR"
 
   conditions {
     display_name = "run failed"
     condition_matched_log {
-      filter = "resource.type=\"aiplatform.googleapis.com/PipelineJob\" AND jsonPayload.state=\"PIPELINE_STATE_FAILED\""
+      filter = join(" AND ", [
+        "resource.type=\"aiplatform.googleapis.com/PipelineJob\"",
+        "jsonPayload.state=\"PIPELINE_STATE_FAILED\"",
+      ])
     }
   }
 
@@ -96,47 +152,38 @@ resource "google_monitoring_alert_policy" "run_failed" {
   }
 
   documentation {
-    content   = "A run of the pipeline failed; the champion is what it was. `make status RUN=ID` tells its story, and ID stands in the log entry."
+    content   = "The champion is unchanged. `make status RUN=ID` shows the steps; the ID is logged."
     mime_type = "text/markdown"
   }
 }
 
 resource "google_monitoring_dashboard" "this" {
   dashboard_json = jsonencode({
-    displayName = "${local.chosen.name} ${local.chosen.environment}"
+    displayName = local.title
     mosaicLayout = {
       columns = 12
-      tiles = [
-        for index, chart in [
-          { title = "Predictions each second", filter = "${local.endpoint} AND metric.type = \"${local.online}/prediction_count\"", aligner = "ALIGN_RATE", reducer = "REDUCE_SUM" },
-          { title = "Errors each second", filter = local.alerts["error rate"].filter, aligner = "ALIGN_RATE", reducer = "REDUCE_SUM" },
-          { title = "Latency, 95 %, milliseconds", filter = local.alerts["latency"].filter, aligner = "ALIGN_PERCENTILE_95", reducer = "REDUCE_MAX" },
-          { title = "Replicas", filter = "${local.endpoint} AND metric.type = \"${local.online}/replicas\"", aligner = "ALIGN_MEAN", reducer = "REDUCE_SUM" },
-          { title = "Events that wait", filter = "resource.type = \"pubsub_subscription\" AND metric.type = \"pubsub.googleapis.com/subscription/num_undelivered_messages\"", aligner = "ALIGN_MAX", reducer = "REDUCE_SUM" },
-          { title = "Runs of the pipeline, seconds", filter = "resource.type = \"aiplatform.googleapis.com/PipelineJob\" AND metric.type = \"aiplatform.googleapis.com/pipelinejob/duration\"", aligner = "ALIGN_MAX", reducer = "REDUCE_MAX" },
-          ] : merge(index % 2 == 0 ? {} : { xPos = 6 }, index < 2 ? {} : { yPos = floor(index / 2) * 4 }, { # the API leaves out zeros
-            width                                = 6
-            height                               = 4
-            widget = {
-              title = chart.title
-              xyChart = {
-                dataSets = [{
-                  plotType = "LINE"
-                  timeSeriesQuery = {
-                    timeSeriesFilter = {
-                      filter = chart.filter
-                      aggregation = {
-                        alignmentPeriod    = "300s"
-                        perSeriesAligner   = chart.aligner
-                        crossSeriesReducer = chart.reducer
-                      }
+      # The API omits zero positions; if they were set, each plan would show a change.
+      tiles = [for index, chart in local._charts : merge(
+        index % 2 == 0 ? {} : { xPos = 6 }, index < 2 ? {} : { yPos = floor(index / 2) * 4 }, {
+          width = 6, height = 4, widget = {
+            title = chart[0]
+            xyChart = {
+              dataSets = [{
+                plotType = "LINE"
+                timeSeriesQuery = {
+                  timeSeriesFilter = {
+                    filter = local._filters[chart[1]]
+                    aggregation = {
+                      alignmentPeriod    = "300s"
+                      perSeriesAligner   = "ALIGN_${local._series[chart[1]][0]}"
+                      crossSeriesReducer = "REDUCE_${local._series[chart[1]][1]}"
                     }
                   }
-                }]
-              }
+                }
+              }]
             }
-        })
-      ]
+          }
+      })]
     }
   })
 }

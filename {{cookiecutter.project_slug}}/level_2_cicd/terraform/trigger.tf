@@ -1,20 +1,20 @@
-# The function that starts a run when something happened. It is a service of Cloud Run that runs our own image, by digest: what
-# was tested is what runs. Only Pub/Sub calls it, with the trigger's identity.
+# The function that starts runs: a Cloud Run service with an image of this project, by digest.
+# Only Pub/Sub calls it, as the service account `trigger`.
 locals {
   has_function = contains(keys(var.images), "trigger_function")
 }
 
 resource "google_cloud_run_v2_service" "trigger" {
   count               = local.has_function ? 1 : 0
-  name                = "${local.chosen.name}-trigger"
-  location            = local.chosen.region
+  name                = "${local.name}-trigger"
+  location            = local.region
   description         = "Starts one run for each event"
-  ingress             = "INGRESS_TRAFFIC_INTERNAL_ONLY" # Pub/Sub of this project counts as internal
-  deletion_protection = false                           # it keeps nothing
+  ingress             = "INGRESS_TRAFFIC_INTERNAL_ONLY" # includes Pub/Sub of this project
+  deletion_protection = false                           # stateless
 
   template {
-    service_account                  = module.names.accounts.function
-    encryption_key                   = try(local.keys.run, null)
+    service_account                  = local.names.accounts.function
+    encryption_key                   = try(local.names.keys.run, null)
     timeout                          = "120s"
     max_instance_request_concurrency = 8
 
@@ -34,16 +34,16 @@ resource "google_cloud_run_v2_service" "trigger" {
 
       dynamic "env" {
         for_each = {
-          PROJECT            = local.chosen.project
-          REGION             = local.chosen.region
-          PIPELINE_ROOT      = "gs://${module.names.buckets.pipeline_root}"
-          TEMPLATES          = local.templates
-          SERVICE_ACCOUNT    = module.names.accounts.pipeline
-          KMS_KEY            = try(local.keys.vertex, "")
-          INCOMING           = "gs://${module.names.buckets.data}/${trimsuffix(local.incoming, "/")}"
-          NETWORK_ATTACHMENT = module.names.network.attachment
-          DATA_SOURCE        = module.names.chosen.data_source
-          FOLD_MINUTES       = tostring(local.chosen.fold_minutes)
+          PROJECT            = local.project
+          REGION             = local.region
+          PIPELINE_ROOT      = "gs://${local.names.buckets.pipeline_root}"
+          TEMPLATES          = "gs://${local.names.buckets.storage}/templates/train-and-register"
+          SERVICE_ACCOUNT    = local.names.accounts.pipeline
+          KMS_KEY            = try(local.names.keys.vertex, "")
+          INCOMING           = local.incoming
+          NETWORK_ATTACHMENT = local.names.network_attachment
+          DATA_SOURCE        = local.settings.data_source
+          FOLD_MINUTES       = tostring(local.settings.events.fold_minutes)
         }
         content {
           name  = env.key
@@ -53,12 +53,12 @@ resource "google_cloud_run_v2_service" "trigger" {
     }
 
     dynamic "vpc_access" {
-      for_each = local.chosen.private ? [1] : []
+      for_each = local.settings.private ? [1] : []
       content {
         egress = "ALL_TRAFFIC"
         network_interfaces {
-          network    = module.names.network.network
-          subnetwork = module.names.network.subnetwork
+          network    = local.names.network
+          subnetwork = local.names.subnetwork
         }
       }
     }

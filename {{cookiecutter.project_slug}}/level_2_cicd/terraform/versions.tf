@@ -1,28 +1,22 @@
-# google-beta only where google lacks the resource. A lock file is made by `terraform init` on your machine; commit it then.
+# google-beta only for resources that google lacks.
 terraform {
   required_version = ">= 1.9"
   required_providers {
-    google = {
-      source  = "hashicorp/google"
-      version = ">= 6.50, < 8"
-    }
-    google-beta = {
-      source  = "hashicorp/google-beta"
-      version = ">= 6.50, < 8"
-    }
+    google      = { source = "hashicorp/google", version = ">= 6.50, < 8" }
+    google-beta = { source = "hashicorp/google-beta", version = ">= 6.50, < 8" }
   }
-  # The bucket is the foundation's; `make plan` and `make apply` name it.
+  # `make plan` and `make apply` pass the bucket, which the foundation creates.
   backend "gcs" {}
 }
 
 provider "google" {
-  project        = local.chosen.project
-  region         = local.chosen.region
-  default_labels = local.labels
+  project        = local.project
+  region         = local.region
+  default_labels = local._labels
 }
 
 provider "google-beta" {
-  project        = local.chosen.project
-  region         = local.chosen.region
-  default_labels = local.labels
+  project        = local.project
+  region         = local.region
+  default_labels = local._labels
 }

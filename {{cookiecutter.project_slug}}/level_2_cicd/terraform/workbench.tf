@@ -1,17 +1,17 @@
-# A machine with Jupyter in the cloud, by choice. It stops by itself after an hour in which nobody does anything; its disks bill on.
+# Optional Jupyter instance. It stops after an idle hour; its disks are billed until it is deleted.
 resource "google_workbench_instance" "this" {
-  #checkov:skip=CKV2_GCP_28:it has no external address where cloud.private says so
-  count    = local.chosen.workbench ? 1 : 0
-  name     = "${local.chosen.name}-workbench"
-  location = "${local.chosen.region}-b"
+  #checkov:skip=CKV2_GCP_28:no external address when cloud.private is true
+  count    = local.settings.workbench ? 1 : 0
+  name     = "${local.name}-workbench"
+  location = "${local.region}-b"
 
   gce_setup {
     machine_type         = "e2-standard-4"
-    disable_public_ip    = local.chosen.private
+    disable_public_ip    = local.settings.private
     enable_ip_forwarding = false
 
     service_accounts {
-      email = module.names.accounts.trainer
+      email = local.names.accounts.trainer
     }
 
     shielded_instance_config {
@@ -23,22 +23,22 @@ resource "google_workbench_instance" "this" {
     boot_disk {
       disk_type       = "PD_BALANCED"
       disk_size_gb    = 150
-      disk_encryption = contains(keys(local.keys), "compute") ? "CMEK" : "GMEK"
-      kms_key         = try(local.keys.compute, null)
+      disk_encryption = contains(keys(local.names.keys), "compute") ? "CMEK" : "GMEK"
+      kms_key         = try(local.names.keys.compute, null)
     }
 
     data_disks {
       disk_type       = "PD_BALANCED"
       disk_size_gb    = 100
-      disk_encryption = contains(keys(local.keys), "compute") ? "CMEK" : "GMEK"
-      kms_key         = try(local.keys.compute, null)
+      disk_encryption = contains(keys(local.names.keys), "compute") ? "CMEK" : "GMEK"
+      kms_key         = try(local.names.keys.compute, null)
     }
 
     dynamic "network_interfaces" {
-      for_each = local.chosen.private ? [1] : []
+      for_each = local.settings.private ? [1] : []
       content {
-        network = module.names.network.network
-        subnet  = module.names.network.subnetwork
+        network = local.names.network
+        subnet  = local.names.subnetwork
       }
     }
 

@@ -1,21 +1,16 @@
-# The APIs that this project calls. They stay on when the foundation is destroyed: others may call them too.
-locals {
-  apis = toset(concat(
-    [
-      "aiplatform", "artifactregistry", "cloudbuild", "cloudresourcemanager", "cloudscheduler", "compute", "containeranalysis",
-      "containerscanning", "iam", "iamcredentials", "logging", "monitoring", "pubsub", "run", "secretmanager", "serviceusage",
-      "storage", "sts",
-    ],
-    local.chosen.customer_managed ? ["cloudkms"] : [],
-    local.chosen.data_ingestion == "managed-airflow" ? ["composer"] : [],
-    local.chosen.workbench ? ["notebooks"] : [],
-    local.chosen.private ? ["dns", "servicedirectory", "servicenetworking"] : [],
-    local.chosen.budget > 0 ? ["billingbudgets"] : [],
-  ))
-}
-
 resource "google_project_service" "this" {
-  for_each           = local.apis
+  for_each = toset(concat(
+    [
+      "aiplatform", "artifactregistry", "cloudbuild", "cloudresourcemanager", "cloudscheduler",
+      "compute", "containeranalysis", "containerscanning", "iam", "iamcredentials", "logging",
+      "monitoring", "pubsub", "run", "secretmanager", "serviceusage", "storage", "sts",
+    ],
+    local.settings.customer_managed ? ["cloudkms"] : [],
+    local.airflow ? ["composer"] : [],
+    local.settings.workbench ? ["notebooks"] : [],
+    local.settings.private ? ["dns", "servicedirectory", "servicenetworking"] : [],
+    local.settings.budget.monthly > 0 ? ["billingbudgets"] : [],
+  ))
   service            = "${each.key}.googleapis.com"
-  disable_on_destroy = false
+  disable_on_destroy = false # other users of the project may need them
 }

@@ -1,21 +1,22 @@
-# The state, and the three buckets: what runs write, what is published and registered, and the rows. All of them are regional,
-# closed to the public, and without rights on single objects.
+# Regional, versioned buckets without public access and without object ACLs.
 locals {
-  storage_key = try(module.names.keys.storage, null)
-  # Days until an overwritten object is removed for good, and until files of these endings are: the rows that each run splits.
-  # A run's model stays: a registered version is read from there.
-  buckets = {
-    pipeline_root = { noncurrent = 7, passing = [".parquet"] }
-    storage       = { noncurrent = 30, passing = [".tgz"] } # the sources that builds were sent
-    data          = { noncurrent = 90, passing = [] }
+  # Suffixes of files deleted after 90 days; and how long replaced and deleted objects stay, in days
+  # or newer versions. Models stay: a registered version is loaded from where its run wrote it.
+  _buckets = {
+    pipeline_root = { expire = [".parquet"], days = 7, versions = null } # the splits of runs
+    storage       = { expire = [".tgz"], days = 30, versions = null }    # sources of builds
+    data          = { expire = [], days = 90, versions = null }
+    state         = { expire = [], days = null, versions = 20 }
   }
 }
 
 resource "google_storage_bucket" "this" {
-  #checkov:skip=CKV_GCP_62:who reads and writes is in Cloud Audit Logs; access logs would need a bucket of their own
-  for_each                    = { for root, rule in local.buckets : root => rule if !contains(local.existing.buckets, root) }
-  name                        = module.names.buckets[each.key]
-  location                    = local.chosen.region
+  #checkov:skip=CKV_GCP_62:Cloud Audit Logs record access; access logs would need another bucket
+  for_each = {
+    for root, rules in local._buckets : root => rules if !can(local.existing.buckets[root])
+  }
+  name                        = local.names.buckets[each.key]
+  location                    = local.region
   uniform_bucket_level_access = true
   public_access_prevention    = "enforced"
 
@@ -24,14 +25,14 @@ resource "google_storage_bucket" "this" {
   }
 
   dynamic "encryption" {
-    for_each = local.storage_key[*]
+    for_each = try(local.names.keys.storage, null)[*]
     content {
       default_kms_key_name = encryption.value
     }
   }
 
   dynamic "lifecycle_rule" {
-    for_each = each.value.passing
+    for_each = each.value.expire
     content {
       action {
         type = "Delete"
@@ -48,7 +49,8 @@ resource "google_storage_bucket" "this" {
       type = "Delete"
     }
     condition {
-      days_since_noncurrent_time = each.value.noncurrent
+      days_since_noncurrent_time = each.value.days
+      num_newer_versions         = each.value.versions
       with_state                 = "ARCHIVED"
     }
   }
@@ -62,39 +64,8 @@ resource "google_storage_bucket" "this" {
     }
   }
 
-  depends_on = [google_kms_crypto_key_iam_member.this]
-}
-
-resource "google_storage_bucket" "state" {
-  #checkov:skip=CKV_GCP_62:who reads and writes is in Cloud Audit Logs; access logs would need a bucket of their own
-  name                        = module.names.state_bucket
-  location                    = local.chosen.region
-  uniform_bucket_level_access = true
-  public_access_prevention    = "enforced"
-
-  versioning {
-    enabled = true
-  }
-
-  dynamic "encryption" {
-    for_each = local.storage_key[*]
-    content {
-      default_kms_key_name = encryption.value
-    }
-  }
-
-  lifecycle_rule {
-    action {
-      type = "Delete"
-    }
-    condition {
-      num_newer_versions = 20
-      with_state         = "ARCHIVED"
-    }
-  }
-
   lifecycle {
-    prevent_destroy = true # it holds this very state
+    prevent_destroy = true # data, models, and the state of this configuration
   }
 
   depends_on = [google_kms_crypto_key_iam_member.this]

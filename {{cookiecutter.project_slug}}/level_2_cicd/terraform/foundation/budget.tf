@@ -1,18 +1,18 @@
-# Who hears when something breaks or costs; and an amount each month whose use is told. It stops nothing. It stands here and not
-# in the stack: a budget belongs to the billing account, where whoever applies the stack on each push has no rights.
+# The recipient of alerts and budget notifications, and the budget, which stops nothing.
+# It is not in the stack: `infra` has no permissions on the billing account.
 resource "google_monitoring_notification_channel" "email" {
-  display_name = "${local.chosen.name} alerts"
+  display_name = "${local.name} alerts"
   type         = "email"
-  labels       = { email_address = local.chosen.alerts }
+  labels       = { email_address = local.settings.alerts }
 
   depends_on = [google_project_service.this]
 }
 
 resource "google_billing_budget" "this" {
   provider        = google.billing
-  count           = local.chosen.budget > 0 ? 1 : 0
-  billing_account = local.chosen.billing
-  display_name    = "${local.chosen.name} ${local.chosen.environment}"
+  count           = local.settings.budget.monthly > 0 ? 1 : 0
+  billing_account = local.settings.budget.billing_account
+  display_name    = "${local.name} ${var.environment}"
 
   budget_filter {
     projects = ["projects/${local.number}"]
@@ -20,7 +20,7 @@ resource "google_billing_budget" "this" {
 
   amount {
     specified_amount {
-      units = tostring(local.chosen.budget)
+      units = tostring(local.settings.budget.monthly)
     }
   }
 

@@ -1,93 +1,112 @@
-# The CI proves who it is with a token of its own for each job, so there is no key to lose. The repository is known by a number
-# that nobody can take over by renaming, and only a push to its main branch gets in; where images are promoted to, only from the
-# CI's protected environment of the same name.
+# Workload identity federation for an external CI: each job authenticates with its own OIDC token,
+# without a key. Only the configured branch of the repository is admitted, identified by number,
+# because a renamed repository frees its name. Where images are copied, as in prod, only jobs of the
+# CI's protected environment of the same name are.
 locals {
-  repository = local.chosen.repository
-  promoted   = !local.builds_here
-  entra      = local.chosen.ci == "azure-devops" && startswith(local.repository.host, "https://login.microsoftonline.com/")
+  _external_ci = local.settings.ci != "cloud-build"
+  _id          = local.repository.id
+  _branch      = local.repository.branch
+  _azure       = local.settings.ci == "azure-devops"
+  # Service connections of Azure DevOps created since 2024 have tokens issued by Entra.
+  _entra = local._azure && startswith(local.repository.host, "https://login.microsoftonline.com/")
 
-  identity = {
+  # Issuer and audiences of the tokens; the claim that identifies the repository and its value;
+  # conditions, and further ones where images are copied.
+  _ci = {
     github-actions = {
       issuer    = "https://token.actions.githubusercontent.com"
       audiences = null
-      mapping   = { "google.subject" = "assertion.sub", "attribute.repository" = "assertion.repository_id" }
-      condition = join(" && ", concat(
-        ["assertion.repository_id == '${local.repository.id}'", "assertion.ref == 'refs/heads/${local.repository.branch}'"],
-        local.promoted ? ["assertion.environment == '${local.chosen.environment}'"] : [],
-      ))
+      claim     = "assertion.repository_id"
+      identity  = local._id
+      conditions = [
+        "assertion.repository_id == '${local._id}'",
+        "assertion.ref == 'refs/heads/${local._branch}'",
+      ]
+      protected = ["assertion.environment == '${var.environment}'"]
     }
     gitlab = {
       issuer    = local.repository.host
       audiences = [local.repository.host]
-      mapping   = { "google.subject" = "assertion.sub", "attribute.repository" = "assertion.project_id" }
-      condition = join(" && ", concat(
-        [
-          "assertion.project_id == '${local.repository.id}'", "assertion.ref == '${local.repository.branch}'",
-          "assertion.ref_type == 'branch'",
-        ],
-        local.promoted ? ["assertion.environment == '${local.chosen.environment}'", "assertion.environment_protected == 'true'"] : [],
-      ))
+      claim     = "assertion.project_id"
+      identity  = local._id
+      conditions = [
+        "assertion.project_id == '${local._id}'",
+        "assertion.ref == '${local._branch}'", "assertion.ref_type == 'branch'",
+      ]
+      protected = [
+        "assertion.environment == '${var.environment}'",
+        "assertion.environment_protected == 'true'",
+      ]
     }
-    # A service connection made since 2024 has a token of Entra; an older one of Azure DevOps itself.
-    azure-devops = local.entra ? {
-      issuer    = local.repository.host
+    azure-devops = {
+      issuer = (
+        local._entra ? local.repository.host : "https://vstoken.dev.azure.com/${local._id}"
+      )
       audiences = ["api://AzureADTokenExchange"]
-      mapping = {
-        "google.subject"       = "assertion.sub.extract('/sc/{connection}')" # the whole is longer than Google takes
-        "attribute.repository" = "assertion.sub.extract('/sc/{connection}')"
-      }
-      condition = "assertion.sub.endsWith('/sc/${local.repository.name}')"
-      } : {
-      issuer    = "https://vstoken.dev.azure.com/${local.repository.id}"
-      audiences = ["api://AzureADTokenExchange"]
-      mapping   = { "google.subject" = "assertion.sub", "attribute.repository" = "assertion.sub" }
-      condition = "assertion.sub == 'sc://${local.repository.name}'"
+      # Entra's whole subject is longer than Google allows.
+      claim    = local._entra ? "assertion.sub.extract('/sc/{connection}')" : "assertion.sub"
+      identity = local._entra ? local.repository.name : "sc://${local.repository.name}"
+      conditions = [
+        local._entra ? "assertion.sub.endsWith('/sc/${local.repository.name}')"
+        : "assertion.sub == 'sc://${local.repository.name}'"
+      ]
+      protected = []
     }
-  }
-  # What the CI's identity is called in Google Cloud: the repository's number, or the service connection.
-  known_as     = local.chosen.ci != "azure-devops" ? local.repository.id : local.entra ? local.repository.name : "sc://${local.repository.name}"
-  has_identity = contains(keys(local.identity), local.chosen.ci)
+    cloud-build = null
+  }[local.settings.ci]
 }
 
 resource "google_iam_workload_identity_pool" "this" {
-  count                     = local.has_identity ? 1 : 0
-  workload_identity_pool_id = "${local.chosen.name}-ci"
-  display_name              = "CI of ${local.chosen.name}"
+  count                     = local._external_ci ? 1 : 0
+  workload_identity_pool_id = "${local.name}-ci"
+  display_name              = "CI of ${local.name}"
 
   depends_on = [google_project_service.this]
 }
 
 resource "google_iam_workload_identity_pool_provider" "this" {
-  #checkov:skip=CKV_GCP_125:the condition names the repository by its number, which is stricter than the name that this check looks for
-  count                              = local.has_identity ? 1 : 0
+  #checkov:skip=CKV_GCP_125:the condition has the repository's number, stricter than the name
+  count                              = local._external_ci ? 1 : 0
   workload_identity_pool_id          = google_iam_workload_identity_pool.this[0].workload_identity_pool_id
-  workload_identity_pool_provider_id = local.chosen.ci
-  attribute_mapping                  = local.identity[local.chosen.ci].mapping
-  attribute_condition                = local.identity[local.chosen.ci].condition
+  workload_identity_pool_provider_id = local.settings.ci
+  attribute_mapping = {
+    "google.subject"       = local._entra ? local._ci.claim : "assertion.sub"
+    "attribute.repository" = local._ci.claim
+  }
+  attribute_condition = join(
+    " && ", concat(local._ci.conditions, local.builds_images ? [] : local._ci.protected)
+  )
 
   oidc {
-    issuer_uri        = local.identity[local.chosen.ci].issuer
-    allowed_audiences = local.identity[local.chosen.ci].audiences
+    issuer_uri        = local._ci.issuer
+    allowed_audiences = local._ci.audiences
   }
 
   lifecycle {
     precondition {
-      condition     = local.chosen.ci == "azure-devops" ? local.repository.name != "" && (local.entra || local.repository.id != "") : local.repository.id != ""
-      error_message = "cloud.repository in project.yaml does not say whose pushes may deploy. GitHub: id is what `gh api repos/OWNER/NAME --jq .id` prints. GitLab: id is the project's number. Azure DevOps: host is the issuer and name the end of the subject identifier, behind /sc/, that the service connection shows; or, where that is sc://…, id is the organisation's GUID and name is organisation/project/service-connection."
+      condition = (
+        (local._entra || local._id != "") && (!local._azure || local.repository.name != "")
+      )
+      error_message = <<-EOT
+        cloud.repository in project.yaml does not identify the repository that may deploy. Set
+        GitHub: id, the output of `gh api repos/OWNER/NAME --jq .id`.
+        GitLab: id, the project's number.
+        Azure DevOps: host, the service connection's issuer; name, its subject after /sc/. If the
+        subject is sc://…: id, the organization's GUID; name, organization/project/connection.
+      EOT
     }
   }
 }
 
 resource "google_service_account_iam_member" "ci" {
-  count              = local.has_identity ? 1 : 0
-  service_account_id = "projects/${split(".", split("@", module.names.accounts.deployer)[1])[0]}/serviceAccounts/${module.names.accounts.deployer}"
+  count              = local._external_ci ? 1 : 0
+  service_account_id = local.names.account_ids.deployer
   role               = "roles/iam.workloadIdentityUser"
-  member = format(
-    "principalSet://iam.googleapis.com/projects/%s/locations/global/workloadIdentityPools/%s/attribute.repository/%s",
-    local.number,
-    google_iam_workload_identity_pool.this[0].workload_identity_pool_id,
-    local.known_as,
-  )
+  member = join("/", [
+    "principalSet://iam.googleapis.com/projects", local.number, "locations/global",
+    "workloadIdentityPools", google_iam_workload_identity_pool.this[0].workload_identity_pool_id,
+    "attribute.repository", local._ci.identity,
+  ])
 
   depends_on = [google_service_account.this]
 }

@@ -1,4 +1,5 @@
-# terraform init -backend=false && terraform test, in this folder's parent; providers are made up, so it needs no account.
+# Run `terraform init -backend=false && terraform test` in ..; the providers are mocks, so it needs
+# no account.
 mock_provider "google" {}
 mock_provider "google-beta" {}
 
@@ -11,20 +12,25 @@ run "dev_builds" {
   command = plan
 
   assert {
-    condition     = length(google_artifact_registry_repository_iam_member.source) == 0
-    error_message = "dev builds its own images."
+    condition = !anytrue([
+      for key in keys(google_artifact_registry_repository_iam_member.this) :
+      endswith(key, " source")
+    ])
+    error_message = "dev must not read the images of another environment."
   }
   assert {
     condition     = google_kms_crypto_key.this["storage"].rotation_period == "7776000s"
     error_message = "Keys must rotate."
   }
   assert {
-    condition     = alltrue([for bucket in google_storage_bucket.this : bucket.public_access_prevention == "enforced"])
+    condition = alltrue([
+      for bucket in google_storage_bucket.this : bucket.public_access_prevention == "enforced"
+    ])
     error_message = "No bucket may be public."
   }
 }
 
-run "prod_promotes" {
+run "prod_copies" {
   command = plan
 
   variables {
@@ -32,11 +38,17 @@ run "prod_promotes" {
   }
 
   assert {
-    condition     = google_artifact_registry_repository_iam_member.source[0].role == "roles/artifactregistry.reader"
-    error_message = "prod reads dev's images, and no more."
+    condition = one([
+      for key, grant in google_artifact_registry_repository_iam_member.this : grant.role
+      if endswith(key, " source")
+    ]) == "roles/artifactregistry.reader"
+    error_message = "prod must read dev's images and must not write them."
   }
   assert {
-    condition     = strcontains(google_iam_workload_identity_pool_provider.this[0].attribute_condition, "environment_protected == 'true'")
+    condition = strcontains(
+      google_iam_workload_identity_pool_provider.this[0].attribute_condition,
+      "environment_protected == 'true'"
+    )
     error_message = "Only the CI's protected environment may deploy to prod."
   }
 }

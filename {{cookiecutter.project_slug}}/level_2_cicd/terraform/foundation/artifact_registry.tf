@@ -1,21 +1,21 @@
-# Images, by content: a tag is a hash of what went in, and never moves. Compiled pipelines have a repository of their own.
+# Image tags are content hashes, hence immutable.
 resource "google_artifact_registry_repository" "images" {
   count         = local.existing.images == "" ? 1 : 0
-  repository_id = local.chosen.name
-  location      = local.chosen.region
+  repository_id = local.name
+  location      = local.region
   format        = "DOCKER"
-  description   = "Images of ${local.chosen.name}"
-  kms_key_name  = try(module.names.keys.registry, null)
+  description   = "Images of ${local.name}"
+  kms_key_name  = try(local.names.keys.registry, null)
 
   docker_config {
     immutable_tags = true
   }
 
   vulnerability_scanning_config {
-    enablement_config = "INHERITED" # from the project, where its API is on
+    enablement_config = "INHERITED" # as in the project's settings
   }
 
-  # What a tag names may be in use: a version of the model, or an environment that it was promoted to.
+  # Tagged images stay: a model version or another environment may use them.
   cleanup_policies {
     id     = "remove-untagged"
     action = "DELETE"
@@ -36,11 +36,11 @@ resource "google_artifact_registry_repository" "images" {
 }
 
 resource "google_artifact_registry_repository" "templates" {
-  repository_id = module.names.templates
-  location      = local.chosen.region
+  repository_id = local.names.templates
+  location      = local.region
   format        = "KFP"
-  description   = "Compiled pipelines of ${local.chosen.name}"
-  kms_key_name  = try(module.names.keys.registry, null)
+  description   = "Compiled pipelines of ${local.name}"
+  kms_key_name  = try(local.names.keys.registry, null)
 
   depends_on = [google_kms_crypto_key_iam_member.this, google_project_service.this]
 }

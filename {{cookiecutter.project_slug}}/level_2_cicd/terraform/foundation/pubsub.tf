@@ -1,7 +1,7 @@
-# Who wants a run says so in `requests`; Cloud Storage tells in `data` what happened to files; what cannot be delivered goes to
-# `dead-letters`. The subscriptions are the stack's.
+# Topics: requests for runs, object notifications of the data bucket, and undeliverable messages.
+# The stack creates their subscriptions.
 resource "google_pubsub_schema" "request" {
-  name       = "${local.chosen.name}-request"
+  name       = "${local.name}-request"
   type       = "AVRO"
   definition = file("${path.module}/../../trigger_function_container/request.avsc")
 
@@ -9,13 +9,13 @@ resource "google_pubsub_schema" "request" {
 }
 
 resource "google_pubsub_topic" "this" {
-  for_each                   = module.names.topics
-  name                       = split("/", each.value)[3]
-  kms_key_name               = try(module.names.keys.pubsub, null)
+  for_each                   = local.names.topics
+  name                       = basename(each.value)
+  kms_key_name               = try(local.names.keys.pubsub, null)
   message_retention_duration = "604800s" # 7 days
 
   message_storage_policy {
-    allowed_persistence_regions = [local.chosen.region]
+    allowed_persistence_regions = [local.region]
   }
 
   dynamic "schema_settings" {
