@@ -37,7 +37,7 @@ resource "google_compute_subnetwork" "this" {
 resource "google_compute_firewall" "inside" {
   count         = local._makes_network ? 1 : 0
   name          = "${local.name}-inside"
-  network       = local._network
+  network       = google_compute_network.this[0].id
   description   = "Traffic between the machines of a training job"
   direction     = "INGRESS"
   source_ranges = ["10.10.0.0/20"]
@@ -51,7 +51,7 @@ resource "google_compute_firewall" "inside" {
 resource "google_compute_global_address" "apis" {
   count        = local._makes_network ? 1 : 0
   name         = "${local.name}-apis"
-  network      = local._network
+  network      = google_compute_network.this[0].id
   purpose      = "PRIVATE_SERVICE_CONNECT"
   address_type = "INTERNAL"
   address      = "10.10.16.2"
@@ -60,7 +60,7 @@ resource "google_compute_global_address" "apis" {
 resource "google_compute_global_forwarding_rule" "apis" {
   count                 = local._makes_network ? 1 : 0
   name                  = substr("apis${replace(local.name, "-", "")}", 0, 20) # at most 20
-  network               = local._network
+  network               = google_compute_network.this[0].id
   ip_address            = google_compute_global_address.apis[0].id
   load_balancing_scheme = ""
   target                = "all-apis"
