@@ -250,7 +250,7 @@ def test_submit_sends_what_cloudbuild_yaml_says_and_nothing_secret(
         "_JOB_SPEC": "l4",
     }
     [received] = [one for one in builds.received if one.call == "builds.create"]
-    assert received.request.path == "/v1/projects/my-project/locations/europe-west4/builds"
+    assert received.path == "/v1/projects/my-project/locations/europe-west4/builds"
 
     source = sent["source"]["storage_source"]
     assert source["bucket"] == "my-project-digit-reader-storage"

@@ -68,7 +68,7 @@ class Cloud:
 
     def share_of_others(self) -> int:
         """The requests that versions get which are not the champion, in per cent."""
-        [served] = self.vertex.endpoints.endpoints.values()
+        [served] = self.vertex.endpoints.by_name.values()
         version = {deployed.id: int(deployed.model_version_id) for deployed in served.deployed_models}
         return sum(share for deployed, share in served.traffic_split.items() if version[deployed] != self.champion())
 
@@ -76,13 +76,13 @@ class Cloud:
         """These runs have one version each, one is the champion, and nothing else is served."""
         registry = open_registry(REGISTRY)
         assert sorted(version.run for version in registry.versions()) == sorted(runs)
-        [versions] = self.vertex.models.models.values()
+        [versions] = self.vertex.models.by_name.values()
         assert {int(number): model.labels["run"] for number, model in versions.items()} == {
             version.number: version.run for version in registry.versions()
         }
         champion = registry.champion_number()
         assert [int(number) for number, model in versions.items() if "champion" in model.version_aliases] == [champion]
-        [served] = self.vertex.endpoints.endpoints.values()
+        [served] = self.vertex.endpoints.by_name.values()
         [deployed] = served.deployed_models
         assert int(deployed.model_version_id) == champion
         assert dict(served.traffic_split) == {deployed.id: 100}

@@ -429,7 +429,7 @@ def decode(message: dict[str, Any]) -> bytes:
 def kill_again_and_again(events: Events, done: threading.Event) -> None:
     """Kill the function when a quarter, a half and three quarters of the runs are there, and start it again."""
     for part in range(1, KILLS + 1):
-        eventually(lambda part=part: len(events.vertex.runs.jobs) >= part * EVENTS // (KILLS + 1), 600)  # type: ignore[misc]
+        eventually(lambda part=part: len(events.vertex.runs.by_name) >= part * EVENTS // (KILLS + 1), 600)  # type: ignore[misc]
         events.function.kill()
         time.sleep(1)
         events.function.start()

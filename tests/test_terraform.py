@@ -664,10 +664,10 @@ def test_the_state_begins_here_and_moves_to_the_bucket(
         (clean_project / "build" / "images.json").write_text(json.dumps(IMAGES), encoding="utf-8")
         assert "Apply complete" in launch("apply", "--yes").stdout
         assert "No changes" in launch("plan").stdout
-        locks = [call for call in store.received if "tflock" in str(call.request.path)]
+        locks = [call for call in store.received if "tflock" in str(call.path)]
         assert locks  # two applies at once are refused by the state's lock
         # The last lock is laid there again, as an apply leaves it that is killed.
-        [*_, written] = [found[0] for call in store.received if (found := re.search(LOCK, call.request.body))]
+        [*_, written] = [found[0] for call in store.received if (found := re.search(LOCK, call.body))]
         lock = tmp_path / "buckets" / "my-project-dev-digit-reader-terraform" / "stack" / "default.tflock"
         storage.write("gs://my-project-dev-digit-reader-terraform/stack/default.tflock", written)
         refused = launch("destroy", "--yes")  # which waits for no lock

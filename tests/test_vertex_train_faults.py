@@ -76,7 +76,7 @@ def vertex(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeVertex]:
 
 def states(vertex: FakeVertex) -> list[str]:
     """The jobs' states, in the order in which they were sent."""
-    return [kept.message.state.name.removeprefix("JOB_STATE_") for kept in vertex.jobs.jobs.values()]
+    return [kept.message.state.name.removeprefix("JOB_STATE_") for kept in vertex.jobs.by_name.values()]
 
 
 def attempts(vertex: FakeVertex) -> list[str]:
@@ -114,7 +114,7 @@ def test_when_the_network_is_gone_for_good_it_says_what_remains_and_a_restart_en
         vertex.fail(after=index, status=0, done=index % 2 == 1, times=100_000)
         with pytest.raises(UserError) as told:
             train(request(), QUICK)
-    living = [name for name, kept in vertex.jobs.jobs.items() if kept.message.state.name.removeprefix("JOB_STATE_") in LIVING]
+    living = [name for name, kept in vertex.jobs.by_name.items() if kept.message.state.name.removeprefix("JOB_STATE_") in LIVING]
     assert len(living) <= 1
     for name in living:
         assert name in str(told.value) or request().id in str(told.value)
@@ -220,7 +220,7 @@ def test_the_process_is_stopped_by_a_signal(vertex: FakeVertex, number: signal.S
     assert process.returncode == 128 + number
     assert states(vertex) == ["CANCELLING"]
     assert "Traceback" not in told
-    assert f"cancelled {next(iter(vertex.jobs.jobs))}" in told
+    assert f"cancelled {next(iter(vertex.jobs.by_name))}" in told
 
 
 # ── the container ───────────────────────────────────────────────────────────────────────────────────────────
@@ -347,7 +347,7 @@ def test_the_pipelines_step_is_stopped_and_cancels_its_job(image: str, vertex: F
         subprocess.run(["docker", "stop", "--time", "30", name], check=True, capture_output=True)
         told, _ = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM, told
-    assert f"cancelled {next(iter(vertex.jobs.jobs))}" in told
+    assert f"cancelled {next(iter(vertex.jobs.by_name))}" in told
     assert states(vertex) == ["CANCELLING"]
 
 
@@ -368,7 +368,7 @@ def test_make_train_with_the_real_training_container(
     monkeypatch.setattr(vertex_train, "FIRST_WAIT", 0.05)
     monkeypatch.setattr(vertex_train, "LONGEST_WAIT", 0.2)
     real = Containers(buckets, images={address: image})
-    with real, FakeVertex(containers=real) as vertex, FakeStorage(buckets) as storage:
+    with FakeVertex(containers=real) as vertex, FakeStorage(buckets) as storage:
         monkeypatch.setenv("CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM", vertex.address)
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", storage.address)
         vertex_by_hand.main()

@@ -39,9 +39,9 @@ IMAGES = ["deploy", "kfp_compile", "kfp_run", "predict", "train", "trigger_funct
 
 def served(cloud: Cloud) -> tuple[int, str]:
     """The champion and the image that answers for it."""
-    [endpoint] = cloud.vertex.endpoints.endpoints.values()
+    [endpoint] = cloud.vertex.endpoints.by_name.values()
     [deployed] = endpoint.deployed_models
-    [versions] = cloud.vertex.models.models.values()
+    [versions] = cloud.vertex.models.by_name.values()
     assert dict(endpoint.traffic_split) == {deployed.id: 100}
     return int(deployed.model_version_id), versions[deployed.model_version_id].container_spec.image_uri
 

@@ -543,7 +543,7 @@ def bucket(trained, tmp_path, monkeypatch):
 def test_a_buckets_model_is_fetched_before_it_listens(bucket, end):
     with process(AIP_STORAGE_URI=f"gs://models/runs/1/model{end}", AIP_HTTP_PORT="0") as (_, _, client):
         wanted = {"model.json", *manifest.parse(bucket.root / "models/runs/1/model")["files"]}
-        assert {Path(received.request.path).name for received in bucket.received} == wanted
+        assert {Path(received.path).name for received in bucket.received} == wanted
         shutil.rmtree(bucket.root / "models")  # nothing more is needed of it
         ask(client, ROWS)
 
@@ -567,7 +567,7 @@ def test_a_buckets_model_that_cannot_be_served_is_told(bucket):
         serve_once(uri)
 
 
-@pytest.mark.parametrize("fault", [{"status": 503}, {"status": 0}, {"status": None, "share": 0.5}])
+@pytest.mark.parametrize("fault", [{"status": 503}, {"status": 0}, {"status": None, "fraction": 0.5}])
 def test_each_request_for_a_buckets_model_is_repeated(bucket, trained, fault):
     uri, whole = "gs://models/runs/1/model", manifest.sha256(trained / "model" / manifest.NAME)
     assert serve_once(uri).manifest_sha256 == whole

@@ -13,7 +13,7 @@ from project.cloud import place
 from project.errors import UserError
 from project.settings import load, project_root
 from rehearsal.cloud_project import NUMBER, FakeProject
-from rehearsal.server import ApiError, FakeServer, Response
+from rehearsal.server import ApiError, FakeServer
 
 PROJECT, BUCKET, REGION = "my-project", "my-bucket", "europe-west4"
 HOST = f"{REGION}-docker.pkg.dev"
@@ -278,7 +278,7 @@ def test_without_a_bucket_made_by_hand_terraforms_are_looked_for(chosen, overrid
     [
         (f"/v1/projects/{PROJECT}:testIamPermissions", {"permissions": []}, "Invalid value at 'permissions'"),
         (f"/v1/projects/{PROJECT}:testIamPermissions", {"permissions": ["a.b"], "more": 1}, "Invalid value at 'permissions'"),
-        (f"/v1/projects/{PROJECT}/services:batchGet?names=x", None, "x is no service of this project"),
+        (f"/v1/projects/{PROJECT}/services:batchGet?names=x", None, "x is not a service of this project"),
         (f"/v1/projects/{PROJECT}/services", None, "does not know GET"),
         ("/v1/projects/other/services:batchGet", None, "does not know GET"),
     ],
@@ -336,13 +336,15 @@ class Tokens(FakeServer):
         self.refuses = False
         self.routes = [("POST", "/token", "token", self.token), ("GET", "/userinfo", "userinfo", self.userinfo)]
 
-    def token(self, request, _):
+    def token(self, request):
+        request.message = request.body
         if self.refuses:
             raise ApiError(400, "invalid_grant")
-        return request.body, Response({"access_token": "a-token", "expires_in": 3600, "token_type": "Bearer"})
+        return {"access_token": "a-token", "expires_in": 3600, "token_type": "Bearer"}
 
-    def userinfo(self, request, _):
-        return request.headers["authorization"], Response({"email": "jo@example.com"})
+    def userinfo(self, request):
+        request.message = request.headers["authorization"]
+        return {"email": "jo@example.com"}
 
 
 @pytest.fixture
@@ -380,7 +382,7 @@ def test_google_is_asked_with_your_credentials(chosen, google, key, capsys):
     ready, said = examine(chosen, capsys)
     assert ready
     assert said["credentials"] == ("✓", "robot@example.com")
-    assert {received.request.headers.get("authorization") for received in google.received} == {"Bearer a-token"}
+    assert {received.headers.get("authorization") for received in google.received} == {"Bearer a-token"}
 
 
 def test_credentials_that_have_expired(chosen, google, key, tokens, capsys):
@@ -426,7 +428,7 @@ def test_a_person(chosen, google, tokens, machine, monkeypatch, capsys):
     ready, said = examine(chosen, capsys)
     assert ready
     assert said["credentials"] == ("✓", "jo@example.com")
-    assert {received.request.headers.get("x-goog-user-project") for received in google.received} == {PROJECT}
+    assert {received.headers.get("x-goog-user-project") for received in google.received} == {PROJECT}
 
 
 # ── the command ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -67,7 +67,7 @@ class Cloud:
     @property
     def endpoint(self):
         """The endpoint as it is."""
-        [endpoint] = self.vertex.endpoints.endpoints.values()
+        [endpoint] = self.vertex.endpoints.by_name.values()
         return endpoint
 
     @property
@@ -79,13 +79,13 @@ class Cloud:
     def served_by(self, identity):
         """What an endpoint of this id serves: id → share."""
         return next(
-            dict(found.traffic_split) for name, found in self.vertex.endpoints.endpoints.items() if name.endswith(f"/{identity}")
+            dict(found.traffic_split) for name, found in self.vertex.endpoints.by_name.items() if name.endswith(f"/{identity}")
         )
 
     @property
     def aliases(self):
         """Version → aliases."""
-        [versions] = self.vertex.models.models.values()
+        [versions] = self.vertex.models.by_name.values()
         return {int(number): set(model.version_aliases) for number, model in versions.items()}
 
 
@@ -437,7 +437,7 @@ def test_a_version_may_be_busy_at_first_and_no_longer(cloud, monkeypatch):
     assert cloud.deploy("run-2", 1)["champion"]
     monkeypatch.setattr(endpoint, "STARTING", 0.0)
     cloud.vertex.fail("endpoints.predict", status=503)
-    with pytest.raises(endpoint.Unfit, match="told to fail"):
+    with pytest.raises(endpoint.Unfit, match="injected fault"):
         cloud.deploy("run-3", 2)
     assert cloud.served == {2: 100}
 
@@ -446,7 +446,7 @@ def test_a_version_may_be_busy_at_first_and_no_longer(cloud, monkeypatch):
 def test_any_other_error_of_a_new_version_is_its_end(cloud, status):
     cloud.deploy("run-1", None)
     cloud.vertex.fail("endpoints.predict", status=status)
-    with pytest.raises(endpoint.Unfit, match="told to fail"):
+    with pytest.raises(endpoint.Unfit, match="injected fault"):
         cloud.deploy("run-2", 1)
     assert cloud.served == {1: 100}
 

@@ -13,7 +13,7 @@ from project.cloud import place
 from project.errors import UserError
 from project.settings import load, project_root
 from rehearsal.cloud_project import FakeProject
-from rehearsal.server import ApiError, Response
+from rehearsal.server import ApiError
 
 PROJECT, PROD, REGION = "my-project", "my-prod", "europe-west4"
 LINKED = "mine/code"
@@ -62,10 +62,11 @@ class Surroundings(FakeProject):
         path = f"/v1/projects/{project}/locations/{REGION}/metadataStores/default"
         self.routes.append(("GET", path, "metadataStores.get", self._metadata_store))
 
-    def _metadata_store(self, request, _):
+    def _metadata_store(self, request):
+        request.message = request.path
         if not self.metadata_store:
             raise ApiError(404, f"The metadata store {request.path} does not exist.")
-        return request.path, Response({"name": request.path.removeprefix("/v1/")})
+        return {"name": request.path.removeprefix("/v1/")}
 
 
 def ask(double, monkeypatch):
@@ -269,8 +270,8 @@ def test_who_builds_in_a_private_pool_must_be_allowed_to(platform, capsys, owner
     chosen = settings_with(private="true") if owner == PROJECT else settings_with(with_pool(owner))
     what = "project" if owner == PROJECT else owner
 
-    def answer(*_):
-        return platform._allowed(owner, [doctor_level_2.USE_POOL])
+    def answer(request):
+        return platform.granted(request, owner)
 
     platform.routes.append(("POST", "/v1/projects/shared:testIamPermissions", "shared.test", answer))
     lacks, mend = alone(examine(chosen, capsys)[1], "rights")

@@ -48,7 +48,7 @@ def test_a_copy_comes_about_also_when_an_answer_is_lost(registries, call):
 def test_a_copy_comes_about_also_when_the_connection_is_cut_while_a_layer_is_read(registries, after):
     source, target = registries
     there = source.push(f"{source.host}/demo/train:abc", b"a layer" * 1000)
-    source.fail("^blobs.get$", status=None, share=0.5, after=after)
+    source.fail("^blobs.get$", status=None, fraction=0.5, after=after)
     assert image_registry.copy(f"{source.host}/demo/train@{there}", f"{target.host}/other/train:abc") == there
     assert sorted(target.blobs.values()) == sorted(source.blobs.values())
     assert len(source.calls("blobs.get")) == 3  # the layer and the description, and one of them again
@@ -58,7 +58,7 @@ def test_a_connection_that_is_always_cut_is_told_in_one_line_and_nothing_is_left
     source, target = registries
     monkeypatch.setattr(api, "PATIENCE", 0.1)
     there = source.push(f"{source.host}/demo/train:abc", b"a layer" * 1000)
-    source.fail("^blobs.get$", status=None, share=0.5, after=1, times=1000)  # the description is whole, the layer never
+    source.fail("^blobs.get$", status=None, fraction=0.5, after=1, times=1000)  # the description is whole, the layer never
     with pytest.raises(api.ApiError, match=rf"^reading {source.host}/demo/train@{there} failed: .*Type the same again") as told:
         image_registry.copy(f"{source.host}/demo/train@{there}", f"{target.host}/other/train:abc")
     assert "\n" not in str(told.value)
@@ -84,8 +84,8 @@ def test_a_layer_that_is_not_what_its_name_says_is_not_sent(registries, monkeypa
 def test_a_copy_that_becomes_another_image_is_refused(registries, monkeypatch):
     source, target = registries
     there = source.push(f"{source.host}/demo/train:abc")
-    keep = target._keep
-    monkeypatch.setattr(target, "_keep", lambda name, tag, content, kind: keep(name, tag, content + b"\n", kind))
+    keep = target._store
+    monkeypatch.setattr(target, "_store", lambda name, tag, content, kind: keep(name, tag, content + b"\n", kind))
     with pytest.raises(UserError, match="somebody else wrote it"):
         image_registry.copy(f"{source.host}/demo/train@{there}", f"{target.host}/other/train:abc")
 
@@ -93,7 +93,7 @@ def test_a_copy_that_becomes_another_image_is_refused(registries, monkeypatch):
 def test_an_image_for_several_platforms_is_not_copied_by_half(registries):
     source, target = registries
     index = b'{"schemaVersion": 2, "manifests": []}'
-    there = source._keep("demo/train", "abc", index, "application/vnd.oci.image.index.v1+json")
+    there = source._store("demo/train", "abc", index, "application/vnd.oci.image.index.v1+json")
     with pytest.raises(UserError, match="several platforms"):
         image_registry.copy(f"{source.host}/demo/train@{there}", f"{target.host}/other/train:abc")
     assert not target.names()

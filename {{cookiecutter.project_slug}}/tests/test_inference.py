@@ -273,11 +273,12 @@ class Cloud(FakeServer):
         self.pool, self.predict, self.wrapped = urllib3.PoolManager(), f"{address}/predict", wrapped
         self.routes = [("POST", f"/v1/{ENDPOINT}:rawPredict", "endpoints.rawPredict", self.forward)]
 
-    def forward(self, request, _):
+    def forward(self, request):
+        request.message = json.loads(request.body)
         answer = self.pool.request("POST", self.predict, body=request.body)
         if answer.status != 200 and self.wrapped:
             raise Denied(answer.status, answer.data.decode())
-        return json.loads(request.body), Response(answer.data, answer.status)
+        return Response(answer.data, answer.status)
 
 
 @pytest.fixture(params=[False, True], ids=["errors as they are", "errors wrapped"])
@@ -313,7 +314,7 @@ def test_what_is_wrong_with_a_row_is_told_through_an_endpoint(vertex, call, tmp_
     assert lines(tmp_path / "out.jsonl.errors.jsonl")[0]["error"].startswith("column 'height'")
 
 
-@pytest.mark.parametrize("fault", [{"status": 503}, {"status": 429}, {"status": 0}, {"status": None, "share": 0.5}])
+@pytest.mark.parametrize("fault", [{"status": 503}, {"status": 429}, {"status": 0}, {"status": None, "fraction": 0.5}])
 @pytest.mark.parametrize("after", [0, 1])
 def test_an_endpoint_that_fails_once_is_asked_again(vertex, call, capsys, fault, after):
     vertex.fail(after=after, **fault)
@@ -345,7 +346,7 @@ def test_an_endpoint_is_told_who_asks(address, call, monkeypatch):
         own = f"{double.address}/v1/{ENDPOINT}"  # an endpoint may have a server of its own
         monkeypatch.setattr("google.auth.default", lambda scopes: (Credentials("secret"), None))
         call("single", "--endpoint", own, "[1, 2, null]")
-        assert {received.request.headers["authorization"] for received in double.received} == {"Bearer secret"}
+        assert {received.headers["authorization"] for received in double.received} == {"Bearer secret"}
 
         def absent(scopes):
             raise DefaultCredentialsError

@@ -321,13 +321,13 @@ def champion(pushed):
 
 def images_of_versions(pushed):
     """Version → the image that serves it."""
-    [versions] = pushed.vertex.models.models.values()
+    [versions] = pushed.vertex.models.by_name.values()
     return {int(number): model.container_spec.image_uri[-1] for number, model in versions.items()}
 
 
 def served(pushed):
     """Version → its share of the requests."""
-    [endpoint] = pushed.vertex.endpoints.endpoints.values()
+    [endpoint] = pushed.vertex.endpoints.by_name.values()
     return {int(model.model_version_id): endpoint.traffic_split.get(model.id, 0) for model in endpoint.deployed_models}
 
 

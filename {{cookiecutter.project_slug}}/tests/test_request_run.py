@@ -14,7 +14,7 @@ from launcher import api, kfp_compile, kfp_publish, parameters, published, reque
 from project import cloud, storage
 from project.errors import UserError
 from project.settings import load, project_root
-from rehearsal.server import ApiError, FakeServer, Response
+from rehearsal.server import ApiError, FakeServer
 from rehearsal.storage import FakeStorage
 
 ROOT = project_root()
@@ -30,13 +30,16 @@ class Topics(FakeServer):
     def __init__(self) -> None:
         super().__init__()
         self.known: set[str] = set()
-        self.routes = [("POST", r"/v1/(projects/[^/]+/topics/[^/]+):publish", "topics.publish", self._publish)]
+        path = r"/v1/(?P<topic>projects/[^/]+/topics/[^/]+):publish"
+        self.routes = [("POST", path, "topics.publish", self._publish)]
 
-    def _publish(self, request, found):
-        if found[1] not in self.known:
-            raise ApiError(404, f"Topic not found (resource={found[1].split('/')[-1]}).")
+    def _publish(self, request):
+        topic = request["topic"]
+        if topic not in self.known:
+            raise ApiError(404, f"Topic not found (resource={topic.split('/')[-1]}).")
         messages = json.loads(request.body)["messages"]
-        return (found[1], [base64.b64decode(message["data"]) for message in messages]), Response({"messageIds": ["7"]})
+        request.message = topic, [base64.b64decode(message["data"]) for message in messages]
+        return {"messageIds": ["7"]}
 
 
 @pytest.fixture(scope="module")

@@ -93,7 +93,7 @@ def test_of_many_writers_at_once_one_wins(cloud):
     assert storage.read("gs://b/one") == (b"the same for all", won)
 
 
-@pytest.mark.parametrize("fault", [{"status": 503}, {"status": 429}, {"status": 0}, {"status": None, "share": 0.5}])
+@pytest.mark.parametrize("fault", [{"status": 503}, {"status": 429}, {"status": 0}, {"status": None, "fraction": 0.5}])
 @pytest.mark.parametrize("done", [False, True])
 def test_each_request_is_repeated_when_its_answer_is_lost(cloud, tmp_path, fault, done):
     put(cloud, "folder/x")

@@ -390,13 +390,13 @@ def vertex(monkeypatch):
             for version in ("1", "2"):
                 model = f"{parent}/models/{NAME}"
                 found.deployed_models.append(types.DeployedModel(id=version, model=model, model_version_id=version))
-            double.endpoints.endpoints[found.name] = found
+            double.endpoints.by_name[found.name] = found
         yield double
 
 
 def endpoint_of(vertex, project=PROJECT):
     """The endpoint of a Google Cloud project."""
-    return vertex.endpoints.endpoints[canonical(f"projects/{project}/locations/europe-west4/endpoints/7")]
+    return vertex.endpoints.by_name[canonical(f"projects/{project}/locations/europe-west4/endpoints/7")]
 
 
 def served(vertex, project=PROJECT):
@@ -462,7 +462,7 @@ def test_prod_is_removed_when_its_id_is_typed(here, program, founded, vertex, mo
 
 def test_where_no_endpoint_is_left_destroy_goes_on(here, program, founded, vertex, monkeypatch, capsys):
     """As when the last attempt got so far."""
-    vertex.endpoints.endpoints.clear()
+    vertex.endpoints.by_name.clear()
     launch(monkeypatch, "destroy", "--yes")
     assert [words[1] for words in program.words] == ["init", "plan", "apply"]
     out, err = capsys.readouterr()

@@ -515,9 +515,9 @@ def test_many_at_once_are_one_run(deliver, bucket, vertex):
 def test_a_notification_of_the_double_of_cloud_storage_starts_a_run(deliver, bucket, vertex, monkeypatch):
     """What the double of Cloud Storage publishes is what the function reads; tests of the template bring it over Pub/Sub."""
     sent = []
-    monkeypatch.setattr(bucket, "_publish", lambda _, message: sent.append(message))
+    monkeypatch.setattr(bucket.notifications, "publish", lambda _, message: sent.append(message))
     bucket.create_bucket("rows")
-    bucket._notifications["rows"] = {"1": {"topic": "t", "payload_format": "JSON_API_V1", "object_name_prefix": "incoming/"}}
+    bucket.notifications.configs["rows"] = {"1": {"topic": "t", "payload_format": "JSON_API_V1", "object_name_prefix": "incoming/"}}
     storage.write("gs://rows/incoming/a.csv", b"a,b\n")
     storage.write("gs://rows/incoming/a.csv", b"a,b\n1,2\n")
     storage.write("gs://rows/elsewhere.csv", b"a,b\n")

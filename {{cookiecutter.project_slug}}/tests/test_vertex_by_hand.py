@@ -155,5 +155,5 @@ def test_ctrl_c_cancels_the_job(cloud, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         train(monkeypatch)
     assert ended.value.code == 130
-    assert [kept.message.state.name for kept in cloud.jobs.jobs.values()] == ["JOB_STATE_CANCELLING"]
+    assert [kept.message.state.name for kept in cloud.jobs.by_name.values()] == ["JOB_STATE_CANCELLING"]
     assert Path(runs.runs_folder() / NAME).exists()

@@ -73,7 +73,7 @@ def bucket(tmp_path, monkeypatch) -> Path:
 def jobs_in(vertex, *states):
     """Names of the jobs in these states, or in any."""
     states = [f"JOB_STATE_{state}" for state in states]
-    return [name for name, kept in vertex.jobs.jobs.items() if not states or kept.message.state.name in states]
+    return [name for name, kept in vertex.jobs.by_name.items() if not states or kept.message.state.name in states]
 
 
 def received(vertex):
@@ -201,7 +201,7 @@ def test_a_failure_is_told_with_the_jobs_own_words_and_its_log(vertex, bucket):
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        (8, "told to fail"),
+        (8, "injected fault"),
         (3, "Resources are insufficient in region: europe-west4"),
         (9, "STOCKOUT"),
         (9, "The zone does not have enough resources available to fulfill the request"),

@@ -1,1 +1,1 @@
-"""Doubles of Google Cloud services on loopback, for tests and for the rehearsal of a push. They import nothing of src/."""
+"""Fakes of Google Cloud services on loopback, for tests and rehearsals of a push."""

@@ -1,4 +1,4 @@
-"""The doubles by hand: Cloud Storage and Vertex AI, until Ctrl-C. See README.md here."""
+"""Command line: serve the fakes of Vertex AI and Cloud Storage until Ctrl-C. See README.md."""
 
 import argparse
 import signal
@@ -13,26 +13,31 @@ from rehearsal.vertex import FakeVertex
 
 
 def main() -> None:
-    """Serve; print the variables that lead to them, and each call."""
-    parser = argparse.ArgumentParser(prog="python -m rehearsal", description="Doubles of Google Cloud on this machine.")
-    parser.add_argument("--port", type=int, default=8090, help="Vertex AI's; Cloud Storage has the next one; 0: any")
-    parser.add_argument("--buckets", type=Path, default=Path("scratch/buckets"), help="the folder that holds the buckets")
-    parser.add_argument("--bucket", action="append", default=[], metavar="NAME", help="make a bucket; may be repeated")
-    parser.add_argument("--run", action="store_true", help="really run training jobs and deployed models, with Docker")
-    given = parser.parse_args()
+    """Serve; print the variables that lead to the fakes, and each call."""
+    description = "Fakes of Vertex AI and Cloud Storage on this machine."
+    parser = argparse.ArgumentParser(prog="python -m rehearsal", description=description)
+    add = parser.add_argument
+    port_help = "of Vertex AI; Cloud Storage uses the next one; 0: any free port"
+    add("--port", type=int, default=8090, help=port_help)
+    add("--buckets", type=Path, default=Path("scratch/buckets"), help="folder of the buckets")
+    add("--bucket", action="append", default=[], metavar="NAME", help="create a bucket; repeatable")
+    add("--run", action="store_true", help="run training jobs and deployed models with Docker")
+    options = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with ExitStack() as doubles:
+    port, root = options.port, options.buckets.resolve()
+    with ExitStack() as stack:
         try:
-            storage = doubles.enter_context(FakeStorage(given.buckets.resolve(), given.port and given.port + 1))
-            containers = Containers(given.buckets.resolve(), storage_address=storage.address) if given.run else None
-            vertex = doubles.enter_context(FakeVertex(given.port, containers))
+            storage = stack.enter_context(FakeStorage(root, port and port + 1))
+            containers = Containers(root, storage_address=storage.address) if options.run else None
+            vertex = stack.enter_context(FakeVertex(port, containers))
         except OSError as error:
-            print(f"error: {error.strerror}: port {given.port} or {given.port + 1}. Another: --port 8190", file=sys.stderr)
+            problem = f"port {port} or {port + 1}: {error.strerror}"
+            print(f"error: {problem}. Try another one: --port 8190", file=sys.stderr)
             sys.exit(2)
-        for name in given.bucket:
+        for name in options.bucket:
             storage.create_bucket(name)
-        for double in (vertex, storage):  # before anyone can know where they are
-            double.log = lambda line: print(line, flush=True)
+        for fake in (vertex, storage):
+            fake.log = lambda line: print(line, flush=True)
         print(exports(vertex, storage), flush=True)
         try:
             signal.pause()
@@ -41,7 +46,7 @@ def main() -> None:
 
 
 def exports(vertex: FakeServer, storage: FakeServer) -> str:
-    """What leads Google's clients, gcloud and this project here."""
+    """Return the variables that lead Google's clients, gcloud and this project to the fakes."""
     variables = {
         "CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM": f"{vertex.address}/",
         "CLOUDSDK_API_ENDPOINT_OVERRIDES_STORAGE": f"{storage.address}/",

@@ -1,8 +1,7 @@
-"""Runs the steps of a Cloud Build file on this machine: substitutions, waitFor, variables, time-outs, and an end at any moment.
+"""Runs the steps of a Cloud Build file on this machine: substitutions, waitFor, timeouts.
 
-`run(read("level_2_cicd/cloudbuild.yaml", values), workspace, as_process(variables))` starts each step as soon as those that it
-waits for have succeeded, as Cloud Build does; when one fails, the others are ended. A step is a process of this machine, or
-a container, in the workspace.
+`run(read("cloudbuild.yaml", values), workspace, as_process(variables))` starts each step as soon as
+the steps that it waits for have succeeded; when one fails, the others are killed.
 """
 
 import os
@@ -19,117 +18,102 @@ from typing import Any
 import yaml
 
 Json = dict[str, Any]
-Command = tuple[list[str], dict[str, str]]  # a command line, and its environment
+Command = tuple[list[str], dict[str, str]]  # a command line and its environment
+StepCommand = Callable[[Json, Json], Command]  # of a build and one of its steps
 
-BUILT_IN = (
-    "PROJECT_ID",
-    "PROJECT_NUMBER",
-    "BUILD_ID",
-    "LOCATION",
-    "COMMIT_SHA",
-    "SHORT_SHA",
-    "BRANCH_NAME",
-    "REPO_NAME",
-    "TAG_NAME",
-)
+BUILT_IN = {"PROJECT_ID", "PROJECT_NUMBER", "BUILD_ID", "LOCATION", "COMMIT_SHA", "SHORT_SHA"}
+BUILT_IN |= {"BRANCH_NAME", "REPO_NAME", "TAG_NAME"}
 VARIABLE = re.compile(r"\$(?:\$|([A-Z_][A-Z0-9_]*)|\{([A-Z_][A-Z0-9_]*)\})")
 
 
 class InvalidBuild(Exception):
-    """What Cloud Build would refuse; says what."""
+    """Cloud Build would reject this build; says why."""
 
 
-# ── a build as it is written ────────────────────────────────────────────────────────────────────────────────────────
 def read(path: Path | str, values: Mapping[str, str]) -> Json:
-    """A Cloud Build file with its substitutions filled in.
-
-    Raises:
-        InvalidBuild: a substitution is missing, or not needed; or the steps do not fit together.
-    """
+    """Read a Cloud Build file and fill in its substitutions."""
     document: Json = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     return resolve(document, values)
 
 
 def resolve(build: Json, values: Mapping[str, str]) -> Json:
-    """A build with its substitutions filled in, and its steps' ids and order checked.
-
-    Raises:
-        InvalidBuild: see `read`.
-    """
-    given = {**build.get("substitutions", {}), **values}
-    unchanged = {"substitutions", "source"}
-    used = variables({key: value for key, value in build.items() if key not in unchanged})
-    own = {name for name in given if name.startswith("_")}
-    loose = build.get("options", {}).get("substitutionOption") == "ALLOW_LOOSE"
-    if missing := sorted(name for name in used if name not in given):
-        raise InvalidBuild(f"key in the template {', '.join(missing)!r} is not matched in the substitution data")
-    if (extra := sorted(own - used)) and not loose:
-        raise InvalidBuild(f"key {', '.join(extra)!r} in the substitution data is not matched in the template")
-    filled: Json = {key: value if key in unchanged else fill(value, given) for key, value in build.items()}
-    check_order(filled.get("steps", []))
-    return filled
+    """Fill in a build's substitutions and check the order of its steps; may raise InvalidBuild."""
+    values = {**build.get("substitutions", {}), **values}
+    template = {key: build[key] for key in build if key not in {"substitutions", "source"}}
+    names = variables(template)
+    if missing := ", ".join(sorted(names - set(values))):
+        problem = "is not matched in the substitution data"
+        raise InvalidBuild(f"key in the template {missing!r} {problem}")
+    extra = ", ".join(sorted(name for name in values if name[0] == "_" and name not in names))
+    if extra and build.get("options", {}).get("substitutionOption") != "ALLOW_LOOSE":
+        problem = "in the substitution data is not matched in the template"
+        raise InvalidBuild(f"key {extra!r} {problem}")
+    result: Json = fill(template, values)
+    check_order(result.get("steps", []))
+    return {**build, **result}
 
 
 def variables(part: Any) -> set[str]:
-    """The names of the substitutions that a part of a build uses."""
+    """Return the names of the substitutions in a part of a build."""
     if isinstance(part, dict):
-        return set().union(*map(variables, part.values()))
+        part = list(part.values())
     if isinstance(part, list):
         return set().union(*map(variables, part))
-    found = VARIABLE.findall(part) if isinstance(part, str) else []
-    return {plain or braced for plain, braced in found if plain or braced}
+    matches = VARIABLE.findall(part) if isinstance(part, str) else []
+    return {plain or braced for plain, braced in matches if plain or braced}
 
 
 def fill(part: Any, values: Mapping[str, str]) -> Any:
-    """A part of a build with values in the place of $NAME and ${NAME}; $$ is a dollar."""
+    """Replace $NAME and ${NAME} in a part of a build; $$ is a dollar."""
     if isinstance(part, dict):
         return {key: fill(value, values) for key, value in part.items()}
     if isinstance(part, list):
         return [fill(value, values) for value in part]
     if not isinstance(part, str):
         return part
-    return VARIABLE.sub(lambda found: values[found[1] or found[2]] if found[1] or found[2] else "$", part)
+    return VARIABLE.sub(lambda m: values[m[1] or m[2]] if m[1] or m[2] else "$", part)
 
 
 def check_order(steps: Sequence[Json]) -> None:
-    """Ids are unique, and each step waits for earlier ones.
-
-    Raises:
-        InvalidBuild: says which does not.
-    """
+    """Reject duplicate ids, and steps that do not wait for earlier ones."""
     if not steps:
         raise InvalidBuild("a build must have at least one step")
-    seen: set[str] = set()
+    ids: set[str] = set()
     for step in steps:
-        unknown = [name for name in step.get("waitFor", []) if name != "-" and name not in seen]
-        if unknown:
-            raise InvalidBuild(f"step {step.get('id')}: waitFor names {', '.join(unknown)}, which is no earlier step")
-        if step.get("id") in seen:
+        if unknown := ", ".join(set(step.get("waitFor", [])) - ids - {"-"}):
+            raise InvalidBuild(f"step {step.get('id')}: waitFor: {unknown} is no earlier step")
+        if step.get("id") in ids:
             raise InvalidBuild(f"there are two steps {step['id']}")
-        seen.add(step.get("id", ""))
+        ids.add(step.get("id", ""))
 
 
-def waits(steps: Sequence[Json]) -> list[set[int]]:
-    """For each step, those that it waits for: with no waitFor, all before it."""
-    places = {step.get("id", ""): place for place, step in enumerate(steps)}
+def dependencies(steps: Sequence[Json]) -> list[set[int]]:
+    """Return for each step those that it waits for: without waitFor, all before it."""
+    index = {step.get("id", ""): number for number, step in enumerate(steps)}
     return [
-        {places[name] for name in step["waitFor"] if name != "-"} if step.get("waitFor") else set(range(place))
-        for place, step in enumerate(steps)
+        {index[name] for name in step["waitFor"] if name != "-"}
+        if step.get("waitFor")
+        else set(range(number))
+        for number, step in enumerate(steps)
     ]
 
 
 def critical_path(steps: Sequence[Json], seconds: Sequence[float]) -> float:
-    """How long the steps take at least, when nothing is waited for but other steps."""
+    """Return how long the steps take, when they wait only for each other."""
     ends: list[float] = []
-    for needed, own in zip(waits(steps), seconds, strict=True):
-        ends.append(own + max((ends[place] for place in needed), default=0.0))
+    for needs, own in zip(dependencies(steps), seconds, strict=True):
+        ends.append(own + max((ends[number] for number in needs), default=0.0))
     return max(ends)
 
 
-# ── running ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+def seconds(duration: str | None) -> float:
+    """Parse a duration such as "600s"; the default is a day."""
+    return float((duration or "86400s").removesuffix("s"))
+
+
 @dataclass
 class Step:
-    """What became of a step: QUEUED, WORKING, SUCCESS, FAILURE, TIMEOUT or CANCELLED."""
+    """A step's result: QUEUED, WORKING, SUCCESS, FAILURE, TIMEOUT or CANCELLED."""
 
     name: str
     status: str = "QUEUED"
@@ -139,21 +123,20 @@ class Step:
 
 @dataclass
 class Outcome:
-    """What became of a build: SUCCESS, FAILURE, TIMEOUT, or KILLED where it was ended from outside."""
+    """A build's result: SUCCESS, FAILURE, TIMEOUT, or KILLED from outside."""
 
     status: str
     steps: list[Step] = field(default_factory=list)
     document: Json = field(default_factory=dict)
 
     def step(self, name: str) -> Step:
-        """A step by its id."""
+        """Return a step by its id."""
         return next(step for step in self.steps if step.name == name)
 
     def failures(self) -> str:
-        """What the steps wrote that did not succeed, for a test's message."""
-        return "\n".join(
-            f"── {step.name}: {step.status}\n{step.output}" for step in self.steps if step.status not in {"SUCCESS", "QUEUED"}
-        )
+        """Return the output of the steps that did not succeed."""
+        failed = [step for step in self.steps if step.status not in {"SUCCESS", "QUEUED"}]
+        return "\n".join(f"── {step.name}: {step.status}\n{step.output}" for step in failed)
 
     @property
     def critical(self) -> float:
@@ -161,29 +144,33 @@ class Outcome:
         return critical_path(self.document["steps"], [step.seconds for step in self.steps])
 
 
-def as_process(machine: Mapping[str, str], instead: Mapping[str, list[str]] | None = None) -> Callable[[Json, Json], Command]:
-    """Steps are processes of this machine, whose own programs stand for the toolbox's.
+def as_process(
+    machine: Mapping[str, str], instead: Mapping[str, list[str]] | None = None
+) -> StepCommand:
+    """Run steps as processes of this machine, with its programs in place of the toolbox's.
 
     Args:
-        machine: environment variables that go over those of the build: where doubles are, which environment is used.
-        instead: step → the command that takes its place.
+        machine: environment variables that override the build's.
+        instead: commands that replace steps, by id.
     """
 
     def command(build: Json, step: Json) -> Command:
-        words = (instead or {}).get(step.get("id", "")) or [step["entrypoint"], *step.get("args", [])]
+        default = [step.get("entrypoint", ""), *step.get("args", [])]
+        words = (instead or {}).get(step.get("id", ""), default)
         return words, {**os.environ, **environment(build, step), **machine}
 
     return command
 
 
-def as_container(machine: Mapping[str, str], workspace: Path, options: Sequence[str] = ()) -> Callable[[Json, Json], Command]:
-    """Steps are containers, as in Cloud Build: the workspace is /workspace, and the machine's own Docker answers in them."""
+def as_container(machine: Mapping[str, str], workspace: Path) -> StepCommand:
+    """Run steps in containers, as Cloud Build does, with this machine's Docker inside."""
 
     def command(build: Json, step: Json) -> Command:
-        given = {**environment(build, step), **machine}
-        words = ["docker", "run", "--rm", "--init", "--network=host", f"--volume={workspace}:/workspace"]
-        words += ["--volume=/var/run/docker.sock:/var/run/docker.sock", "--workdir=/workspace", *options]
-        words += [f"--env={name}={value}" for name, value in given.items()]
+        words = ["docker", "run", "--rm", "--init", "--network=host", "--workdir=/workspace"]
+        words += [f"--volume={workspace}:/workspace"]
+        words += ["--volume=/var/run/docker.sock:/var/run/docker.sock"]
+        variables = {**environment(build, step), **machine}
+        words += [f"--env={name}={value}" for name, value in variables.items()]
         words += [f"--entrypoint={step['entrypoint']}"] if step.get("entrypoint") else []
         return [*words, step["name"], *step.get("args", [])], dict(os.environ)
 
@@ -191,73 +178,72 @@ def as_container(machine: Mapping[str, str], workspace: Path, options: Sequence[
 
 
 def environment(build: Json, step: Json) -> dict[str, str]:
-    """The variables that a build gives a step."""
+    """Return the variables that a build sets for a step."""
     lines = [*build.get("options", {}).get("env", []), *step.get("env", [])]
     return dict(line.split("=", 1) for line in lines)
 
 
-def seconds(duration: str | None) -> float:
-    """A duration as Google writes it: "600s"; a day where there is none."""
-    return float((duration or "86400s").removesuffix("s"))
-
-
-def run(build: Json, workspace: Path, command: Callable[[Json, Json], Command], kill_after: int | None = None) -> Outcome:
+def run(
+    build: Json, workspace: Path, command: StepCommand, kill_after: int | None = None
+) -> Outcome:
     """Run a build's steps.
 
     Args:
         build: with its substitutions filled in.
         command: what runs a step; see as_process.
-        kill_after: as soon as so many steps have succeeded, all that runs is killed, as if the machine were gone.
+        kill_after: number of successful steps after which all processes are killed, as if the
+            machine had failed.
     """
     return _Run(build, workspace, command, kill_after).run()
 
 
 class _Run:
-    """A build under way."""
-
-    def __init__(self, build: Json, workspace: Path, command: Callable[[Json, Json], Command], kill_after: int | None) -> None:
-        self.build, self.workspace, self.command, self.kill_after = build, workspace, command, kill_after
-        self.steps = [Step(step.get("id") or f"step {place}") for place, step in enumerate(build["steps"])]
-        self.waits = waits(build["steps"])
+    def __init__(
+        self, build: Json, workspace: Path, command: StepCommand, kill_after: int | None
+    ) -> None:
+        self.build, self.workspace, self.command = build, workspace, command
+        self.kill_after = kill_after
+        self.steps = [Step(step.get("id") or f"step {n}") for n, step in enumerate(build["steps"])]
+        self.dependencies = dependencies(build["steps"])
         self.changed = threading.Condition()
         self.processes: dict[int, subprocess.Popen[str]] = {}
-        self.ended = ""
+        self.status = "KILLED" if kill_after == 0 else ""
 
     def run(self) -> Outcome:
-        """Start what can be started, until nothing is left."""
         threads: list[threading.Thread] = []
-        ends = time.monotonic() + seconds(self.build.get("timeout"))
+        deadline = time.monotonic() + seconds(self.build.get("timeout"))
         with self.changed:
-            if self.kill_after == 0:
-                self.ended = "KILLED"
-            while not self.ended and any(step.status in {"QUEUED", "WORKING"} for step in self.steps):
-                for place, step in enumerate(self.steps):
-                    if step.status == "QUEUED" and all(self._is_passed(other) for other in self.waits[place]):
+            while not self.status and any(
+                step.status in {"QUEUED", "WORKING"} for step in self.steps
+            ):
+                for number, step in enumerate(self.steps):
+                    if step.status == "QUEUED" and self._is_ready(number):
                         step.status = "WORKING"
-                        threads.append(threading.Thread(target=self._step, args=(place,)))
+                        threads.append(threading.Thread(target=self._step, args=(number,)))
                         threads[-1].start()
-                if not self.changed.wait(timeout=max(0.0, ends - time.monotonic())):
+                if not self.changed.wait(timeout=max(0.0, deadline - time.monotonic())):
                     self._end("TIMEOUT")
         for thread in threads:
             thread.join()
-        return Outcome(self.ended or "SUCCESS", self.steps, self.build)
+        return Outcome(self.status or "SUCCESS", self.steps, self.build)
 
-    def _is_passed(self, place: int) -> bool:
-        """Whether those that wait for a step may begin."""
-        status, may_fail = self.steps[place].status, self.build["steps"][place].get("allowFailure", False)
-        return status == "SUCCESS" or (may_fail and status in {"FAILURE", "TIMEOUT"})
+    def _is_ready(self, number: int) -> bool:
+        def allows_next(other: int) -> bool:
+            status = self.steps[other].status
+            may_fail = self.build["steps"][other].get("allowFailure", False)
+            return status == "SUCCESS" or (may_fail and status in {"FAILURE", "TIMEOUT"})
 
-    def _step(self, place: int) -> None:
-        """Run a step to its end."""
-        step, began = self.steps[place], time.monotonic()
-        wanted = self.build["steps"][place]
-        words, variables = self.command(self.build, wanted)
+        return all(map(allows_next, self.dependencies[number]))
+
+    def _step(self, number: int) -> None:
+        step, spec, start = self.steps[number], self.build["steps"][number], time.monotonic()
+        words, variables = self.command(self.build, spec)
         with self.changed:
-            if self.ended:
+            if self.status:
                 step.status = "CANCELLED"
                 return
-            # A process group of its own, so that all that it starts ends with it.
-            process = subprocess.Popen(
+            # A session of its own, so that everything it starts is killed with it.
+            process = self.processes[number] = subprocess.Popen(
                 words,
                 cwd=self.workspace,
                 env=variables,
@@ -268,36 +254,38 @@ class _Run:
                 errors="replace",
                 start_new_session=True,
             )
-            self.processes[place] = process
-        late = False
+        status = ""
         try:
-            step.output = process.communicate(timeout=seconds(wanted.get("timeout")))[0]
+            step.output = process.communicate(timeout=seconds(spec.get("timeout")))[0]
         except subprocess.TimeoutExpired:
-            late = True
+            status = "TIMEOUT"
             kill(process)
             step.output = process.communicate()[0]
         with self.changed:
-            del self.processes[place]
-            step.seconds = time.monotonic() - began
-            step.status = (
-                "TIMEOUT" if late else "SUCCESS" if process.returncode == 0 else "CANCELLED" if self.ended else "FAILURE"
-            )
-            if step.status in {"FAILURE", "TIMEOUT"} and not wanted.get("allowFailure"):
-                self._end(step.status)
-            elif self.kill_after is not None and sum(other.status == "SUCCESS" for other in self.steps) >= self.kill_after:
-                self._end("KILLED")
-            self.changed.notify_all()
+            del self.processes[number]
+            step.seconds = time.monotonic() - start
+            failed = "CANCELLED" if self.status else "FAILURE"
+            step.status = status or ("SUCCESS" if process.returncode == 0 else failed)
+            self._after(step, spec)
+
+    def _after(self, step: Step, spec: Json) -> None:
+        """End the build if a step's result demands it; under the lock."""
+        successes = sum(other.status == "SUCCESS" for other in self.steps)
+        if step.status in {"FAILURE", "TIMEOUT"} and not spec.get("allowFailure"):
+            self._end(step.status)
+        elif self.kill_after is not None and successes >= self.kill_after:
+            self._end("KILLED")
+        self.changed.notify_all()
 
     def _end(self, status: str) -> None:
-        """End all that runs; under the lock."""
-        self.ended = self.ended or status
+        self.status = self.status or status
         for process in self.processes.values():
             kill(process)
         self.changed.notify_all()
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """End a process and all that it started."""
+    """Kill a process and everything that it started."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:

@@ -1,8 +1,6 @@
-"""A double of Cloud Build: builds and triggers as gcloud sends them, read strictly with Google's own definitions, checked and
-kept; builds are run.
+"""Fake of Cloud Build: builds and triggers as gcloud sends them, parsed strictly and checked.
 
-`with FakeCloudBuild(work) as builds:` where `work(build)` does what the build asks for; without it, every build succeeds at once.
-CLOUDSDK_API_ENDPOINT_OVERRIDES_CLOUDBUILD=`address` brings gcloud here.
+CLOUDSDK_API_ENDPOINT_OVERRIDES_CLOUDBUILD=`address` sends gcloud here.
 """
 
 import re
@@ -17,17 +15,13 @@ from typing import Any
 from google.cloud.devtools import cloudbuild_v1 as types
 
 from rehearsal import build_steps
-from rehearsal.protojson import now, read, written
-from rehearsal.server import ApiError, FakeServer, Request, Response
+from rehearsal.protojson import as_json, now, parse
+from rehearsal.server import ApiError, FakeServer, Json, Request, route
 
-Json = dict[str, Any]
-
-PARENT = r"/v1/(?P<parent>projects/(?P<project>[^/:]+)/locations/(?P<region>[^/:]+))"
-ENDED = ("SUCCESS", "FAILURE", "INTERNAL_ERROR", "TIMEOUT", "CANCELLED", "EXPIRED")
-FINISHED = "type.googleapis.com/google.devtools.cloudbuild.v1.Build"
+PARENT = "/v1/(?P<parent>projects/{project}/locations/{region})"
 METADATA = "type.googleapis.com/google.devtools.cloudbuild.v1.BuildOperationMetadata"
-# With an account of one's own, Cloud Build wants to know where logs go.
-OWN_LOGS = {"CLOUD_LOGGING_ONLY", "NONE"}
+TRIGGER_NAME = r"[a-zA-Z0-9]([a-zA-Z0-9-]{0,62}[a-zA-Z0-9])?"
+Worker = Callable[[Json], dict[str, str]]
 
 
 class BuildFailed(Exception):
@@ -35,191 +29,157 @@ class BuildFailed(Exception):
 
 
 class FakeCloudBuild(FakeServer):
-    """Cloud Build on this machine.
+    """Cloud Build.
 
     Args:
-        work: does a build, given as JSON with its substitutions filled in; returns the images' digests, name → sha256:…, or
-            raises BuildFailed. It runs beside the server, so that builds go on in parallel.
+        work: does a build, given as JSON with its substitutions filled in; returns the digests of
+            its images by name, or raises BuildFailed. Builds run in threads. Without `work`, they
+            succeed at once.
     """
 
-    def __init__(self, work: Callable[[Json], dict[str, str]] | None = None, port: int = 0) -> None:
+    def __init__(self, work: Worker | None = None, port: int = 0) -> None:
         super().__init__(port)
         self.work = work
-        self.builds: dict[str, Any] = {}  # id → Build
-        self.triggers: dict[str, Any] = {}  # name → BuildTrigger
+        self.builds: dict[str, Any] = {}  # by id
+        self.triggers: dict[str, Any] = {}  # by name
         self._threads: list[threading.Thread] = []
-        build = rf"{PARENT}/builds/(?P<id>[^/:]+)"
-        self.routes = [
-            ("POST", rf"{PARENT}/builds", "builds.create", self._create),
-            ("GET", rf"{PARENT}/builds", "builds.list", self._list),
-            ("GET", build, "builds.get", self._get),
-            ("POST", rf"{build}:cancel", "builds.cancel", self._cancel),
-            ("GET", rf"{PARENT}/operations/(?P<id>[^/:]+)", "operations.get", self._operation),
-            ("POST", rf"{PARENT}/triggers", "triggers.create", self._create_trigger),
-            ("PATCH", rf"{PARENT}/triggers/(?P<id>[^/:]+)", "triggers.patch", self._patch_trigger),
-        ]
 
     def __exit__(self, *exception: object) -> None:
         for thread in self._threads:
             thread.join()
         super().__exit__(*exception)
 
-    def _create(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
-        build = read(types.Build, request.body)
-        identity = str(uuid.uuid4())
-        document = written(build)
-        resolved = check(document, built_in(found, identity))
-        kept = types.Build(build)
-        kept.id, kept.name = identity, f"{found['parent']}/builds/{identity}"
-        kept.project_id, kept.status, kept.create_time = found["project"], types.Build.Status.QUEUED, now()
-        kept.log_url = f"https://console.cloud.google.com/cloud-build/builds;region={found['region']}/{identity}?project=1"
-        self.builds[identity] = kept
-        thread = threading.Thread(target=self._run, args=(identity, resolved))
+    @route("POST", f"{PARENT}/builds", "builds.create")
+    def _create(self, request: Request) -> Json:
+        message = request.message = parse(types.Build, request.body)
+        build = types.Build(message)
+        build.id = str(uuid.uuid4())
+        resolved = check_build(as_json(message), built_in_substitutions(request, build.id))
+        build.name = f"{request['parent']}/builds/{build.id}"
+        build.project_id = request["project"]
+        build.status, build.create_time = types.Build.Status.QUEUED, now()
+        page = "https://console.cloud.google.com/cloud-build/builds"
+        build.log_url = f"{page};region={request['region']}/{build.id}?project=1"
+        self.builds[build.id] = build
+        thread = threading.Thread(target=self._work, args=(build, resolved))
         self._threads.append(thread)
         thread.start()
-        return build, Response(self._told(kept))
+        metadata = {"@type": METADATA, "build": as_json(build)}
+        return {"name": f"{request['parent']}/operations/{build.id}", "metadata": metadata}
 
-    def _run(self, identity: str, resolved: Json) -> None:
-        """Do the work, and keep what came of it."""
+    def _work(self, build: Any, resolved: Json) -> None:
         with self.lock:
-            kept = self.builds[identity]
-            kept.status, kept.start_time = types.Build.Status.WORKING, now()
-        status, said, digests = "SUCCESS", "", {}
+            build.status, build.start_time = types.Build.Status.WORKING, now()
+        status, detail, digests = "SUCCESS", "", {}
         try:
             digests = self.work(resolved) if self.work else {}
-        except BuildFailed as failed:
-            status, said = "FAILURE", str(failed)
+        except BuildFailed as error:
+            status, detail = "FAILURE", str(error)
         except Exception as error:
             traceback.print_exc()
-            status, said = "INTERNAL_ERROR", repr(error)
+            status, detail = "INTERNAL_ERROR", repr(error)
+        images = [types.BuiltImage(name=name, digest=digest) for name, digest in digests.items()]
         with self.lock:
-            if kept.status == types.Build.Status.CANCELLED:
-                return
-            kept.status, kept.status_detail, kept.finish_time = types.Build.Status[status], said, now()
-            kept.results = types.Results(images=[types.BuiltImage(name=name, digest=digest) for name, digest in digests.items()])
+            build.status, build.status_detail = types.Build.Status[status], detail
+            build.finish_time, build.results = now(), types.Results(images=images)
 
-    def _list(self, request: Request, _: re.Match[str]) -> tuple[Any, Response]:
-        unknown = set(request.query) - {"alt", "filter", "pageSize", "pageToken"}
-        if unknown or request.query.get("filter"):
-            raise ApiError(400, f"this double lists all builds, and knows no {', '.join(unknown) or 'filter'}")
-        return None, Response({"builds": [written(build) for build in reversed(self.builds.values())]})
+    @route("GET", f"{PARENT}/builds/{{id}}", "builds.get")
+    def _get(self, request: Request) -> Json:
+        if request["id"] not in self.builds:
+            raise ApiError(404, f"Requested entity was not found: build {request['id']}")
+        return as_json(self.builds[request["id"]])
 
-    def _get(self, _: Request, found: re.Match[str]) -> tuple[Any, Response]:
-        return None, Response(written(self._build(found["id"])))
-
-    def _cancel(self, _: Request, found: re.Match[str]) -> tuple[Any, Response]:
-        build = self._build(found["id"])
-        if build.status.name in ENDED:
-            raise ApiError(400, f"build {found['id']} has ended: it cannot be cancelled", name="FAILED_PRECONDITION")
-        build.status, build.finish_time = types.Build.Status.CANCELLED, now()
-        return None, Response(written(build))
-
-    def _operation(self, _: Request, found: re.Match[str]) -> tuple[Any, Response]:
-        return None, Response(self._told(self._build(found["id"])))
-
-    def _create_trigger(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
-        trigger = read(types.BuildTrigger, request.body)
+    @route("POST", f"{PARENT}/triggers", "triggers.create")
+    def _create_trigger(self, request: Request) -> Json:
+        trigger = parse(types.BuildTrigger, request.body)
         if trigger.name in self.triggers:
             raise ApiError(409, f"trigger {trigger.name} already exists")
-        return trigger, self._keep_trigger(trigger, found)
+        return self._store_trigger(trigger, request)
 
-    def _patch_trigger(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
-        trigger = read(types.BuildTrigger, request.body)
-        if found["id"] not in self.triggers:
-            raise ApiError(404, f"Requested entity was not found: trigger {found['id']}")
-        return trigger, self._keep_trigger(trigger, found)
+    @route("PATCH", f"{PARENT}/triggers/{{id}}", "triggers.patch")
+    def _patch_trigger(self, request: Request) -> Json:
+        if request["id"] not in self.triggers:
+            raise ApiError(404, f"Requested entity was not found: trigger {request['id']}")
+        return self._store_trigger(parse(types.BuildTrigger, request.body), request)
 
-    def _keep_trigger(self, trigger: Any, found: re.Match[str]) -> Response:
-        if not re.fullmatch(r"[a-zA-Z0-9]([a-zA-Z0-9-]{0,62}[a-zA-Z0-9])?", trigger.name):
-            raise ApiError(400, f"invalid value for 'trigger.name': {trigger.name!r}")
-        if not trigger.repository_event_config.repository.startswith(f"{found['parent']}/connections/"):
-            raise ApiError(400, "this double knows triggers of a linked repository in the same region")
-        self.triggers[trigger.name] = kept = types.BuildTrigger(trigger)
-        kept.id, kept.resource_name = trigger.name, f"{found['parent']}/triggers/{trigger.name}"
-        return Response(written(kept))
-
-    def _build(self, identity: str) -> Any:
-        if identity not in self.builds:
-            raise ApiError(404, f"Requested entity was not found: build {identity}")
-        return self.builds[identity]
-
-    def _told(self, build: Any) -> Json:
-        """A build as a long operation."""
-        parent = build.name.partition("/builds/")[0]
-        told: Json = {"name": f"{parent}/operations/{build.id}", "metadata": {"@type": METADATA, "build": written(build)}}
-        if build.status.name in ENDED:
-            told |= {"done": True, "response": {"@type": FINISHED, **written(build)}}
-        return told
+    def _store_trigger(self, message: Any, request: Request) -> Json:
+        request.message = message
+        if not re.fullmatch(TRIGGER_NAME, message.name):
+            raise ApiError(400, f"invalid value for 'trigger.name': {message.name!r}")
+        repository = message.repository_event_config.repository
+        if not repository.startswith(f"{request['parent']}/connections/"):
+            raise ApiError(400, f"not a linked repository in this region: {repository!r}")
+        trigger = self.triggers[message.name] = types.BuildTrigger(message)
+        trigger.id = message.name
+        trigger.resource_name = f"{request['parent']}/triggers/{message.name}"
+        return as_json(trigger)
 
 
-def built_in(found: re.Match[str], identity: str) -> dict[str, str]:
-    """The substitutions that Cloud Build brings itself."""
-    return {"PROJECT_ID": found["project"], "PROJECT_NUMBER": "1", "LOCATION": found["region"], "BUILD_ID": identity}
+def built_in_substitutions(request: Request, build: str) -> dict[str, str]:
+    """Return the substitutions that Cloud Build defines."""
+    project = {"PROJECT_ID": request["project"], "PROJECT_NUMBER": "1"}
+    return {**project, "LOCATION": request["region"], "BUILD_ID": build}
 
 
-def check(build: Json, values: dict[str, str]) -> Json:
-    """What Cloud Build looks at before a build begins; the build with its substitutions filled in.
-
-    Raises:
-        ApiError: says what is wrong.
-    """
+def check_build(build: Json, values: dict[str, str]) -> Json:
+    """Check a build as Cloud Build does; return it with its substitutions filled in."""
     for name in build.get("substitutions", {}):
         if not re.fullmatch(r"_[A-Z0-9_]+", name) and name not in build_steps.BUILT_IN:
-            raise ApiError(400, f"invalid value for 'build.substitutions': {name} is no name of a substitution")
+            raise ApiError(400, f"invalid value for 'build.substitutions': {name}")
     try:
         resolved = build_steps.resolve(build, values)
-    except build_steps.InvalidBuild as invalid:
-        raise ApiError(400, f"invalid build: {invalid}") from None
-    options = resolved.get("options", {})
-    if resolved.get("serviceAccount") and options.get("logging") not in OWN_LOGS and not resolved.get("logsBucket"):
-        raise ApiError(
-            400, "if 'build.service_account' is specified, the build must specify 'build.logs_bucket' or CLOUD_LOGGING_ONLY"
-        )
-    if not re.fullmatch(r"(projects/[^/]+/serviceAccounts/[^/@]+@[^/@]+)?", resolved.get("serviceAccount", "")):
-        raise ApiError(400, f"invalid value for 'build.service_account': {resolved['serviceAccount']}")
+    except build_steps.InvalidBuild as error:
+        raise ApiError(400, f"invalid build: {error}") from None
+    check_service_account(resolved)
     limit = build_steps.seconds(resolved.get("timeout", "600s"))
     if not 0 < limit <= 86400:
-        raise ApiError(400, "invalid value for 'build.timeout': from 0s to 86400s")
+        raise ApiError(400, "invalid value for 'build.timeout': expected 0s to 86400s")
     for tag in resolved.get("tags", []):
         if not re.fullmatch(r"[\w][\w.-]{0,127}", tag):
             raise ApiError(400, f"invalid value for 'build.tags': {tag!r}")
     for step in resolved["steps"]:
         if not step.get("name"):
             raise ApiError(400, "invalid build: a step has no name")
-        if build_steps.seconds(step.get("timeout")) > limit and step.get("timeout"):
+        if step.get("timeout") and build_steps.seconds(step["timeout"]) > limit:
             raise ApiError(400, f"step {step.get('id')}: its timeout is longer than the build's")
     return resolved
 
 
-def unpack(build: Json, buckets: Path, workspace: Path) -> None:
-    """Put a build's source into its workspace, from the double of Cloud Storage with its buckets in a folder."""
-    source = build["source"]["storageSource"]
-    with tarfile.open(buckets / source["bucket"] / source["object"]) as archive:
-        archive.extractall(workspace, filter="data")
+def check_service_account(build: Json) -> None:
+    """Reject an invalid account, or one without a place for the logs."""
+    account, logging = build.get("serviceAccount", ""), build.get("options", {}).get("logging")
+    if not re.fullmatch(r"(projects/[^/]+/serviceAccounts/[^/@]+@[^/@]+)?", account):
+        raise ApiError(400, f"invalid value for 'build.service_account': {account}")
+    if account and logging not in {"CLOUD_LOGGING_ONLY", "NONE"} and not build.get("logsBucket"):
+        rule = "the build must specify 'build.logs_bucket' or CLOUD_LOGGING_ONLY"
+        raise ApiError(400, f"if 'build.service_account' is specified, {rule}")
 
 
 def build_worker(
     buckets: Path,
     folder: Path,
-    command: Callable[[Path], Callable[[Json, Json], build_steps.Command]],
+    command: Callable[[Path], build_steps.StepCommand],
     push: Callable[[str], str],
-    ran: Callable[[Json, build_steps.Outcome], None] = lambda *_: None,
-) -> Callable[[Json], dict[str, str]]:
-    """The work of a build, really done: its source is unpacked, its steps are run, its images are pushed.
+    report: Callable[[Json, build_steps.Outcome], None] = lambda *_: None,
+) -> Worker:
+    """Return a function that unpacks a build's source, runs its steps and pushes its images.
 
     Args:
-        folder: workspaces are made below it.
-        command: workspace → what runs a step there; see build_steps.as_process.
+        buckets: the folder of FakeStorage, which has the source.
+        folder: of the workspaces.
+        command: returns what runs a step in a workspace; see build_steps.as_process.
         push: sends an image of this machine to its registry; returns its digest.
-        ran: is told what became of each build.
+        report: gets the outcome of each build.
     """
 
     def work(build: Json) -> dict[str, str]:
         workspace = folder / uuid.uuid4().hex
         workspace.mkdir(parents=True)
-        unpack(build, buckets, workspace)
+        source = build["source"]["storageSource"]
+        with tarfile.open(buckets / source["bucket"] / source["object"]) as archive:
+            archive.extractall(workspace, filter="data")
         outcome = build_steps.run(build, workspace, command(workspace))
-        ran(build, outcome)
+        report(build, outcome)
         if outcome.status != "SUCCESS":
             raise BuildFailed(outcome.failures())
         return {image: push(image) for image in build.get("images", [])}

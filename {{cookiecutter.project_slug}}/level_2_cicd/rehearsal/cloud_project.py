@@ -1,31 +1,33 @@
-"""A double of what surrounds the services: which APIs are on, quotas, repositories, buckets' properties, who may do what.
+"""Fake of one project's administration: enabled APIs, quotas, repositories, buckets, permissions.
 
-One project, `Platform("my-project")`. It begins as a new project does: nothing is on, nothing is there, nothing is allowed;
-a test fills the attributes. Service Usage, Artifact Registry, IAM, Resource Manager and the buckets of Cloud Storage.
+Service Usage, Artifact Registry, IAM, Resource Manager, and the buckets of Cloud Storage. A new
+FakeProject("my-project") has nothing; tests fill its attributes.
 """
 
-import json
 import re
-from typing import Any
 
-from rehearsal.server import ApiError, FakeServer, Request, Response
+from rehearsal.server import ApiError, FakeServer, Json, Request, route
 
 NUMBER = "123456789012"
+PROJECT = "projects/OWN"  # by id or number
+REPOSITORY = f"/v1/{PROJECT}/locations/{{location}}/repositories/{{repository}}"
+BUCKET = "/storage/v1/b/{bucket}"
+PERMISSION = r"[a-zA-Z]+(\.[a-zA-Z]+)+"
 
 
 class FakeProject(FakeServer):
-    """One project's surroundings.
+    """One project.
 
     Attributes:
-        services: the APIs that are on, such as "storage.googleapis.com".
-        quotas: the limit of a metric in a region, such as {("custom_model_training_nvidia_l4_gpus", "europe-west4"): 1};
-            the region "" is for all that are not named.
-        repositories: location and name → format, such as {("europe-west4", "digit-reader"): "DOCKER"}.
-        buckets: name → location, in capitals as the API gives it.
-        objects: those that are there, as BUCKET/NAME.
-        accounts: e-mail addresses of the service accounts that exist.
-        permissions: (what, permission) that the caller has; `what` is "project", a bucket's or repository's name, or an
-            account's e-mail address.
+        services: enabled APIs, such as "storage.googleapis.com".
+        quotas: limits by metric and region, such as {("custom_model_training_nvidia_l4_gpus",
+            "europe-west4"): 1}; the region "" is the default.
+        repositories: formats by location and name: {("europe-west4", "digit-reader"): "DOCKER"}.
+        buckets: locations by name, in upper case as in the API.
+        objects: existing ones, as BUCKET/NAME.
+        accounts: e-mail addresses of existing service accounts.
+        permissions: the caller's: (resource, permission); the resource is "project", the name of a
+            bucket or repository, or an account's e-mail address.
     """
 
     def __init__(self, project: str, port: int = 0) -> None:
@@ -38,104 +40,107 @@ class FakeProject(FakeServer):
         self.objects: set[str] = set()
         self.accounts: set[str] = set()
         self.permissions: set[tuple[str, str]] = set()
-        ours = rf"projects/(?:{re.escape(project)}|{NUMBER})"
-        repository = rf"/v1/{ours}/locations/([^/]+)/repositories/([^/:]+)"
-        metric = rf"/v1beta1/{ours}/services/([^/]+)/consumerQuotaMetrics/([^/]+)/([^/]+)"
-        account = r"/v1/projects/(?:-|[^/]+)/serviceAccounts/([^/:]+):testIamPermissions"
-        self.routes += [
-            ("GET", rf"/v1/{ours}/services:batchGet", "services.batchGet", self._services),
-            ("GET", metric, "consumerQuotaMetrics.get", self._quota),
-            ("GET", repository, "repositories.get", self._repository),
-            ("POST", rf"{repository}:testIamPermissions", "repositories.testIamPermissions", self._repository_permissions),
-            ("GET", r"/storage/v1/b/([^/]+)", "buckets.get", self._bucket),
-            ("GET", r"/storage/v1/b/([^/]+)/o/(.+)", "objects.get", self._object),
-            ("GET", r"/storage/v1/b/([^/]+)/iam/testPermissions", "buckets.testIamPermissions", self._bucket_permissions),
-            ("POST", account, "serviceAccounts.testIamPermissions", self._account_permissions),
-            ("POST", rf"/v1/{ours}:testIamPermissions", "projects.testIamPermissions", self._project_permissions),
+        own = rf"projects/(?:{re.escape(project)}|{NUMBER})"
+        self.routes = [
+            (method, path.replace(PROJECT, own), call, handler)
+            for method, path, call, handler in self.routes
         ]
 
-    def _services(self, request: Request, _: re.Match[str]) -> tuple[Any, Response]:
-        names = request.repeated.get("names", [])
+    @route("GET", f"/v1/{PROJECT}/services:batchGet", "services.batchGet")
+    def _services(self, request: Request) -> Json:
+        names = request.message = request.repeated.get("names", [])
         if not 0 < len(names) <= 30:
-            raise ApiError(400, "names: from 1 to 30 services")
-        found = []
+            raise ApiError(400, f"names: got {len(names)} services, expected 1 to 30")
+        parent, services = f"projects/{NUMBER}", []
         for name in names:
-            known = re.fullmatch(rf"projects/(?:{re.escape(self.project)}|{NUMBER})/services/([a-z.]+\.googleapis\.com)", name)
-            if not known:
-                raise ApiError(400, f"names: {name} is no service of this project")
-            state = "ENABLED" if known[1] in self.services else "DISABLED"
-            found.append({"name": f"projects/{NUMBER}/services/{known[1]}", "parent": f"projects/{NUMBER}", "state": state})
-        return names, Response({"services": found})
+            project, _, service = name.removeprefix("projects/").partition("/services/")
+            valid = re.fullmatch(r"[a-z.]+\.googleapis\.com", service)
+            if not valid or project not in (self.project, NUMBER):
+                raise ApiError(400, f"names: {name} is not a service of this project")
+            state = "ENABLED" if service in self.services else "DISABLED"
+            full_name = f"{parent}/services/{service}"
+            services.append({"name": full_name, "parent": parent, "state": state})
+        return {"services": services}
 
-    def _quota(self, _: Request, found: re.Match[str]) -> tuple[Any, Response]:
-        service, named, metric = found.groups()
-        limits = {region: limit for (name, region), limit in self.quotas.items() if name == metric}
-        if named != service or not limits:
-            raise ApiError(404, f"Quota metric {named}/{metric} of {service} not found")
-        # Numbers of 64 bits are texts in JSON; the least specific bucket comes first.
-        buckets = [
-            {"effectiveLimit": str(limit), **({"dimensions": {"region": region}} if region else {})}
-            for region, limit in sorted(limits.items())
+    @route(
+        "GET",
+        f"/v1beta1/{PROJECT}/services/{{service}}/consumerQuotaMetrics/{{owner}}/{{metric}}",
+        "consumerQuotaMetrics.get",
+    )
+    def _quota(self, request: Request) -> Json:
+        metric = f"{request['owner']}/{request['metric']}"
+        limits = [
+            (region, limit)
+            for (name, region), limit in self.quotas.items()
+            if name == request["metric"]
         ]
-        limit = {"metric": f"{named}/{metric}", "unit": "1/{project}/{region}", "quotaBuckets": buckets}
-        return None, Response({"metric": f"{named}/{metric}", "consumerQuotaLimits": [limit]})
+        if request["owner"] != request["service"] or not limits:
+            raise ApiError(404, f"Quota metric {metric} of {request['service']} not found")
+        # JSON has 64-bit numbers as texts; the default limit comes first.
+        buckets = [
+            {"effectiveLimit": str(limit)} | ({"dimensions": {"region": region}} if region else {})
+            for region, limit in sorted(limits)
+        ]
+        limit = {"metric": metric, "unit": "1/{project}/{region}", "quotaBuckets": buckets}
+        return {"metric": metric, "consumerQuotaLimits": [limit]}
 
-    def _repository(self, _: Request, found: re.Match[str]) -> tuple[Any, Response]:
-        location, name = found.groups()
+    @route("GET", REPOSITORY, "repositories.get")
+    def _repository(self, request: Request) -> Json:
+        location, name = request["location"], request["repository"]
         if (location, name) not in self.repositories:
             raise ApiError(404, f"Repository {name} not found in {location}")
         path = f"projects/{self.project}/locations/{location}/repositories/{name}"
-        return None, Response({"name": path, "format": self.repositories[location, name]})
+        return {"name": path, "format": self.repositories[location, name]}
 
-    def _repository_permissions(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
-        self._repository(request, found)
-        return self._allowed(found[2], _wanted(request))
+    @route("POST", f"{REPOSITORY}:testIamPermissions", "repositories.testIamPermissions")
+    def _repository_permissions(self, request: Request) -> Json:
+        self._repository(request)
+        return self.granted(request, request["repository"])
 
-    def _bucket(self, _: Request, found: re.Match[str]) -> tuple[Any, Response]:
-        name = found[1]
+    @route("GET", BUCKET, "buckets.get")
+    def _bucket(self, request: Request) -> Json:
+        name = request["bucket"]
         if name not in self.buckets:
             raise ApiError(404, "The specified bucket does not exist.")
-        return None, Response({"name": name, "location": self.buckets[name], "projectNumber": NUMBER})
+        return {"name": name, "location": self.buckets[name], "projectNumber": NUMBER}
 
-    def _object(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
-        self._bucket(request, found)
-        bucket, name = found.groups()
+    @route("GET", f"{BUCKET}/o/{{object=**}}", "objects.get")
+    def _object(self, request: Request) -> Json:
+        self._bucket(request)
+        bucket, name = request["bucket"], request["object"]
         if f"{bucket}/{name}" not in self.objects:
             raise ApiError(404, f"No such object: {bucket}/{name}")
-        return None, Response({"bucket": bucket, "name": name})
+        return {"bucket": bucket, "name": name}
 
-    def _bucket_permissions(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
-        self._bucket(request, found)
-        wanted = request.repeated.get("permissions", [])
-        if not wanted:
-            raise ApiError(400, "permissions: is missing")
-        return self._allowed(found[1], wanted)
+    @route("GET", f"{BUCKET}/iam/testPermissions", "buckets.testIamPermissions")
+    def _bucket_permissions(self, request: Request) -> Json:
+        self._bucket(request)
+        return self.granted(request, request["bucket"])
 
-    def _account_permissions(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
-        if found[1] not in self.accounts:
-            raise ApiError(404, f"Unknown service account: {found[1]}")
-        return self._allowed(found[1], _wanted(request))
+    @route(
+        "POST",
+        "/v1/projects/[^/]+/serviceAccounts/{account}:testIamPermissions",
+        "serviceAccounts.testIamPermissions",
+    )
+    def _account_permissions(self, request: Request) -> Json:
+        if request["account"] not in self.accounts:
+            raise ApiError(404, f"Unknown service account: {request['account']}")
+        return self.granted(request, request["account"])
 
-    def _project_permissions(self, request: Request, _: re.Match[str]) -> tuple[Any, Response]:
-        return self._allowed("project", _wanted(request))
+    @route("POST", f"/v1/{PROJECT}:testIamPermissions", "projects.testIamPermissions")
+    def _project_permissions(self, request: Request) -> Json:
+        return self.granted(request, "project")
 
-    def _allowed(self, what: str, wanted: list[str]) -> tuple[Any, Response]:
-        """Which of the wanted permissions the caller has; the field is left out when it has none, as Google does."""
-        has = [permission for permission in wanted if (what, permission) in self.permissions]
-        return wanted, Response({"permissions": has} if has else {})
-
-
-def _wanted(request: Request) -> list[str]:
-    """The body of a question about permissions."""
-    try:
-        body = json.loads(request.body)
-    except ValueError:
-        raise ApiError(400, "Invalid JSON payload received.") from None
-    wanted = body.get("permissions") if isinstance(body, dict) and set(body) == {"permissions"} else None
-    if (
-        not isinstance(wanted, list)
-        or not wanted
-        or not all(re.fullmatch(r"[a-zA-Z]+(\.[a-zA-Z]+)+", str(name)) for name in wanted)
-    ):
-        raise ApiError(400, f"Invalid value at 'permissions': {request.body.decode(errors='replace')}")
-    return wanted
+    def granted(self, request: Request, resource: str) -> Json:
+        """Return those of the request's permissions that the caller has."""
+        if request.method == "GET":
+            names = request.repeated.get("permissions", [])
+        else:
+            body = request.json()
+            names = body["permissions"] if set(body) == {"permissions"} else []
+        if not names or not all(re.fullmatch(PERMISSION, str(name)) for name in names):
+            text = request.body.decode(errors="replace")
+            raise ApiError(400, f"Invalid value at 'permissions': {text}")
+        request.message = names
+        granted = [name for name in names if (resource, name) in self.permissions]
+        return {"permissions": granted} if granted else {}  # as Google's JSON, without empty lists

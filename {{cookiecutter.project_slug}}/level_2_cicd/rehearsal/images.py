@@ -1,56 +1,36 @@
-"""A double of a registry of images, such as Artifact Registry's: Docker's HTTP interface, with manifests and blobs in memory.
+"""Fake of a container image registry: the HTTP API of Docker's registries, in memory.
 
-Its `host` is what stands before an image's name: 127.0.0.1:PORT. What is pushed is kept byte for byte under its SHA-256.
+An image's name begins with `host`, 127.0.0.1:PORT. Content is stored as it is, by its SHA-256.
 """
 
 import hashlib
 import json
-import re
 import uuid
-from typing import Any
 
-from rehearsal.server import ApiError, FakeServer, Request, Response
+from rehearsal.server import ApiError, FakeServer, Json, Request, Response, route
 
-Json = dict[str, Any]
-
-REPOSITORY = r"/v2/(?P<repository>[a-z0-9._/-]+)"
+REPOSITORY = "/v2/(?P<repository>[a-z0-9._/-]+)"
+MANIFESTS = f"{REPOSITORY}/manifests/(?P<reference>[^/]+)"
+BLOBS = f"{REPOSITORY}/blobs/(?P<digest>sha256:[0-9a-f]+)"
+UPLOADS = f"{REPOSITORY}/blobs/uploads/(?P<upload>[0-9a-f]*)"
 MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 CONFIG = "application/vnd.docker.container.image.v1+json"
 LAYER = "application/vnd.docker.image.rootfs.diff.tar.gzip"
 
 
 class Images(FakeServer):
-    """The repositories, which are there as soon as something is pushed to them."""
+    """The repositories; a push creates them."""
 
     def __init__(self, port: int = 0) -> None:
         super().__init__(port)
-        self.blobs: dict[tuple[str, str], bytes] = {}  # (repository, digest)
-        self.manifests: dict[tuple[str, str], tuple[bytes, str]] = {}  # (repository, digest) → content, type
-        self.tags: dict[tuple[str, str], str] = {}  # (repository, tag) → digest
+        self.blobs: dict[tuple[str, str], bytes] = {}  # by repository, digest
+        # By repository, digest: content, media type.
+        self.manifests: dict[tuple[str, str], tuple[bytes, str]] = {}
+        self.tags: dict[tuple[str, str], str] = {}  # digests by repository, tag
         self._uploads: dict[str, bytes] = {}
-        manifest, blob = rf"{REPOSITORY}/manifests/(?P<reference>[^/]+)", rf"{REPOSITORY}/blobs/(?P<digest>sha256:[0-9a-f]+)"
-        upload = rf"{REPOSITORY}/blobs/uploads/(?P<upload>[0-9a-f]*)"
-        self.routes = [
-            ("GET", r"/v2/", "registry.get", self._base),
-            ("HEAD", manifest, "manifests.head", self._get_manifest),
-            ("GET", manifest, "manifests.get", self._get_manifest),
-            ("PUT", manifest, "manifests.put", self._put_manifest),
-            ("HEAD", blob, "blobs.head", self._get_blob),
-            ("GET", blob, "blobs.get", self._get_blob),
-            ("POST", upload, "blobs.begin", self._begin),
-            ("PATCH", upload, "blobs.continue", self._continue),
-            ("PUT", upload, "blobs.put", self._put_blob),
-        ]
-
-    @property
-    def host(self) -> str:
-        """What stands before an image's name."""
-        return self.address.removeprefix("http://")
-
-    # What tests say and ask, without HTTP.
 
     def push(self, name: str, content: bytes = b"") -> str:
-        """Let an image be there: HOST/REPOSITORY:TAG, with one layer of this content; returns its digest."""
+        """Add an image HOST/REPOSITORY:TAG with one layer; return its digest."""
         repository, _, tag = name.removeprefix(f"{self.host}/").rpartition(":")
         layer, config = content or name.encode(), json.dumps({"rootfs": {}}).encode()
         with self.lock:
@@ -62,30 +42,37 @@ class Images(FakeServer):
                 "config": {"mediaType": CONFIG, "size": len(config), "digest": digest(config)},
                 "layers": [{"mediaType": LAYER, "size": len(layer), "digest": digest(layer)}],
             }
-            return self._keep(repository, tag, json.dumps(manifest).encode(), MANIFEST)
+            return self._store(repository, tag, json.dumps(manifest).encode(), MANIFEST)
 
     def names(self) -> set[str]:
-        """Every image that is there: REPOSITORY:TAG."""
+        """Return all images, as REPOSITORY:TAG."""
         with self.lock:
             return {f"{repository}:{tag}" for repository, tag in self.tags}
 
-    # HTTP.
+    @route("GET", "/v2/", "registry.get")
+    def _base(self, _: Request) -> Response:
+        return Response({}, headers={"Docker-Distribution-Api-Version": "registry/2.0"})
 
-    def _base(self, _: Request, __: re.Match[str]) -> tuple[Any, Response]:
-        return None, Response({}, headers={"Docker-Distribution-Api-Version": "registry/2.0"})
+    @route("HEAD", MANIFESTS, "manifests.head")
+    def _head_manifest(self, request: Request) -> Response:
+        return self._get_manifest(request)
 
-    def _get_manifest(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
-        name, reference = found["repository"], found["reference"]
+    @route("GET", MANIFESTS, "manifests.get")
+    def _get_manifest(self, request: Request) -> Response:
+        name, reference = request["repository"], request["reference"]
+        request.message = reference
         key = name, self.tags.get((name, reference), reference)
         if key not in self.manifests:
             raise ApiError(404, f"manifest unknown: {name}:{reference}")
         content, kind = self.manifests[key]
         if kind not in request.headers.get("accept", ""):
-            raise ApiError(404, f"manifest unknown: {name}:{reference} is a {kind}, which the request does not accept")
-        return reference, Response(content, headers={"Content-Type": kind, "Docker-Content-Digest": key[1]})
+            raise ApiError(404, f"manifest unknown: {name}:{reference}: {kind} is not accepted")
+        return Response(content, headers={"Content-Type": kind, "Docker-Content-Digest": key[1]})
 
-    def _put_manifest(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
-        name, kind = found["repository"], request.headers.get("content-type", "")
+    @route("PUT", MANIFESTS, "manifests.put")
+    def _put_manifest(self, request: Request) -> Response:
+        name, kind = request["repository"], request.headers.get("content-type", "")
+        request.message = f"{name}:{request['reference']}"
         try:
             document: Json = json.loads(request.body)
             blobs = [document["config"], *document["layers"]]
@@ -95,45 +82,55 @@ class Images(FakeServer):
         if missing:
             raise ApiError(404, f"manifest blob unknown: {', '.join(missing)}")
         if document.get("mediaType", kind) != kind:
-            raise ApiError(400, f"manifest invalid: it says {document['mediaType']}, and its header {kind}")
-        there = self._keep(name, found["reference"], request.body, kind)
-        return f"{name}:{found['reference']}", Response(b"", 201, {"Docker-Content-Digest": there})
+            raise ApiError(400, f"manifest invalid: {document['mediaType']} was sent as {kind}")
+        stored = self._store(name, request["reference"], request.body, kind)
+        return Response(b"", 201, {"Docker-Content-Digest": stored})
 
-    def _keep(self, name: str, reference: str, content: bytes, kind: str) -> str:
-        there = digest(content)
-        self.manifests[name, there] = content, kind
-        if reference != there:
-            self.tags[name, reference] = there
-        return there
+    def _store(self, name: str, reference: str, content: bytes, kind: str) -> str:
+        stored = digest(content)
+        self.manifests[name, stored] = content, kind
+        if reference != stored:
+            self.tags[name, reference] = stored
+        return stored
 
-    def _get_blob(self, _: Request, found: re.Match[str]) -> tuple[Any, Response]:
-        key = found["repository"], found["digest"]
+    @route("HEAD", BLOBS, "blobs.head")
+    def _head_blob(self, request: Request) -> Response:
+        return self._get_blob(request)
+
+    @route("GET", BLOBS, "blobs.get")
+    def _get_blob(self, request: Request) -> Response:
+        request.message = request["digest"]
+        key = request["repository"], request["digest"]
         if key not in self.blobs:
-            raise ApiError(404, f"blob unknown: {found['digest']}")
-        return found["digest"], Response(self.blobs[key], headers={"Docker-Content-Digest": found["digest"]})
+            raise ApiError(404, f"blob unknown: {request['digest']}")
+        return Response(self.blobs[key], headers={"Docker-Content-Digest": request["digest"]})
 
-    def _begin(self, _: Request, found: re.Match[str]) -> tuple[Any, Response]:
+    @route("POST", UPLOADS, "blobs.begin")
+    def _start_upload(self, request: Request) -> Response:
         identity = uuid.uuid4().hex
         self._uploads[identity] = b""
-        return None, Response(b"", 202, {"Location": f"/v2/{found['repository']}/blobs/uploads/{identity}?state=begun"})
+        return Response(b"", 202, {"Location": f"{request.path}{identity}?state=new"})
 
-    def _continue(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
-        self._uploads[self._upload(found)] += request.body
-        return None, Response(b"", 202, {"Location": f"/v2/{found['repository']}/blobs/uploads/{found['upload']}"})
+    @route("PATCH", UPLOADS, "blobs.continue")
+    def _continue_upload(self, request: Request) -> Response:
+        self._uploads[self._upload(request)] += request.body
+        return Response(b"", 202, {"Location": request.path})
 
-    def _put_blob(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
-        content = self._uploads.pop(self._upload(found)) + request.body
-        if digest(content) != request.query.get("digest"):
-            raise ApiError(400, "digest invalid: the content has another one")
-        self.blobs[found["repository"], digest(content)] = content
-        return digest(content), Response(b"", 201, {"Docker-Content-Digest": digest(content)})
+    @route("PUT", UPLOADS, "blobs.put")
+    def _put_blob(self, request: Request) -> Response:
+        content = self._uploads.pop(self._upload(request)) + request.body
+        stored = request.message = digest(content)
+        if stored != request.query.get("digest"):
+            raise ApiError(400, f"digest invalid: the content has {stored}")
+        self.blobs[request["repository"], stored] = content
+        return Response(b"", 201, {"Docker-Content-Digest": stored})
 
-    def _upload(self, found: re.Match[str]) -> str:
-        if found["upload"] not in self._uploads:
+    def _upload(self, request: Request) -> str:
+        if request["upload"] not in self._uploads:
             raise ApiError(404, "blob upload unknown")
-        return found["upload"]
+        return request["upload"]
 
 
 def digest(content: bytes) -> str:
-    """A content's name."""
+    """Return the digest that names a content."""
     return f"sha256:{hashlib.sha256(content).hexdigest()}"

@@ -1,19 +1,16 @@
-"""A double of Pub/Sub's topics: it keeps what is published, and delivers nothing by itself.
+"""Fake of Pub/Sub's topics: it logs what is published and delivers nothing.
 
-PUBSUB_EMULATOR_HOST=`host` brings Google's client to it. Where messages must travel there is the emulator of the Cloud SDK.
+PUBSUB_EMULATOR_HOST=`host` sends Google's client here. See pubsub_emulator.py for delivery.
 """
 
 import base64
-import binascii
-import json
-import re
 from typing import Any
 
-from rehearsal.server import ApiError, FakeServer, Request, Response
+from rehearsal.server import ApiError, FakeServer, Json, Request, route
 
 
 class FakePubSub(FakeServer):
-    """The topics, which are there as soon as something is published to them.
+    """The topics; the first message creates one.
 
     Attributes:
         messages: what was published, in order: (topic, data, attributes).
@@ -22,25 +19,22 @@ class FakePubSub(FakeServer):
     def __init__(self, port: int = 0) -> None:
         super().__init__(port)
         self.messages: list[tuple[str, bytes, dict[str, str]]] = []
-        self.routes = [("POST", r"/v1/(projects/[^/]+/topics/[^/:]+):publish", "topics.publish", self._publish)]
 
-    @property
-    def host(self) -> str:
-        """Where it listens, as the client wants it: 127.0.0.1:PORT."""
-        return self.address.removeprefix("http://")
-
-    def _publish(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
+    @route("POST", r"/v1/(?P<topic>projects/[^/]+/topics/[^/:]+):publish", "topics.publish")
+    def _publish(self, request: Request) -> Json:
+        body: Any = request.json()
         try:
-            body = json.loads(request.body)
-            unknown = {*body, *(key for message in body["messages"] for key in message)} - {"messages", "data", "attributes"}
-            sent = [
-                (base64.b64decode(message.get("data", ""), validate=True), message.get("attributes", {}))
-                for message in body["messages"]
+            fields = {*body, *(field for message in body["messages"] for field in message)}
+            messages = [
+                (base64.b64decode(one.get("data", ""), validate=True), one.get("attributes", {}))
+                for one in body["messages"]
             ]
-        except (ValueError, KeyError, TypeError, AttributeError, binascii.Error) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ApiError(400, f"Invalid JSON payload received. {error}") from None
-        if unknown or not sent or not all(data or attributes for data, attributes in sent):
-            raise ApiError(400, f"a message has data or attributes, and nothing else: {', '.join(unknown)}")
+        unknown = ", ".join(fields - {"messages", "data", "attributes"})
+        if unknown or not messages or not all(data or attributes for data, attributes in messages):
+            raise ApiError(400, f"a message has data or attributes, nothing else; got {unknown}")
         first = len(self.messages) + 1
-        self.messages += [(found[1], data, attributes) for data, attributes in sent]
-        return [data for data, _ in sent], Response({"messageIds": [str(first + place) for place in range(len(sent))]})
+        self.messages += [(request["topic"], data, attributes) for data, attributes in messages]
+        request.message = [data for data, _ in messages]
+        return {"messageIds": [str(first + index) for index in range(len(messages))]}

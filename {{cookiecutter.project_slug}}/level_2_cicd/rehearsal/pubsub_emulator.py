@@ -1,11 +1,11 @@
-"""How events travel on this machine: the Pub/Sub emulator of the Cloud SDK, and the trigger function in a process of its own.
+"""Delivers events on this machine: the Cloud SDK's Pub/Sub emulator, and the trigger function.
 
     with PubSubEmulator() as pubsub, TriggerFunction(project, variables) as function:
-        pubsub.create_topic("projects/my-project/topics/digit-reader-requests", schema)
-        pubsub.subscribe("projects/my-project/topics/digit-reader-requests", function.address)
+        pubsub.create_topic("projects/my-project/topics/requests", schema)
+        pubsub.subscribe("projects/my-project/topics/requests", function.address)
 
-The emulator is Google's own, so it pushes as Pub/Sub does, refuses what a topic's schema refuses, and delivers again. It ignores
-a subscription's filter, tells no deliveryAttempt, asks for no token, and a retryPolicy makes it forget messages.
+The emulator pushes as Pub/Sub does, checks a topic's schema, and delivers again. It ignores a
+subscription's filter, sends no deliveryAttempt and no token, and loses messages with a retryPolicy.
 """
 
 import base64
@@ -26,16 +26,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from rehearsal.containers import free_port
+
 Json = dict[str, Any]
 START_SECONDS = 90
 
 
 class EmulatorNotFound(Exception):
-    """The Cloud SDK, or its emulator, is not there."""
+    """The Cloud SDK is not installed."""
 
 
 class EmulatorError(Exception):
-    """The emulator answered with an error."""
+    """An error response of the emulator."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(f"{status}: {message}")
@@ -43,7 +45,7 @@ class EmulatorError(Exception):
 
 
 class Process(ABC):
-    """A server in a process group of its own, which ends with it."""
+    """A server in a session of its own, so that all its processes are killed together."""
 
     def __init__(self, log: Path | None = None) -> None:
         self._folder = tempfile.TemporaryDirectory()
@@ -53,37 +55,41 @@ class Process(ABC):
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
+    def host(self) -> str:
+        """Host and port, 127.0.0.1:PORT."""
+        return f"127.0.0.1:{self.port}"
+
+    @property
     def address(self) -> str:
-        """Where it listens, as http://127.0.0.1:PORT."""
-        return f"http://127.0.0.1:{self.port}"
+        """The base URL, http://127.0.0.1:PORT."""
+        return f"http://{self.host}"
 
     @property
     def pid(self) -> int:
-        """Its number; 0 while it does not run."""
+        """The process id; 0 while it does not run."""
         return self._process.pid if self._process else 0
 
     @abstractmethod
     def command(self) -> tuple[list[str], dict[str, str]]:
-        """What is started, and its environment."""
+        """Return the command line and its environment."""
 
     def start(self) -> None:
-        """Start it, and wait until it listens.
-
-        Raises:
-            RuntimeError: it ended, or did not begin to listen.
-        """
-        words, environment = self.command()
-        with self.log.open("ab") as stream:
-            self._process = subprocess.Popen(words, env=environment, stdout=stream, stderr=stream, start_new_session=True)
-        limit = time.monotonic() + START_SECONDS
+        """Start it, and wait until it listens."""
+        words, variables = self.command()
+        with self.log.open("ab") as out:
+            self._process = subprocess.Popen(
+                words, env=variables, stdout=out, stderr=out, start_new_session=True
+            )
+        deadline = time.monotonic() + START_SECONDS
         while not listens(self.port):
-            if self._process.poll() is not None or time.monotonic() > limit:
+            if self._process.poll() is not None or time.monotonic() > deadline:
                 self.kill()
-                raise RuntimeError(f"{' '.join(words)} does not listen:\n{self.log.read_text(encoding='utf-8')}")
+                log = self.log.read_text(encoding="utf-8")
+                raise RuntimeError(f"{' '.join(words)} does not listen:\n{log}")
             time.sleep(0.02)
 
     def kill(self) -> None:
-        """End it and all that it started at once, as a machine that fails does."""
+        """Kill it and everything that it started, as a failing machine does."""
         if self._process:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -91,17 +97,18 @@ class Process(ABC):
             self._process = None
 
     def terminate(self, seconds: float = 30) -> int:
-        """Ask it to end; its exit code."""
+        """Send SIGTERM; return the exit code."""
         if self._process is None:
-            raise RuntimeError("it does not run")
+            raise RuntimeError("the process does not run")
         self._process.terminate()
         code = self._process.wait(seconds)
         self.kill()
         return code
 
     def lines(self) -> list[Json]:
-        """The lines of its log that are JSON."""
-        return [json.loads(line) for line in self.log.read_text(encoding="utf-8").splitlines() if line.startswith("{")]
+        """Return the lines of its log that are JSON."""
+        lines = self.log.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines if line.startswith("{")]
 
     def __enter__(self) -> Self:
         try:
@@ -117,134 +124,117 @@ class Process(ABC):
 
 
 class PubSubEmulator(Process):
-    """The emulator; PUBSUB_EMULATOR_HOST=`host` brings Google's clients to it."""
-
-    @property
-    def host(self) -> str:
-        """Where it listens, as HOST:PORT."""
-        return f"127.0.0.1:{self.port}"
+    """The emulator; PUBSUB_EMULATOR_HOST=`host` sends Google's clients to it."""
 
     def command(self) -> tuple[list[str], dict[str, str]]:
-        """The Cloud SDK's command, with settings of its own.
-
-        Raises:
-            EmulatorNotFound: there is no Cloud SDK.
-        """
+        """Return gcloud's command, with a configuration of its own."""
         gcloud = shutil.which("gcloud")
         if not gcloud:
             raise EmulatorNotFound("the Cloud SDK is not installed")
-        start = [
-            "beta",
-            "emulators",
-            "pubsub",
-            "start",
-            f"--host-port={self.host}",
-            "--project=rehearsal",
-            f"--data-dir={self.folder}",
-        ]
-        settings = {"CLOUDSDK_CONFIG": str(self.folder / "gcloud"), "CLOUDSDK_CORE_DISABLE_PROMPTS": "1"}
-        return [gcloud, *start], {**os.environ, **settings}
+        words = [gcloud, "beta", "emulators", "pubsub", "start", "--project=rehearsal"]
+        words += [f"--host-port={self.host}", f"--data-dir={self.folder}"]
+        config = {"CLOUDSDK_CONFIG": str(self.folder), "CLOUDSDK_CORE_DISABLE_PROMPTS": "1"}
+        return words, {**os.environ, **config}
 
     def call(self, method: str, path: str, body: Json | None = None) -> Json:
-        """One call of its REST interface.
-
-        Raises:
-            EmulatorError: it was refused.
-        """
+        """Send a request to its REST API."""
         content = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(
-            f"{self.address}/v1/{path}", content, {"Content-Type": "application/json"}, method=method
-        )
+        headers = {"Content-Type": "application/json"}
+        uri = f"{self.address}/v1/{path}"
+        request = urllib.request.Request(uri, content, headers, method=method)
+        no_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as answer:
-                found: Json = json.load(answer)
-                return found
+            with no_proxy.open(request, timeout=60) as response:
+                document: Json = json.load(response)
+                return document
         except urllib.error.HTTPError as error:
             with error:
-                raise EmulatorError(error.code, error.read().decode(errors="replace")) from None
+                message = error.read().decode(errors="replace")
+                raise EmulatorError(error.code, message) from None
 
     def create_topic(self, name: str, schema: str = "") -> None:
-        """Make a topic: projects/PROJECT/topics/NAME; with an Avro schema, it takes only messages that fit, as JSON."""
+        """Create projects/PROJECT/topics/NAME; with an Avro schema, messages must match it."""
         settings: Json = {}
         if schema:
-            project, _, own = name.partition("/topics/")
-            self.call("POST", f"{project}/schemas?schemaId={own}", {"type": "AVRO", "definition": schema})
-            settings = {"schemaSettings": {"schema": f"{project}/schemas/{own}", "encoding": "JSON"}}
+            project, _, short = name.partition("/topics/")
+            definition = {"type": "AVRO", "definition": schema}
+            self.call("POST", f"{project}/schemas?schemaId={short}", definition)
+            schema_name = f"{project}/schemas/{short}"
+            settings = {"schemaSettings": {"schema": schema_name, "encoding": "JSON"}}
         self.call("PUT", name, settings)
 
-    def subscribe(self, topic: str, endpoint: str = "", dead_letters: str = "", attempts: int = 5) -> str:
-        """Make a subscription of the topic's name: it pushes to an endpoint, or is pulled from.
-
-        What was refused comes again after a second. With a retryPolicy the emulator forgets messages when several were refused.
+    def subscribe(
+        self, topic: str, endpoint: str = "", dead_letters: str = "", attempts: int = 5
+    ) -> str:
+        """Create a subscription with the topic's name, for push or pull; return its name.
 
         Args:
-            dead_letters: the topic that takes what was refused so many times.
+            dead_letters: the topic for messages that were rejected so many times.
         """
         name = topic.replace("/topics/", "/subscriptions/")
         settings: Json = {"topic": topic, "ackDeadlineSeconds": 60}
         if endpoint:
             settings["pushConfig"] = {"pushEndpoint": endpoint}
         if dead_letters:
-            settings["deadLetterPolicy"] = {"deadLetterTopic": dead_letters, "maxDeliveryAttempts": attempts}
+            policy = {"deadLetterTopic": dead_letters, "maxDeliveryAttempts": attempts}
+            settings["deadLetterPolicy"] = policy
         self.call("PUT", name, settings)
         return name
 
-    def publish(self, topic: str, data: bytes = b"", attributes: Mapping[str, str] | None = None) -> None:
+    def publish(
+        self, topic: str, data: bytes = b"", attributes: Mapping[str, str] | None = None
+    ) -> None:
         """Publish a message."""
-        message = {"data": base64.b64encode(data).decode(), "attributes": dict(attributes or {})}
+        encoded = base64.b64encode(data).decode()
+        message = {"data": encoded, "attributes": dict(attributes or {})}
         self.call("POST", f"{topic}:publish", {"messages": [message]})
 
     def pull(self, subscription: str) -> list[Json]:
-        """Take the messages that wait there now."""
-        found: list[Json] = self.call("POST", f"{subscription}:pull", {"maxMessages": 1000, "returnImmediately": True}).get(
-            "receivedMessages", []
-        )
-        if found:
-            self.call("POST", f"{subscription}:acknowledge", {"ackIds": [one["ackId"] for one in found]})
-        return [one["message"] for one in found]
+        """Pull and acknowledge the messages that wait now."""
+        limits = {"maxMessages": 1000, "returnImmediately": True}
+        response = self.call("POST", f"{subscription}:pull", limits)
+        received = response.get("receivedMessages", [])
+        if received:
+            ids = {"ackIds": [one["ackId"] for one in received]}
+            self.call("POST", f"{subscription}:acknowledge", ids)
+        return [one["message"] for one in received]
 
 
 class TriggerFunction(Process):
-    """The trigger function under functions-framework, as its image's command starts it.
+    """The trigger function under functions-framework, as in its image.
 
     Args:
-        project: the project's folder; variables: the function's environment, as Terraform sets it, and what leads to the doubles.
+        project: the project's folder.
+        variables: environment variables, as Terraform sets them, and those that lead to the fakes.
     """
 
-    def __init__(self, project: Path, variables: Mapping[str, str], log: Path | None = None) -> None:
+    def __init__(
+        self, project: Path, variables: Mapping[str, str], log: Path | None = None
+    ) -> None:
         super().__init__(log)
         self.project, self.variables = project, dict(variables)
 
     def command(self) -> tuple[list[str], dict[str, str]]:
-        """The image's CMD, with this machine's paths."""
+        """Return the image's CMD, with this machine's paths."""
         main = self.project / "level_2_cicd" / "trigger_function_container" / "main.py"
-        words = [sys.executable, "-m", "functions_framework", "--target=handle", f"--source={main}"]
-        own = {"PYTHONPATH": str(self.project / "src"), "PORT": str(self.port), "HOST": "127.0.0.1", "PYTHONUNBUFFERED": "1"}
-        return words, {**os.environ, **own, **self.variables}
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
+        words = [sys.executable, "-m", "functions_framework", "--target=handle"]
+        server = {"PORT": str(self.port), "HOST": "127.0.0.1", "PYTHONUNBUFFERED": "1"}
+        path = {"PYTHONPATH": str(self.project / "src")}
+        return [*words, f"--source={main}"], {**os.environ, **path, **server, **self.variables}
 
 
 def listens(port: int) -> bool:
-    """Whether somebody does."""
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+    """Return whether a server listens on a port."""
+    address = ("127.0.0.1", port)
+    with contextlib.suppress(OSError), socket.create_connection(address, timeout=1):
         return True
     return False
 
 
-def eventually(holds: Callable[[], object], seconds: float = 120) -> None:
-    """Wait until something holds.
-
-    Raises:
-        TimeoutError: it never did.
-    """
-    limit = time.monotonic() + seconds
-    while not holds():
-        if time.monotonic() > limit:
-            raise TimeoutError("this never came about")
+def eventually(condition: Callable[[], object], seconds: float = 120) -> None:
+    """Wait until a condition is true."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not true within {seconds} s")
         time.sleep(0.05)

@@ -1,11 +1,11 @@
-"""A double of Vertex AI: jobs, pipeline jobs, models with versions and aliases, endpoints with traffic.
+"""Fake of Vertex AI: jobs, pipeline jobs, models with versions and aliases, endpoints.
 
     with FakeVertex() as vertex:
         os.environ["CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM"] = vertex.address
         …
-        vertex.calls("customJobs.create")  # what was received
+        vertex.calls("customJobs.create")  # the jobs that were created
 
-By hand: python -m rehearsal
+Manually: python -m rehearsal
 """
 
 import itertools
@@ -14,86 +14,93 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from rehearsal import protojson
 from rehearsal.containers import Containers
-from rehearsal.protojson import PLACE, now, place_of, written
-from rehearsal.server import ApiError, FakeServer, Request, Response
+from rehearsal.protojson import LOCATION, as_json, canonical, now, paginate
+from rehearsal.server import ApiError, FakeServer, Json, Request, Response, route
+from rehearsal.transport import timestamp
 from rehearsal.vertex_endpoints import Endpoints
-from rehearsal.vertex_jobs import GOING, CustomJobs, Outcome, PipelineJobs
+from rehearsal.vertex_jobs import ACTIVE_STATES, CustomJobs, Outcome, PipelineJobs
 from rehearsal.vertex_models import Models
 
 TYPES = "type.googleapis.com/google.cloud.aiplatform.v1."
 EMPTY = "type.googleapis.com/google.protobuf.Empty"
+OPERATION = rf"{LOCATION}/(?:\w+/[^/:]+/)?operations/{{id}}"
 
 
 @dataclass
 class Operation:
-    """Something that takes its time: `apply` carries it out after so many looks, and when `server` is ready.
+    """A long-running operation: `apply` runs after `polls` polls, when `server` is ready.
 
     Attributes:
-        about: what it makes, for those that must not be begun twice.
+        key: of what it creates, so that the same is not created twice at a time.
     """
 
     name: str
-    metadata: str
+    verb: str
     apply: Callable[[], Any]
-    looks: int
+    polls: int
     server: Any = None
-    about: Any = None
-    began: Any = field(default_factory=now)
-    result: dict[str, Any] | None = None
+    key: Any = None
+    create_time: Any = field(default_factory=now)
+    result: Json | None = None
 
-    def look(self) -> None:
-        """Carry it out if its time has come."""
+    def poll(self) -> None:
+        """Apply it if it is due."""
         if self.result is not None:
             return
-        if self.looks > 0:
-            self.looks -= 1
+        if self.polls > 0:
+            self.polls -= 1
             return
         try:
             if self.server is not None and not self.server.ready():
                 return
-            message = self.apply()
-        except ApiError as refused:
-            self.result = {"error": {"code": 9, "message": refused.message}}
-            return
-        typed = {"@type": EMPTY} if message is None else {"@type": f"{TYPES}{type(message).__name__}", **written(message)}
-        self.result = {"response": typed}
+            self.finish(self.apply())
+        except ApiError as error:
+            self.result = {"error": {"code": 9, "message": error.message}}
+
+    def finish(self, message: Any) -> None:
+        """Set the response; None is an empty one."""
+        if message is None:
+            self.result = {"response": {"@type": EMPTY}}
+        else:
+            kind = f"{TYPES}{type(message).__name__}"
+            self.result = {"response": {"@type": kind, **as_json(message)}}
 
     def cancel(self) -> None:
-        """Let it end without having been carried out."""
-        if self.result is not None:
-            return
-        if self.server is not None:
-            self.server.stop()
-        self.result = {"error": {"code": 1, "message": "The operation was cancelled"}}
+        """End it without applying it."""
+        if self.result is None:
+            if self.server is not None:
+                self.server.stop()
+            self.result = {"error": {"code": 1, "message": "The operation was cancelled"}}
 
-    def written(self) -> dict[str, Any]:
-        """As JSON."""
-        times = {"createTime": self.began.isoformat().replace("+00:00", "Z")}
-        metadata = {"@type": f"{TYPES}{self.metadata}", "genericMetadata": times}
-        body: dict[str, Any] = {"name": self.name, "metadata": metadata}
-        return body if self.result is None else {**body, "done": True, **self.result}
+    def as_json(self) -> Json:
+        """Convert it to JSON."""
+        metadata = {
+            "@type": f"{TYPES}{self.verb}OperationMetadata",
+            "genericMetadata": {"createTime": timestamp(self.create_time)},
+        }
+        done = {} if self.result is None else {"done": True, **self.result}
+        return {"name": self.name, "metadata": metadata, **done}
 
 
 class FakeVertex(FakeServer):
-    """The double; see README.md.
+    """Vertex AI; see README.md.
 
     Attributes:
-        job_states: the states that a job goes through; each customJobs.get or pipelineJobs.get is a step.
-        slow_operations: so many looks at an operation (or at any model or endpoint) until it is done.
-        task_outputs: what pipeline tasks wrote about their outputs: {task: {output: metadata}}.
-        skipped_tasks: those that never run.
-        predictor: answers predictions when no containers run: (deployed model, body) → Response.
-        jobs, runs, models, endpoints: what is kept.
+        job_states: the states of a job before its last; each get of a job advances it.
+        slow_operations: number of polls of an operation (or gets of any resource) until it is done.
+        task_outputs: the metadata of pipeline tasks' outputs: {task: {output: metadata}}.
+        skipped_tasks: tasks that never run.
+        predictor: predicts where no containers run: (deployed model, body) → Response.
+        jobs, runs, models, endpoints: the resources.
     """
 
     def __init__(self, port: int = 0, containers: Containers | None = None) -> None:
         super().__init__(port)
         self.containers = containers
-        self.job_states = GOING
+        self.job_states = ACTIVE_STATES
         self.slow_operations = 0
-        self.task_outputs: dict[str, dict[str, dict[str, Any]]] = {}
+        self.task_outputs: dict[str, dict[str, Json]] = {}
         self.skipped_tasks: set[str] = set()
         self.predictor: Callable[[Any, bytes], Response] | None = None
         self.operations: dict[str, Operation] = {}
@@ -101,95 +108,82 @@ class FakeVertex(FakeServer):
         self.models, self.endpoints = Models(self), Endpoints(self)
         self._ids = itertools.count(1_000_000_001)
         for part in (self.jobs, self.runs, self.models, self.endpoints):
-            self.routes += part.routes()
-        operation = rf"{PLACE}/(?:\w+/[^/:]+/)?operations/(?P<id>[^/:]+)"
-        self.routes += [
-            ("GET", operation, "operations.get", self._look),
-            ("POST", f"{operation}:wait", "operations.wait", self._wait),
-            ("POST", f"{operation}:cancel", "operations.cancel", self._cancel),
-            ("GET", rf"{PLACE}(?P<resource>(?:/\w+/[^/:]+)?)/operations", "operations.list", self._list),
-        ]
+            self.add_routes(part, f"{LOCATION}/{part.plural}", f"{part.plural}.")
 
-    def __exit__(self, *what: object) -> None:
+    def __exit__(self, *exception: object) -> None:
         try:
-            super().__exit__(*what)
+            super().__exit__(*exception)
         finally:
             if self.containers is not None:
                 self.containers.close()
 
-    def set_outcome(
-        self,
-        name: str = "",
-        state: str = "JOB_STATE_FAILED",
-        *,
-        code: int = 0,
-        message: str = "",
-        through: tuple[str, ...] = GOING,
-        times: int | None = None,
-    ) -> None:
-        """Let jobs that are created from now on end in this way; the newest rule that fits counts.
+    def set_outcome(self, name: str = "", state: str = "FAILED", **outcome: Any) -> None:
+        """Set how jobs end that are created from now on; the newest matching rule wins.
 
         Args:
             name: a regular expression for display names.
             state: SUCCEEDED, FAILED …, with or without the prefix of its kind.
-            code: google.rpc's code (8: RESOURCE_EXHAUSTED).
-            through: the states before; () ends it at once.
-            times: for so many jobs.
+            outcome: the other fields of Outcome.
         """
         with self.lock:
             short = re.sub(r"^(JOB|PIPELINE)_STATE_", "", state)
-            for kind in (self.jobs, self.runs):
-                kind.outcomes.insert(0, Outcome(name, short, code, message, through, times))
+            for jobs in (self.jobs, self.runs):
+                jobs.outcomes.insert(0, Outcome(name, short, **outcome))
 
     def new_id(self, digits: int = 19) -> str:
-        """A number that nothing has yet."""
+        """Return a new number."""
         return str(next(self._ids) * 10 ** (digits - 10))
 
-    def operate(self, resource: str, metadata: str, apply: Callable[[], Any], server: Any = None, about: Any = None) -> Response:
-        """Begin an operation; what fails at once is refused at once."""
-        operation = Operation(f"{resource}/operations/{self.new_id()}", metadata, apply, self.slow_operations, server, about)
+    def start_operation(
+        self,
+        resource: str,
+        verb: str,
+        apply: Callable[[], Any],
+        server: Any = None,
+        key: Any = None,
+    ) -> Json:
+        """Start an operation; one that is not slow is applied now, and fails with the call."""
+        identity = self.new_id()
+        name = f"{resource}/operations/{identity}"
+        operation = Operation(name, verb, apply, self.slow_operations, server, key)
         if self.slow_operations == 0 and server is None:
-            message = apply()
-            operation.apply = lambda: message
-            operation.look()
-        self.operations[operation.name.split("/")[-1]] = operation
-        return Response(operation.written())
+            operation.finish(apply())
+        self.operations[identity] = operation
+        return operation.as_json()
 
     def tick(self) -> None:
-        """A look at something lets time pass for all that is under way."""
+        """Let time pass for all operations."""
         for operation in self.operations.values():
-            operation.look()
+            operation.poll()
 
-    def under_way(self, about: Any) -> bool:
-        """Whether an operation that makes this is not done."""
-        return any(operation.about == about for operation in self.operations.values() if operation.result is None)
+    def is_pending(self, key: Any) -> bool:
+        """Return whether an operation with this key is not done."""
+        return any(one.key == key and one.result is None for one in self.operations.values())
 
-    def _find(self, found: re.Match[str]) -> Operation:
-        if found["id"] not in self.operations:
-            raise ApiError(404, f"The Operation does not exist: {found['id']}")
-        return self.operations[found["id"]]
+    def _operation(self, request: Request) -> Operation:
+        if request["id"] not in self.operations:
+            raise ApiError(404, f"The Operation does not exist: {request['id']}")
+        return self.operations[request["id"]]
 
-    def _look(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
-        operation = self._find(found)
-        operation.look()
-        return None, Response(operation.written())
+    @route("GET", OPERATION, "operations.get")
+    def _get_operation(self, request: Request) -> Json:
+        operation = self._operation(request)
+        operation.poll()
+        return operation.as_json()
 
-    def _cancel(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
-        self._find(found).cancel()
-        return None, Response()
+    @route("POST", f"{OPERATION}:cancel", "operations.cancel")
+    def _cancel_operation(self, request: Request) -> Json:
+        self._operation(request).cancel()
+        return {}
 
-    def _list(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
-        start = int(request.query.get("pageToken") or 0)
-        size = int(request.query.get("pageSize") or protojson.PAGE)
-        here = f"{place_of(found)}{found['resource']}/operations/"
-        chosen = [operation for name, operation in self.operations.items() if operation.name == f"{here}{name}"]
-        body: dict[str, Any] = {"operations": [operation.written() for operation in chosen[start : start + size]]}
-        if start + size < len(chosen):
-            body["nextPageToken"] = str(start + size)
-        return None, Response(body)
-
-    def _wait(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
-        operation = self._find(found)
-        operation.looks = 0
-        operation.look()
-        return None, Response(operation.written())
+    @route("GET", rf"{LOCATION}(?P<resource>(?:/\w+/[^/:]+)?)/operations", "operations.list")
+    def _list_operations(self, request: Request) -> Json:
+        parent = f"{canonical(request['parent'])}{request['resource']}/operations/"
+        operations = [
+            operation.as_json()
+            for identity, operation in self.operations.items()
+            if operation.name == f"{parent}{identity}"
+        ]
+        size, token = int(request.query.get("pageSize") or 0), request.query.get("pageToken", "")
+        page, next_page = paginate(operations, size, token)
+        return {"operations": page, **next_page}

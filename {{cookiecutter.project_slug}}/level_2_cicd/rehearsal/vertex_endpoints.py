@@ -1,294 +1,267 @@
-"""Vertex AI's endpoints: models deployed to them, the traffic between these, and predictions."""
+"""Vertex AI's endpoints: deployed models, the traffic between them, and predictions."""
 
 import json
-import re
 from collections import Counter
 from typing import Any
 
 from google.cloud.aiplatform_v1 import types
 
 from rehearsal.containers import ModelServer
-from rehearsal.protojson import (
-    PLACE,
-    answer,
-    check_labels,
-    field_of,
-    need,
-    now,
-    page,
-    place_of,
-    read,
-    read_query,
-)
-from rehearsal.server import ApiError, Handler, Request, Response, error_response
-from rehearsal.vertex_models import check_etag, check_mask
+from rehearsal.protojson import check_id, check_labels, now, parse, parse_query, require
+from rehearsal.server import ApiError, Json, Request, Response, failed_precondition, route
+from rehearsal.vertex_resources import ONE, Collection
 
 ENDPOINT_ID = r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?|[1-9][0-9]{0,8}|0"
 DEPLOYED_MODEL_ID = r"[0-9]{1,10}"
-CHANGEABLE = {"display_name", "description", "labels", "traffic_split"}
-NEW = "0"  # in a traffic split: the model that is being deployed
+MUTABLE = {"display_name", "description", "labels", "traffic_split"}
+NEW = "0"  # in a traffic split, the model that is being deployed
 
 
-class Endpoints:
+class Endpoints(Collection):
     """Endpoints: {name: message}."""
 
+    plural, kind = "endpoints", types.Endpoint
+
     def __init__(self, vertex: Any) -> None:
-        self.vertex = vertex
-        self.endpoints: dict[str, Any] = {}
-        self.running: dict[tuple[str, str], ModelServer] = {}  # (endpoint, deployed model) → what really serves it
-        self.turns: dict[str, Counter[str]] = {}
+        super().__init__(vertex)
+        self.servers: dict[tuple[str, str], ModelServer] = {}  # by endpoint, deployed model
+        self._shares: dict[str, Counter[str]] = {}
 
-    def routes(self) -> list[tuple[str, str, str, Handler]]:
-        """Paths and their handlers."""
-        one = rf"{PLACE}/endpoints/(?P<id>[^/:]+)"
-        return [
-            ("POST", f"{PLACE}/endpoints", "endpoints.create", self.create),
-            ("GET", f"{PLACE}/endpoints", "endpoints.list", self.search),
-            ("GET", one, "endpoints.get", self.get),
-            ("PATCH", one, "endpoints.patch", self.patch),
-            ("DELETE", one, "endpoints.delete", self.delete),
-            ("POST", f"{one}:deployModel", "endpoints.deployModel", self.deploy),
-            ("POST", f"{one}:undeployModel", "endpoints.undeployModel", self.undeploy),
-            ("POST", f"{one}:predict", "endpoints.predict", self.predict),
-            ("POST", f"{one}:rawPredict", "endpoints.rawPredict", self.raw_predict),
-        ]
-
-    def find(self, found: re.Match[str]) -> Any:
-        """The endpoint of a path."""
-        name = f"{place_of(found)}/endpoints/{found['id']}"
-        if name not in self.endpoints:
-            raise ApiError(404, f"The Endpoint does not exist: {name}")
-        return self.endpoints[name]
-
-    def where(self, model: str, version: str) -> list[Any]:
-        """Where a version is deployed."""
+    def deployments(self, model: str, version: str) -> list[Any]:
+        """Return where a version is deployed."""
         return [
             types.DeployedModelRef(endpoint=endpoint.name, deployed_model_id=deployed.id)
-            for endpoint in self.endpoints.values()
+            for endpoint in self.by_name.values()
             for deployed in endpoint.deployed_models
-            if deployed.model == model and deployed.model_version_id == version
+            if (deployed.model, deployed.model_version_id) == (model, version)
         ]
 
-    def changed(self, endpoint: Any) -> Any:
-        """Note that an endpoint has changed."""
-        endpoint.update_time, endpoint.etag = now(), self.vertex.new_id()
-        return endpoint
-
-    def create(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
-        """A new endpoint, without models."""
-        message = read(types.Endpoint, request.body)
-        identity = read_query(types.CreateEndpointRequest, request).endpoint_id or self.vertex.new_id()
-        need(message, "display_name")
+    @route("POST", "", "create")
+    def create(self, request: Request) -> Any:
+        """Create an endpoint without models."""
+        message = request.message = parse(types.Endpoint, request.body)
+        identity = parse_query(types.CreateEndpointRequest, request).endpoint_id
+        require(message, "display_name")
         check_labels(message.labels)
-        if request.query.get("endpointId") and not re.fullmatch(ENDPOINT_ID, identity):
-            raise ApiError(400, f"endpoint_id is {identity!r}: it must match {ENDPOINT_ID}")
+        if identity:
+            check_id("endpoint_id", identity, ENDPOINT_ID)
         if message.deployed_models or message.traffic_split:
-            raise ApiError(400, "deployed_models and traffic_split are not set here: use deployModel")
-        message.name = f"{place_of(found)}/endpoints/{identity}"
-        if message.name in self.endpoints:
-            raise ApiError(409, f"The Endpoint {message.name} already exists")
+            raise ApiError(400, "deployed_models and traffic_split cannot be set: use deployModel")
+        name = message.name = self.name(request, identity or self.vertex.new_id())
+        self.check_new(name)
 
         def apply() -> Any:
-            endpoint = self.endpoints[message.name] = types.Endpoint(message)
+            endpoint = self.by_name[name] = types.Endpoint(message)
             endpoint.create_time = now()
-            return self.changed(endpoint)
+            return self.touch(endpoint)
 
-        return message, self.vertex.operate(message.name, "CreateEndpointOperationMetadata", apply)
+        return self.vertex.start_operation(name, "CreateEndpoint", apply)
 
-    def get(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
-        """One endpoint."""
-        self.vertex.tick()
-        endpoint = self.find(found)
-        return read_query(types.GetEndpointRequest, request, name=endpoint.name), answer(endpoint)
+    @route("PATCH", ONE, "patch")
+    def patch(self, request: Request) -> Json:
+        """Change the fields of the update mask."""
+        changes = parse(types.Endpoint, request.body)
+        message = parse_query(types.UpdateEndpointRequest, request, endpoint=changes)
+        endpoint = self.find(request)
+        message.endpoint.name = endpoint.name
+        request.message, paths = message, message.update_mask.paths
+        check_mask(paths)
+        # Without an etag, nothing is compared.
+        if changes.etag and changes.etag != endpoint.etag:
+            state = f"{endpoint.name} has changed since and has {endpoint.etag!r}"
+            raise ApiError(409, f"etag is {changes.etag!r}, but {state}", name="ABORTED")
+        check_labels(changes.labels)
+        if "traffic_split" in paths:
+            check_traffic(dict(changes.traffic_split), deployed_ids(endpoint))
+        for path in paths:
+            setattr(endpoint, path, getattr(changes, path))
+        return self.view(self.touch(endpoint))
 
-    def search(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
-        """Those that fit."""
-        asked = read_query(types.ListEndpointsRequest, request, parent=found["parent"])
-        here = [endpoint for name, endpoint in self.endpoints.items() if name.startswith(f"{place_of(found)}/")]
-        return asked, page(here, asked, "endpoints", endpoint_field)
-
-    def patch(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
-        """Change what may be changed; the traffic must be that of deployed models."""
-        sent = read(types.Endpoint, request.body)
-        asked = read_query(types.UpdateEndpointRequest, request, endpoint=sent)
-        kept = self.find(found)
-        asked.endpoint.name = kept.name
-        check_mask(asked.update_mask.paths, CHANGEABLE)
-        check_etag(sent, kept)
-        check_labels(sent.labels)
-        if "traffic_split" in asked.update_mask.paths:
-            check_traffic(dict(sent.traffic_split), {deployed.id for deployed in kept.deployed_models})
-        for path in asked.update_mask.paths:
-            setattr(kept, path, getattr(sent, path))
-        return asked, answer(self.changed(kept))
-
-    def delete(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
-        """Delete an endpoint that has no models."""
-        endpoint = self.find(found)
-        asked = read_query(types.DeleteEndpointRequest, request, name=endpoint.name)
-
-        def apply() -> None:
-            if endpoint.deployed_models:
-                text = f"The Endpoint {endpoint.name} cannot be deleted: models are deployed to it; undeploy them first"
-                raise ApiError(400, text, name="FAILED_PRECONDITION")
-            self.endpoints.pop(endpoint.name, None)
-
-        return asked, self.vertex.operate(endpoint.name, "DeleteOperationMetadata", apply)
-
-    def deploy(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
+    @route("POST", f"{ONE}:deployModel", "deployModel")
+    def deploy(self, request: Request) -> Any:
         """Deploy a version, and set the traffic if it is given."""
-        asked = read(types.DeployModelRequest, request.body)
-        endpoint = self.find(found)
-        asked.endpoint = endpoint.name
-        deployed = types.DeployedModel(asked.deployed_model)
-        need(deployed, "model")
-        model = self.vertex.models.find(deployed.model)
-        deployed.model, deployed.model_version_id = model.name, model.version_id
-        deployed.display_name = deployed.display_name or model.display_name
-        check_resources(deployed)
-        if deployed.id and not re.fullmatch(DEPLOYED_MODEL_ID, deployed.id):
-            raise ApiError(400, f"deployed_model.id is {deployed.id!r}: 1 to 10 digits")
-        deployed.id = deployed.id or self.vertex.new_id(10)
-
-        def check() -> dict[str, int]:
-            here = {other.id for other in endpoint.deployed_models}
-            if deployed.id in here:
-                raise ApiError(409, f"The DeployedModel {deployed.id} already exists on {endpoint.name}")
-            traffic = dict(asked.traffic_split)
-            if traffic:
-                check_traffic(traffic, {*here, NEW})
-            return {deployed.id if key == NEW else key: share for key, share in traffic.items()}
+        message = request.message = parse(types.DeployModelRequest, request.body)
+        endpoint = self.find(request)
+        message.endpoint = endpoint.name
+        deployed, model = self._new_deployed_model(message)
+        split, key = dict(message.traffic_split), (endpoint.name, deployed.id)
+        traffic_after_deploy(endpoint, deployed.id, split)  # fail now rather than in the operation
+        if self.vertex.is_pending(key):
+            problem = f"is being deployed to {endpoint.name} already"
+            raise ApiError(409, f"The DeployedModel {deployed.id} {problem}")
+        containers = self.vertex.containers
+        server = containers.start_server(model, deployed) if containers else None
 
         def apply() -> Any:
-            traffic = check()
+            traffic = traffic_after_deploy(endpoint, deployed.id, split)
             deployed.create_time = now()
             endpoint.deployed_models.append(deployed)
             if traffic:
                 endpoint.traffic_split = traffic
-            self.changed(endpoint)
+            self.touch(endpoint)
             if server is not None:
-                self.running[endpoint.name, deployed.id] = server
+                self.servers[key] = server
             return types.DeployModelResponse(deployed_model=deployed)
 
-        check()
-        about = (endpoint.name, deployed.id)
-        if self.vertex.under_way(about):
-            raise ApiError(409, f"The DeployedModel {deployed.id} is being deployed to {endpoint.name} already")
-        server = None if self.vertex.containers is None else self.vertex.containers.start_server(model, deployed)
-        return asked, self.vertex.operate(endpoint.name, "DeployModelOperationMetadata", apply, server, about)
+        return self.vertex.start_operation(endpoint.name, "DeployModel", apply, server, key)
 
-    def undeploy(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
-        """Take a deployed model away: one without traffic, or the last."""
-        asked = read(types.UndeployModelRequest, request.body)
-        endpoint = self.find(found)
-        asked.endpoint = endpoint.name
-        need(asked, "deployed_model_id")
+    def _new_deployed_model(self, message: Any) -> tuple[Any, Any]:
+        """Complete and check a deployed model; return its model, too."""
+        deployed = types.DeployedModel(message.deployed_model)
+        require(deployed, "model")
+        model = self.vertex.models.find_version(deployed.model)
+        deployed.model, deployed.model_version_id = model.name, model.version_id
+        deployed.display_name = deployed.display_name or model.display_name
+        check_resources(deployed)
+        if deployed.id:
+            check_id("deployed_model.id", deployed.id, DEPLOYED_MODEL_ID)
+        deployed.id = deployed.id or self.vertex.new_id(10)
+        return deployed, model
 
-        def check() -> dict[str, int]:
-            here = {deployed.id for deployed in endpoint.deployed_models}
-            if asked.deployed_model_id not in here:
-                raise ApiError(404, f"The DeployedModel {asked.deployed_model_id} does not exist on {endpoint.name}")
-            traffic = dict(asked.traffic_split)
-            if traffic:
-                check_traffic(traffic, here)
-            left = traffic or dict(endpoint.traffic_split)
-            if here != {asked.deployed_model_id} and left.get(asked.deployed_model_id):
-                text = f"The DeployedModel {asked.deployed_model_id} still has {left[asked.deployed_model_id]} % of the traffic"
-                raise ApiError(400, text, name="FAILED_PRECONDITION")
-            return {} if here == {asked.deployed_model_id} else {key: share for key, share in left.items() if key in here}
+    @route("POST", f"{ONE}:undeployModel", "undeployModel")
+    def undeploy(self, request: Request) -> Any:
+        """Undeploy a model without traffic, or the last one."""
+        message = request.message = parse(types.UndeployModelRequest, request.body)
+        endpoint = self.find(request)
+        message.endpoint = endpoint.name
+        require(message, "deployed_model_id")
+        identity, split = message.deployed_model_id, dict(message.traffic_split)
+        traffic_after_undeploy(endpoint, identity, split)  # fail now rather than in the operation
 
         def apply() -> Any:
-            traffic = check()
-            traffic.pop(asked.deployed_model_id, None)
-            endpoint.deployed_models = [kept for kept in endpoint.deployed_models if kept.id != asked.deployed_model_id]
-            endpoint.traffic_split = traffic
-            self.changed(endpoint)
-            server = self.running.pop((endpoint.name, asked.deployed_model_id), None)
-            if server is not None:
+            traffic = traffic_after_undeploy(endpoint, identity, split)
+            others = [one for one in endpoint.deployed_models if one.id != identity]
+            endpoint.deployed_models, endpoint.traffic_split = others, traffic
+            self.touch(endpoint)
+            if server := self.servers.pop((endpoint.name, identity), None):
                 server.stop()
             return types.UndeployModelResponse()
 
-        check()
-        return asked, self.vertex.operate(endpoint.name, "UndeployModelOperationMetadata", apply)
+        return self.vertex.start_operation(endpoint.name, "UndeployModel", apply)
 
     def choose(self, endpoint: Any) -> Any:
-        """The deployed model whose turn it is: each gets its share of every hundred predictions, evenly spread."""
-        shares = {key: share for key, share in endpoint.traffic_split.items() if share}
-        if not shares:
-            raise ApiError(400, f"The Endpoint {endpoint.name} has no deployed model with traffic", name="FAILED_PRECONDITION")
-        turns = self.turns.setdefault(endpoint.name, Counter())
-        for key in set(turns) - set(shares):
-            del turns[key]
-        turns.update(shares)
-        chosen = max(shares, key=lambda key: turns[key])
-        turns[chosen] -= sum(shares.values())
-        return next(deployed for deployed in endpoint.deployed_models if deployed.id == chosen)
+        """Return the next deployed model: each gets its share of every hundred predictions."""
+        split = {key: share for key, share in endpoint.traffic_split.items() if share}
+        if not split:
+            problem = "has no deployed model with traffic"
+            raise failed_precondition(f"The Endpoint {endpoint.name} {problem}")
+        # Smooth weighted round-robin: each turn adds the shares; the largest wins and pays for all.
+        shares = self._shares.setdefault(endpoint.name, Counter())
+        for key in set(shares) - set(split):
+            del shares[key]
+        shares.update(split)
+        winner = max(split, key=lambda key: shares[key])
+        shares[winner] -= sum(split.values())
+        return next(one for one in endpoint.deployed_models if one.id == winner)
 
-    def predict(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
-        """Predictions of the deployed model whose turn it is."""
-        return self._predict(request, found, read(types.PredictRequest, request.body), raw=False)
+    @route("POST", f"{ONE}:predict", "predict")
+    def predict(self, request: Request) -> Response:
+        """Predict with the next deployed model."""
+        request.message = parse(types.PredictRequest, request.body)
+        deployed, response = self._predict(request)
+        model = self.vertex.models.find_version(f"{deployed.model}@{deployed.model_version_id}")
 
-    def raw_predict(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
-        """The same, with the body as the container takes and gives it."""
-        return self._predict(request, found, request.body, raw=True)
-
-    def _predict(self, request: Request, found: re.Match[str], message: Any, raw: bool) -> tuple[Any, Response]:
-        endpoint = self.find(found)
-        deployed = self.choose(endpoint)
-        model = self.vertex.models.find(f"{deployed.model}@{deployed.model_version_id}")
-        server = self.running.get((endpoint.name, deployed.id))
-        predictor = self.vertex.predictor
-        if server is None and predictor is None:
-            raise ApiError(501, "this double runs no containers: set FakeVertex.predictor, or give it Containers")
-
-        def later() -> Response:
-            response = server.predict(request.body) if server is not None else predictor(deployed, request.body)
-            if raw:
-                response.headers["X-Vertex-AI-Deployed-Model-Id"] = deployed.id
-                return response
-            if response.status != 200:
-                return refused_by_container(response)
-            more = {
+        def complete() -> Response:
+            result = response()
+            content = result.body
+            if result.status != 200:
+                text = content.decode(errors="replace") if isinstance(content, bytes) else content
+                status = result.status if result.status in {400, 429, 503, 504} else 500
+                raise ApiError(status, text if isinstance(text, str) else json.dumps(text))
+            source = {
                 "deployedModelId": deployed.id,
                 "model": deployed.model,
                 "modelVersionId": deployed.model_version_id,
                 "modelDisplayName": model.display_name,
             }
-            body = json.loads(response.body) if isinstance(response.body, bytes) else response.body
-            return Response({**body, **more})
+            body = json.loads(content) if isinstance(content, bytes) else content
+            return Response({**body, **source})
 
-        return message, Response(later)
+        return Response(complete)
+
+    @route("POST", f"{ONE}:rawPredict", "rawPredict")
+    def raw_predict(self, request: Request) -> Response:
+        """Pass the body to the next deployed model, and return its response."""
+        request.message = request.body
+        deployed, response = self._predict(request)
+
+        def complete() -> Response:
+            result: Response = response()
+            result.headers["X-Vertex-AI-Deployed-Model-Id"] = deployed.id
+            return result
+
+        return Response(complete)
+
+    def _predict(self, request: Request) -> tuple[Any, Any]:
+        """Return the next deployed model, and a function that returns its response."""
+        endpoint = self.find(request)
+        deployed = self.choose(endpoint)
+        if server := self.servers.get((endpoint.name, deployed.id)):
+            return deployed, lambda: server.predict(request.body)
+        predictor = self.vertex.predictor
+        if predictor is None:
+            message = "no containers run here: set FakeVertex.predictor, or pass Containers"
+            raise ApiError(501, message)
+        return deployed, lambda: predictor(deployed, request.body)
 
 
-def refused_by_container(response: Response) -> Response:
-    """An error of the container, as `predict` tells it."""
-    said = response.body.decode(errors="replace") if isinstance(response.body, bytes) else json.dumps(response.body)
-    return error_response(response.status if response.status in {400, 429, 503, 504} else 500, said)
+def check_mask(paths: Any) -> None:
+    """Reject an update of fields that cannot be changed."""
+    if not paths:
+        raise ApiError(400, "update_mask is required")
+    if fixed := ", ".join(sorted(set(paths) - MUTABLE)):
+        known = ", ".join(sorted(MUTABLE))
+        raise ApiError(400, f"update_mask: {fixed} cannot be changed; {known} can")
 
 
-def endpoint_field(endpoint: Any, name: str) -> str | None:
-    """An endpoint's field for a filter; `endpoint` is its id."""
-    return endpoint.name.split("/")[-1] if name == "endpoint" else field_of(endpoint, name)
+def deployed_ids(endpoint: Any) -> set[str]:
+    """Return the ids of the deployed models."""
+    return {deployed.id for deployed in endpoint.deployed_models}
 
 
-def check_traffic(traffic: dict[str, int], known: set[str]) -> None:
-    """Refuse shares that do not add up to 100, or go to what is not there."""
-    if unknown := sorted(set(traffic) - known):
-        raise ApiError(400, f"traffic_split: there is no DeployedModel {', '.join(unknown)}")
-    if any(share < 0 for share in traffic.values()) or (traffic and sum(traffic.values()) != 100):
-        raise ApiError(400, f"traffic_split: {sum(traffic.values())} is the sum of {traffic}; it must be 100")
+def traffic_after_deploy(endpoint: Any, identity: str, split: dict[str, int]) -> dict[str, int]:
+    """Check a deployment against the endpoint as it is now; return the new traffic."""
+    ids = deployed_ids(endpoint)
+    if identity in ids:
+        raise ApiError(409, f"The DeployedModel {identity} already exists on {endpoint.name}")
+    if split:
+        check_traffic(split, {*ids, NEW})
+    return {identity if key == NEW else key: share for key, share in split.items()}
+
+
+def traffic_after_undeploy(endpoint: Any, identity: str, split: dict[str, int]) -> dict[str, int]:
+    """Check an undeployment against the endpoint as it is now; return the new traffic."""
+    ids = deployed_ids(endpoint)
+    if identity not in ids:
+        raise ApiError(404, f"The DeployedModel {identity} does not exist on {endpoint.name}")
+    if split:
+        check_traffic(split, ids)
+    traffic = split or dict(endpoint.traffic_split)
+    if ids == {identity}:
+        return {}
+    if share := traffic.get(identity):
+        message = f"The DeployedModel {identity} still has {share} % of the traffic"
+        raise failed_precondition(message)
+    return {key: share for key, share in traffic.items() if key in ids - {identity}}
+
+
+def check_traffic(split: dict[str, int], ids: set[str]) -> None:
+    """Reject shares that do not sum up to 100, or that name models that are not deployed."""
+    if unknown := ", ".join(sorted(set(split) - ids)):
+        raise ApiError(400, f"traffic_split: there is no DeployedModel {unknown}")
+    total = sum(split.values())
+    if any(share < 0 for share in split.values()) or (split and total != 100):
+        raise ApiError(400, f"traffic_split: {total} is the sum of {split}; it must be 100")
 
 
 def check_resources(deployed: Any) -> None:
-    """Refuse resources that the API refuses; fill in what it fills in."""
-    kinds = [kind for kind in ("dedicated_resources", "automatic_resources", "shared_resources") if kind in deployed]
-    if len(kinds) != 1:
-        raise ApiError(400, "deployed_model: one of dedicated_resources, automatic_resources or shared_resources is required")
-    if kinds == ["dedicated_resources"]:
-        resources = deployed.dedicated_resources
-        need(resources, "machine_spec.machine_type")
-        if resources.min_replica_count < 1:
-            raise ApiError(400, "dedicated_resources.min_replica_count must be at least 1")
-        resources.max_replica_count = resources.max_replica_count or resources.min_replica_count
-        if resources.max_replica_count < resources.min_replica_count:
-            raise ApiError(400, "dedicated_resources.max_replica_count is less than min_replica_count")
+    """Reject invalid resources, and complete them."""
+    require(deployed, "dedicated_resources.machine_spec.machine_type")
+    resources = deployed.dedicated_resources
+    least, most = resources.min_replica_count, resources.max_replica_count
+    if least < 1:
+        raise ApiError(400, "dedicated_resources.min_replica_count must be at least 1")
+    if most and most < least:
+        problem = "dedicated_resources.max_replica_count is less than min_replica_count"
+        raise ApiError(400, problem)
+    resources.max_replica_count = most or least

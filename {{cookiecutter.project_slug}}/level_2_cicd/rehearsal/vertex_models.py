@@ -1,236 +1,147 @@
-"""Vertex AI's Model Registry: models with versions, numbered from 1, and aliases, each on one version."""
+"""Vertex AI's Model Registry: versions, numbered from 1, and aliases, each on one version."""
 
-import re
+from collections import Counter
 from typing import Any
 
 from google.cloud.aiplatform_v1 import types
 
 from rehearsal.protojson import (
-    PLACE,
-    answer,
+    as_json,
     canonical,
+    check_id,
     check_labels,
-    field_of,
-    need,
+    list_page,
     now,
-    page,
-    place_of,
-    read,
-    read_query,
+    parse,
+    parse_query,
+    require,
 )
-from rehearsal.server import ApiError, Handler, Request, Response
+from rehearsal.server import ApiError, Json, Request, route
+from rehearsal.vertex_resources import ONE, Collection
 
 ALIAS = r"[a-z][a-zA-Z0-9-]{0,126}[a-z0-9]"
 MODEL_ID = r"[a-z_][a-z0-9_-]{0,62}"
-CHANGEABLE = {"display_name", "description", "version_description", "labels"}
 
 
-class Models:
-    """Models: {name: {version: message}}; a version's message carries its aliases, `default` among them."""
+class Models(Collection):
+    """Models: {name: {version: message}}; the messages have the aliases, `default` among them."""
+
+    plural, kind = "models", types.Model
 
     def __init__(self, vertex: Any) -> None:
-        self.vertex = vertex
-        self.models: dict[str, dict[str, Any]] = {}
-        self.last: dict[str, int] = {}  # the last version's number: a number is never given twice
+        super().__init__(vertex)
+        self._last_version: Counter[str] = Counter()  # numbers are not used again
 
-    def routes(self) -> list[tuple[str, str, str, Handler]]:
-        """Paths and their handlers."""
-        one = rf"{PLACE}/models/(?P<id>[^/:]+)"
-        return [
-            ("POST", f"{PLACE}/models:upload", "models.upload", self.upload),
-            ("GET", f"{PLACE}/models", "models.list", self.search),
-            ("GET", one, "models.get", self.get),
-            ("GET", f"{one}:listVersions", "models.listVersions", self.versions),
-            ("POST", f"{one}:mergeVersionAliases", "models.mergeVersionAliases", self.merge_aliases),
-            ("PATCH", one, "models.patch", self.patch),
-            ("DELETE", one, "models.delete", self.delete),
-            ("DELETE", f"{one}:deleteVersion", "models.deleteVersion", self.delete_version),
-        ]
-
-    def upload(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
-        """A new model, or a new version of `parent_model`."""
-        asked = read(types.UploadModelRequest, request.body)
-        asked.parent = found["parent"]
-        model = asked.model
-        need(model, "display_name")
+    @route("POST", ":upload", "upload")
+    def upload(self, request: Request) -> Any:
+        """Create a model, or a new version of `parent_model`."""
+        message = request.message = parse(types.UploadModelRequest, request.body)
+        message.parent = request["parent"]
+        model = message.model
+        require(model, "display_name")
         if "container_spec" in model:
-            need(model, "container_spec.image_uri")
+            require(model, "container_spec.image_uri")
         elif not model.artifact_uri:
             raise ApiError(400, "model: container_spec or artifact_uri is required")
         check_labels(model.labels)
         for alias in model.version_aliases:
-            check_alias(alias)
-        name = self.new_name(asked, found)
+            check_id("version_aliases", alias, ALIAS)
+        name = self._upload_name(request)
 
         def apply() -> Any:
-            version = self.add(name, types.Model(model))
+            version = self._add(name, types.Model(model))
             return types.UploadModelResponse(model=name, model_version_id=version)
 
-        return asked, self.vertex.operate(name, "UploadModelOperationMetadata", apply)
+        return self.vertex.start_operation(name, "UploadModel", apply)
 
-    def new_name(self, asked: Any, found: re.Match[str]) -> str:
-        """The name of the model that an upload makes or adds to."""
-        if asked.parent_model:
-            name = canonical(asked.parent_model.split("@")[0])
-            if name not in self.models:
-                raise ApiError(404, f"The Model does not exist: {asked.parent_model}")
+    def _upload_name(self, request: Request) -> str:
+        message = request.message
+        if message.parent_model:
+            name = canonical(message.parent_model.split("@")[0])
+            if name not in self.by_name:
+                raise self.not_found(message.parent_model)
             return name
-        identity = asked.model_id or self.vertex.new_id()
-        if asked.model_id and not re.fullmatch(MODEL_ID, identity):
-            raise ApiError(400, f"model_id is {identity!r}: it must match {MODEL_ID}")
-        name = f"{place_of(found)}/models/{identity}"
-        if name in self.models:
-            raise ApiError(409, f"The Model {name} already exists; parent_model adds a version to it")
+        if message.model_id:
+            check_id("model_id", message.model_id, MODEL_ID)
+        name = self.name(request, message.model_id or self.vertex.new_id())
+        self.check_new(name, "; parent_model adds a version to it")
         return name
 
-    def add(self, name: str, model: Any) -> str:
-        """Keep a version; returns its number."""
-        versions = self.models.setdefault(name, {})
-        number = str(self.last.get(name, 0) + 1)
-        self.last[name] = int(number)
-        aliases = list(model.version_aliases)
-        model.name, model.version_id, model.version_aliases = name, number, []
-        model.create_time = next(iter(versions.values())).create_time if versions else now()
-        model.update_time = model.version_create_time = model.version_update_time = now()
-        model.etag = self.vertex.new_id()
-        model.supported_deployment_resources_types = [types.Model.DeploymentResourcesType.DEDICATED_RESOURCES]
-        versions[number] = model
-        self.give(name, number, aliases if number != "1" or "default" in aliases else [*aliases, "default"])
-        return number
+    def _add(self, name: str, model: Any) -> str:
+        versions = self.by_name.setdefault(name, {})
+        self._last_version[name] += 1
+        model.name, model.version_id = name, str(self._last_version[name])
+        aliases, model.version_aliases = list(model.version_aliases), []
+        first = next(iter(versions.values())) if versions else None
+        model.create_time = first.create_time if first else now()
+        model.version_create_time = model.version_update_time = now()
+        dedicated = types.Model.DeploymentResourcesType.DEDICATED_RESOURCES
+        model.supported_deployment_resources_types = [dedicated]
+        versions[model.version_id] = self.touch(model)
+        if model.version_id == "1" and "default" not in aliases:
+            aliases.append("default")
+        self._move_aliases(model, aliases)
+        return str(model.version_id)
 
-    def give(self, name: str, version: str, aliases: list[str]) -> None:
-        """Let aliases name this version, and no other."""
-        for model in self.models[name].values():
-            kept = [alias for alias in model.version_aliases if alias not in aliases]
-            model.version_aliases = [*kept, *aliases] if model.version_id == version else kept
+    def _move_aliases(self, model: Any, aliases: list[str]) -> None:
+        """Point aliases to this version, and to no other."""
+        for version in self.by_name[model.name].values():
+            others = [alias for alias in version.version_aliases if alias not in aliases]
+            version.version_aliases = [*others, *aliases] if version is model else others
 
-    def find(self, name: str) -> Any:
-        """The version that NAME, NAME@VERSION or NAME@ALIAS means; NAME means the default.
-
-        Raises:
-            ApiError: there is none.
-        """
+    def find_version(self, name: str) -> Any:
+        """Return the version that NAME (the default one), NAME@VERSION or NAME@ALIAS means."""
         base, _, version = canonical(name).partition("@")
-        for model in self.models.get(base, {}).values():
+        for model in self.by_name.get(base, {}).values():
             if model.version_id == version or (version or "default") in model.version_aliases:
                 return model
-        raise ApiError(404, f"The Model does not exist: {name}")
+        raise self.not_found(name)
 
-    def named(self, found: re.Match[str]) -> str:
-        """The model name of a path, with its version if one was given."""
-        return f"{place_of(found)}/models/{found['id']}"
+    def find(self, request: Request) -> Any:
+        """Return the version of a path."""
+        return self.find_version(self.name(request))
 
-    def shown(self, model: Any) -> Any:
-        """A version as it is answered: with where it is deployed."""
-        model.deployed_models = self.vertex.endpoints.where(model.name, model.version_id)
+    def in_location(self, request: Request) -> list[Any]:
+        """Return the default versions of a location's models."""
+        models = [next(iter(versions.values())) for versions in super().in_location(request)]
+        return [self._with_deployments(self.find_version(model.name)) for model in models]
+
+    def view(self, message: Any) -> Json:
+        """Add where the version is deployed."""
+        return as_json(self._with_deployments(message))
+
+    def _with_deployments(self, model: Any) -> Any:
+        model.deployed_models = self.vertex.endpoints.deployments(model.name, model.version_id)
         return model
 
-    def get(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
-        """One version."""
-        self.vertex.tick()
-        name = self.named(found)
-        return read_query(types.GetModelRequest, request, name=name), answer(self.shown(self.find(name)))
+    @route("GET", f"{ONE}:listVersions", "listVersions")
+    def list_versions(self, request: Request) -> Json:
+        """Return the versions of one model."""
+        name = self.name(request)
+        query = request.message = parse_query(types.ListModelVersionsRequest, request, name=name)
+        versions = self.by_name[self.find(request).name].values()
+        models = [self._with_deployments(model) for model in versions]
+        return list_page(models, query, "models")
 
-    def search(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
-        """The default version of each model that fits."""
-        asked = read_query(types.ListModelsRequest, request, parent=found["parent"])
-        here = [self.shown(self.find(name)) for name in self.models if name.startswith(f"{place_of(found)}/")]
-        return asked, page(here, asked, "models", model_field)
-
-    def versions(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
-        """The versions of one model."""
-        name = self.named(found)
-        asked = read_query(types.ListModelVersionsRequest, request, name=name)
-        versions = self.models[self.find(name).name].values()
-        return asked, page([self.shown(model) for model in versions], asked, "models", model_field)
-
-    def merge_aliases(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
-        """Move aliases here; "-alias" takes one away."""
-        asked = read(types.MergeVersionAliasesRequest, request.body)
-        asked.name = self.named(found)
-        need(asked, "version_aliases")
-        if "@" not in asked.name:
-            raise ApiError(400, f"name is {asked.name}: a version must be named, as in {asked.name}@1")
-        model = self.find(asked.name)
-        removed = [alias.removeprefix("-") for alias in asked.version_aliases if alias.startswith("-")]
-        added = [alias for alias in asked.version_aliases if not alias.startswith("-") and alias not in removed]
+    @route("POST", f"{ONE}:mergeVersionAliases", "mergeVersionAliases")
+    def merge_aliases(self, request: Request) -> Json:
+        """Move aliases to a version; "-alias" removes one."""
+        message = request.message = parse(types.MergeVersionAliasesRequest, request.body)
+        message.name = self.name(request)
+        require(message, "version_aliases")
+        if "@" not in message.name:
+            rule = f"a version is required, as in {message.name}@1"
+            raise ApiError(400, f"name is {message.name}: {rule}")
+        model = self.find(request)
+        aliases = list(message.version_aliases)
+        removed = {alias.removeprefix("-") for alias in aliases if alias.startswith("-")}
+        added = [alias for alias in aliases if alias[0] != "-" and alias not in removed]
         for alias in added:
-            check_alias(alias)
+            check_id("version_aliases", alias, ALIAS)
         if "default" in removed:
-            raise ApiError(400, "version_aliases: `default` cannot be removed; give it to another version")
-        self.give(model.name, model.version_id, added)
-        model.version_aliases = [alias for alias in model.version_aliases if alias not in removed]
+            rule = "`default` cannot be removed; move it to another version"
+            raise ApiError(400, f"version_aliases: {rule}")
+        self._move_aliases(model, added)
+        model.version_aliases = [name for name in model.version_aliases if name not in removed]
         model.version_update_time = now()
-        return asked, answer(self.shown(model))
-
-    def patch(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
-        """Change what may be changed."""
-        model = read(types.Model, request.body)
-        asked = read_query(types.UpdateModelRequest, request, model=model)
-        kept = self.find(self.named(found))
-        check_mask(asked.update_mask.paths, CHANGEABLE)
-        check_etag(model, kept)
-        check_labels(model.labels)
-        for path in asked.update_mask.paths:
-            setattr(kept, path, getattr(model, path))
-        kept.update_time, kept.etag = now(), self.vertex.new_id()
-        return asked, answer(self.shown(kept))
-
-    def delete(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
-        """Delete a model with all its versions, if none is deployed."""
-        name = self.find(self.named(found)).name
-        asked = read_query(types.DeleteModelRequest, request, name=name)
-
-        def apply() -> None:
-            for version in self.models[name]:
-                self.refuse_deployed(name, version)
-            del self.models[name]
-
-        return asked, self.vertex.operate(name, "DeleteOperationMetadata", apply)
-
-    def delete_version(self, request: Request, found: re.Match[str]) -> tuple[Any, Response]:
-        """Delete one version: not a deployed one, not the default, so never the only one."""
-        model = self.find(self.named(found))
-        asked = read_query(types.DeleteModelVersionRequest, request, name=self.named(found))
-        if "@" not in found["id"]:
-            raise ApiError(400, f"name is {asked.name}: a version must be named, as in {asked.name}@1")
-
-        def apply() -> None:
-            self.refuse_deployed(model.name, model.version_id)
-            if "default" in model.version_aliases:
-                text = f"The default version {model.name}@{model.version_id} cannot be deleted: give `default` to another"
-                raise ApiError(400, text, name="FAILED_PRECONDITION")
-            del self.models[model.name][model.version_id]
-
-        return asked, self.vertex.operate(model.name, "DeleteOperationMetadata", apply)
-
-    def refuse_deployed(self, name: str, version: str) -> None:
-        """Refuse to delete what is deployed."""
-        if places := self.vertex.endpoints.where(name, version):
-            text = f"The Model {name}@{version} cannot be deleted: it is deployed to {places[0].endpoint}; undeploy it first"
-            raise ApiError(400, text, name="FAILED_PRECONDITION")
-
-
-def model_field(model: Any, name: str) -> str | None:
-    """A model's field for a filter; `model` is its id."""
-    return model.name.split("/")[-1] if name == "model" else field_of(model, name)
-
-
-def check_alias(alias: str) -> None:
-    """Refuse what cannot be an alias."""
-    if not re.fullmatch(ALIAS, alias):
-        raise ApiError(400, f"version_aliases: {alias!r} must match {ALIAS}")
-
-
-def check_mask(paths: Any, changeable: set[str]) -> None:
-    """Refuse a change of what cannot be changed."""
-    if not paths:
-        raise ApiError(400, "update_mask is required")
-    if wrong := sorted(set(paths) - changeable):
-        raise ApiError(400, f"update_mask: {', '.join(wrong)} cannot be changed; {', '.join(sorted(changeable))} can")
-
-
-def check_etag(sent: Any, kept: Any) -> None:
-    """Refuse a change of what has changed since it was read; without an etag nothing is compared."""
-    if sent.etag and sent.etag != kept.etag:
-        raise ApiError(409, f"etag is {sent.etag!r}, but {kept.name} has changed since and has {kept.etag!r}", name="ABORTED")
+        return self.view(model)

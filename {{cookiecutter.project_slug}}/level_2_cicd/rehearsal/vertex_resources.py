@@ -1,0 +1,78 @@
+"""What the collections of Vertex AI's resources have in common: names, get and list."""
+
+from typing import Any, ClassVar
+
+from google.cloud.aiplatform_v1 import types
+
+from rehearsal.protojson import as_json, canonical, list_page, now, parse_query
+from rehearsal.server import ApiError, Json, Request, route
+
+ONE = "/{id}"
+
+
+class Collection:
+    """The resources of one kind, by name; subclasses add and override calls."""
+
+    plural: ClassVar[str]
+    kind: ClassVar[Any]
+
+    def __init__(self, vertex: Any) -> None:
+        self.vertex = vertex
+        self.by_name: dict[str, Any] = {}
+
+    def name(self, request: Request, identity: str = "") -> str:
+        """Return the resource name that a path means, or a new one in its location."""
+        return f"{canonical(request['parent'])}/{self.plural}/{identity or request['id']}"
+
+    def not_found(self, name: str) -> ApiError:
+        """Return the error for an unknown name."""
+        return ApiError(404, f"The {self.kind.__name__} does not exist: {name}")
+
+    def check_new(self, name: str, hint: str = "") -> None:
+        """Reject a name that exists."""
+        if name in self.by_name:
+            raise ApiError(409, f"The {self.kind.__name__} {name} already exists{hint}")
+
+    def find(self, request: Request) -> Any:
+        """Return the message of a path's resource."""
+        name = self.name(request)
+        if name not in self.by_name:
+            raise self.not_found(name)
+        return self.by_name[name]
+
+    def in_location(self, request: Request) -> list[Any]:
+        """Return the messages of a path's location."""
+        prefix = f"{canonical(request['parent'])}/"
+        return [message for name, message in self.by_name.items() if name.startswith(prefix)]
+
+    def request_type(self, verb: str, plural: str = "") -> Any:
+        """Return the type of a call's request message."""
+        return getattr(types, f"{verb}{self.kind.__name__}{plural}Request")
+
+    def view(self, message: Any) -> Json:
+        """Convert a message to the response of a call."""
+        return as_json(message)
+
+    def touch(self, message: Any) -> Any:
+        """Set the update time and a new etag."""
+        message.update_time, message.etag = now(), self.vertex.new_id()
+        return message
+
+    def look(self, request: Request) -> None:
+        """Let time pass."""
+        self.vertex.tick()
+
+    @route("GET", "", "list")
+    def list_all(self, request: Request) -> Json:
+        """Return a page of those that match the filter."""
+        query = parse_query(self.request_type("List", "s"), request, parent=request["parent"])
+        request.message = query
+        return list_page(self.in_location(request), query, self.plural)
+
+    @route("GET", ONE, "get")
+    def get(self, request: Request) -> Json:
+        """Return one."""
+        self.look(request)
+        name = self.name(request)  # of a model, with the version that the path names
+        request.message = parse_query(self.request_type("Get"), request, name=name)
+        return self.view(self.find(request))
