@@ -110,7 +110,7 @@ def toolbox(project: Path, address: str) -> str:
 def test_it_is_built_once_and_then_taken_from_the_registry(project: Path, address: str, toolbox: str) -> None:
     assert image_registry.digest(toolbox)
     must("docker", "rmi", "--force", toolbox, "toolbox")
-    assert "taken from the registry" in must("sh", SCRIPT, address, MIRROR, cwd=project)
+    assert "pulled from the registry" in must("sh", SCRIPT, address, MIRROR, cwd=project)
     assert must("docker", "image", "inspect", "--format", "{{.Id}}", "toolbox") == must(
         "docker", "image", "inspect", "--format", "{{.Id}}", toolbox
     )
@@ -118,7 +118,7 @@ def test_it_is_built_once_and_then_taken_from_the_registry(project: Path, addres
 
 def test_a_pull_request_that_changes_it_pushes_nothing(project: Path, address: str, toolbox: str, tmp_path: Path) -> None:
     other = Path(shutil.copytree(project, tmp_path / "other"))
-    edit(other / "level_2_cicd/toolbox/Dockerfile", "# What the steps", "# Changed: what the steps")
+    edit(other / "level_2_cicd/toolbox/Dockerfile", "# The image of", "# Changed: what the steps")
     name = must("sh", SCRIPT, "--name", address, cwd=other).strip()
     assert name != toolbox
     must("sh", SCRIPT, "--no-push", address, MIRROR, cwd=other)

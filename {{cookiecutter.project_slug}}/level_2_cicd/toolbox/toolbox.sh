@@ -1,12 +1,12 @@
 #!/bin/sh
-# The image that the steps of a build run in; it is called `toolbox` on this machine afterwards.
+# Provides the image of the build steps as `toolbox` in the local Docker.
 #
-#   toolbox.sh                                                     builds it, unless it is here
-#   toolbox.sh [--no-push] REGISTRY [BASE_IMAGES [PYTHON_INDEX]]   takes it from the registry, or else builds and pushes it
-#   toolbox.sh --name REGISTRY                                     prints its name there, and does nothing
+#   toolbox.sh                                                     builds it if missing
+#   toolbox.sh [--no-push] REGISTRY [BASE_IMAGES [PYTHON_INDEX]]   pulls it, or builds and pushes it
+#   toolbox.sh --name REGISTRY                                     prints its name in the registry
 #
-# BASE_IMAGES and PYTHON_INDEX are cloud.mirrors of project.yaml. Its tag is a hash of all that it is made of, so it is built
-# once, and again when one of these files has changed. It runs where there is only docker and a shell.
+# BASE_IMAGES and PYTHON_INDEX are cloud.mirrors of project.yaml. The tag is a hash of the inputs, so
+# it is rebuilt only when they change. Needs docker and a shell only.
 set -eu
 cd "$(dirname "$0")/../.."
 
@@ -15,26 +15,26 @@ case "${1:-}" in
     --no-push) what=keep && shift ;;
     --name) what=name && shift ;;
     -*)
-        echo "error: $1: there are --no-push and --name." >&2
+        echo "error: unknown option $1; expected --no-push or --name." >&2
         exit 2
         ;;
 esac
 registry=${1:-} mirror=${2:-} index=${3:-}
-# The first step of every build: of two builds, the one that began later counts (src/launcher/push.py).
+# First step of a build: of two builds, the one that began later wins (src/launcher/push.py).
 if [ -n "$registry" ] && [ "$what" = get ]; then mkdir -p build && date -u +%Y-%m-%dT%H:%M:%S+00:00 >build/began; fi
 folder=level_2_cicd/toolbox base=level_1_pipeline/base_image.txt
 inputs="$base $folder/Dockerfile level_1_pipeline/install_packages.sh requirements/launcher.txt requirements/uv.txt"
-# shellcheck disable=SC2086  # a list of words
+# shellcheck disable=SC2086  # word splitting is intended
 tag=$(sha256sum $inputs | sha256sum | cut -c 1-16)
 name=${registry:+$registry/}toolbox:$tag
 if [ "$what" = name ]; then
-    if [ -z "$registry" ]; then echo "error: --name: of which registry?" >&2 && exit 2; fi
+    if [ -z "$registry" ]; then echo "error: --name: missing REGISTRY" >&2 && exit 2; fi
     echo "$name"
     exit
 fi
 
 if ! docker info >/dev/null 2>&1; then
-    echo "error: Docker's engine does not run: start Docker Desktop, or type: sudo systemctl start docker" >&2
+    echo "error: Docker is not running. Start Docker Desktop, or run: sudo systemctl start docker" >&2
     exit 2
 fi
 
@@ -43,7 +43,7 @@ build() {
     secrets=$(mktemp)
     trap 'rm -f "$secrets"' EXIT
     for variable in ${index:+PIP_INDEX_URL UV_DEFAULT_INDEX}; do echo "export $variable='$index'" >>"$secrets"; done
-    # On a person's machine the standard variables say where packages come from, as for the other images.
+    # Locally, pip's variables name the package index, as for the other images.
     for variable in PIP_INDEX_URL PIP_FIND_LINKS HTTPS_PROXY HTTP_PROXY NO_PROXY; do
         eval "value=\${$variable:-}"
         if [ -z "$value" ]; then continue; fi
@@ -59,11 +59,11 @@ build() {
 }
 
 if [ -n "$registry" ] && docker pull --quiet "$name" 2>/dev/null; then
-    echo "toolbox: taken from the registry"
+    echo "toolbox: pulled from the registry"
 else
     if [ -z "$(docker image ls --quiet "$name")" ]; then build; fi
     if [ -n "$registry" ] && [ "$what" = get ]; then
-        # Another build may have sent the same meanwhile, and tags never move.
+        # Another build may have pushed it meanwhile, and tags are immutable.
         docker push --quiet "$name" || docker pull --quiet "$name"
     fi
 fi
