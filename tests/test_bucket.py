@@ -1,4 +1,4 @@
-"""A model is saved on, read and served from a file system that cannot rename folders, as buckets do."""
+"""Models are trained, read and served on a file system that cannot rename folders, like buckets."""
 
 import json
 import os
@@ -16,21 +16,25 @@ from trainer.data import find_csv
 pytestmark = pytest.mark.heavy
 
 Command = Callable[..., str]
-# The Python of the system: the package that mounts is the system's, not this environment's.
+# The system's Python has the package that mounts; this environment has not.
 SYSTEM_PYTHON = shutil.which("python3", path=os.defpath) or "python3"
 
 
 @pytest.fixture
 def bucket(root: Path, tmp_path: Path) -> Iterator[Path]:
-    """A mounted bucket: it is GCS_MOUNT/bucket."""
-    found = subprocess.run([SYSTEM_PYTHON, "-c", "import fusepy"], capture_output=True, text=True)
-    if found.returncode or not Path("/dev/fuse").exists():
-        (pytest.fail if os.environ.get("REQUIRE_DOCKER") else pytest.skip)("this test needs /dev/fuse and fusepy")
+    """A mounted bucket, GCS_MOUNT/bucket."""
+    import_fusepy = [SYSTEM_PYTHON, "-c", "import fusepy"]
+    failed = subprocess.run(import_fusepy, capture_output=True).returncode
+    if failed or not Path("/dev/fuse").exists():
+        stop = pytest.fail if os.environ.get("REQUIRE_DOCKER") else pytest.skip
+        stop("this test needs /dev/fuse and fusepy")
     source, mountpoint = tmp_path / "source", tmp_path / "gcs" / "bucket"
     source.mkdir()
     mountpoint.mkdir(parents=True)
     server = subprocess.Popen(
-        [SYSTEM_PYTHON, root / "tests" / "bucket.py", source, mountpoint], stderr=subprocess.PIPE, text=True
+        [SYSTEM_PYTHON, root / "tests" / "bucket.py", source, mountpoint],
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert server.stderr
     try:
@@ -46,8 +50,12 @@ def bucket(root: Path, tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def project(template: Path, bucket: Path) -> Command:
-    """Run a module of the project; addresses of the form gs://bucket/… are in the mounted bucket."""
-    environment = {**os.environ, "PYTHONPATH": str(template / "src"), "GCS_MOUNT": str(bucket.parent)}
+    """Run a module of the project; gs://bucket/… is in the mounted bucket."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(template / "src"),
+        "GCS_MOUNT": str(bucket.parent),
+    }
 
     def run(module: str, *arguments: object) -> str:
         command = [sys.executable, "-m", module, *map(str, arguments)]
@@ -58,32 +66,38 @@ def project(template: Path, bucket: Path) -> Command:
     return run
 
 
-def test_a_model_is_trained_evaluated_and_served_where_folders_cannot_be_renamed(
+def test_a_model_is_trained_evaluated_and_served_without_renaming_folders(
     project: Command, template: Path, bucket: Path
 ) -> None:
     (bucket / "before").mkdir()
     with pytest.raises(PermissionError):
         (bucket / "before").rename(bucket / "after")
-    (bucket / "before" / "file").write_text("kept")
+    (bucket / "before" / "file").write_text("content")
     (bucket / "before" / "file").rename(bucket / "file")
-    assert (bucket / "file").read_text() == "kept"
+    assert (bucket / "file").read_text() == "content"
 
     find_csv("sample:digits", bucket)
-    rows = ["--train", "gs://bucket/train.parquet", "--test", "gs://bucket/test.parquet"]
-    project("trainer.data", "--csv", "gs://bucket/digits.csv", "--label", "digit", *rows)
+    datasets = ["--train", "gs://bucket/train.parquet", "--test", "gs://bucket/test.parquet"]
+    project("trainer.data", "--csv", "gs://bucket/digits.csv", "--label", "digit", *datasets)
     options = {"seed": 0, "threads": 1, "epochs": 12, "batch_size": 128, "learning_rate": 0.003}
     folders = ["--model-dir", "gs://bucket/model", "--checkpoint-dir", "gs://bucket/checkpoints"]
-    for _ in range(2):  # the second time over the model that is there, from the checkpoint
-        trained = project("trainer.train", *rows[:2], *folders, "--hyperparameters", json.dumps(options))
+    for _ in range(2):  # the second time over the existing model, from the checkpoint
+        trained = project(
+            "trainer.train", *datasets[:2], *folders, "--hyperparameters", json.dumps(options)
+        )
     assert "Resuming after epoch 12" in trained
     assert (bucket / "checkpoints" / "checkpoint.safetensors").is_file()
     assert not list(bucket.rglob("*.partial"))
     scores = ["--metrics-file", "gs://bucket/scores.json"]
-    project("trainer.evaluate", "--model-dir", "gs://bucket/model", *rows[2:], *scores)
+    project("trainer.evaluate", "--model-dir", "gs://bucket/model", *datasets[2:], *scores)
     assert json.loads((bucket / "scores.json").read_text())["accuracy"] > 0.9
 
     command = [sys.executable, "-m", "predictor.app", "--port", "0"]
-    served = {**os.environ, "PYTHONPATH": str(template / "src"), "AIP_STORAGE_URI": str(bucket / "model")}
+    served = {
+        **os.environ,
+        "PYTHONPATH": str(template / "src"),
+        "AIP_STORAGE_URI": str(bucket / "model"),
+    }
     with subprocess.Popen(command, env=served, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr
         line = server.stderr.readline()

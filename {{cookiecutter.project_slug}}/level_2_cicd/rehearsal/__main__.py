@@ -12,8 +12,8 @@ from rehearsal.storage import FakeStorage
 from rehearsal.vertex import FakeVertex
 
 
-def main() -> None:
-    """Serve; print the variables that lead to the fakes, and each call."""
+def parse_options() -> argparse.Namespace:
+    """Parse the command line."""
     description = "Fakes of Vertex AI and Cloud Storage on this machine."
     parser = argparse.ArgumentParser(prog="python -m rehearsal", description=description)
     add = parser.add_argument
@@ -22,7 +22,13 @@ def main() -> None:
     add("--buckets", type=Path, default=Path("scratch/buckets"), help="folder of the buckets")
     add("--bucket", action="append", default=[], metavar="NAME", help="create a bucket; repeatable")
     add("--run", action="store_true", help="run training jobs and deployed models with Docker")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Serve; print the variables that lead to the fakes, and each call."""
+    options = parse_options()
+    # SIGTERM ends it like Ctrl-C, so that containers are stopped.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     port, root = options.port, options.buckets.resolve()
     with ExitStack() as stack:

@@ -39,11 +39,13 @@ def read(path: Path | str, values: Mapping[str, str]) -> Json:
 def resolve(build: Json, values: Mapping[str, str]) -> Json:
     """Fill in a build's substitutions and check the order of its steps; may raise InvalidBuild."""
     values = {**build.get("substitutions", {}), **values}
+    # Cloud Build does not substitute in these two.
     template = {key: build[key] for key in build if key not in {"substitutions", "source"}}
     names = variables(template)
     if missing := ", ".join(sorted(names - set(values))):
         problem = "is not matched in the substitution data"
         raise InvalidBuild(f"key in the template {missing!r} {problem}")
+    # Built-in substitutions need not be used; own ones (_NAME) must be.
     extra = ", ".join(sorted(name for name in values if name[0] == "_" and name not in names))
     if extra and build.get("options", {}).get("substitutionOption") != "ALLOW_LOOSE":
         problem = "in the substitution data is not matched in the template"
@@ -221,6 +223,7 @@ class _Run:
                         step.status = "WORKING"
                         threads.append(threading.Thread(target=self._step, args=(number,)))
                         threads[-1].start()
+                # Each step that ends wakes this loop up.
                 if not self.changed.wait(timeout=max(0.0, deadline - time.monotonic())):
                     self._end("TIMEOUT")
         for thread in threads:
@@ -239,21 +242,10 @@ class _Run:
         step, spec, start = self.steps[number], self.build["steps"][number], time.monotonic()
         words, variables = self.command(self.build, spec)
         with self.changed:
-            if self.status:
+            if self.status:  # the build ended before this step's process started
                 step.status = "CANCELLED"
                 return
-            # A session of its own, so that everything it starts is killed with it.
-            process = self.processes[number] = subprocess.Popen(
-                words,
-                cwd=self.workspace,
-                env=variables,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                start_new_session=True,
-            )
+            process = self.processes[number] = self._start(words, variables)
         status = ""
         try:
             step.output = process.communicate(timeout=seconds(spec.get("timeout")))[0]
@@ -267,6 +259,19 @@ class _Run:
             failed = "CANCELLED" if self.status else "FAILURE"
             step.status = status or ("SUCCESS" if process.returncode == 0 else failed)
             self._after(step, spec)
+
+    def _start(self, words: list[str], variables: dict[str, str]) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            words,
+            cwd=self.workspace,
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,  # so that everything it starts is killed with it
+        )
 
     def _after(self, step: Step, spec: Json) -> None:
         """End the build if a step's result demands it; under the lock."""

@@ -61,9 +61,11 @@ class FakeCloudBuild(FakeServer):
         page = "https://console.cloud.google.com/cloud-build/builds"
         build.log_url = f"{page};region={request['region']}/{build.id}?project=1"
         self.builds[build.id] = build
+        # Not in this call: gcloud polls the build, and builds run in parallel.
         thread = threading.Thread(target=self._work, args=(build, resolved))
         self._threads.append(thread)
         thread.start()
+        # gcloud expects an operation, and reads the build's id from its metadata.
         metadata = {"@type": METADATA, "build": as_json(build)}
         return {"name": f"{request['parent']}/operations/{build.id}", "metadata": metadata}
 
@@ -134,6 +136,7 @@ def check_build(build: Json, values: dict[str, str]) -> Json:
     limit = build_steps.seconds(resolved.get("timeout", "600s"))
     if not 0 < limit <= 86400:
         raise ApiError(400, "invalid value for 'build.timeout': expected 0s to 86400s")
+    # gcloud shows these errors as they are, so the words are Cloud Build's.
     for tag in resolved.get("tags", []):
         if not re.fullmatch(r"[\w][\w.-]{0,127}", tag):
             raise ApiError(400, f"invalid value for 'build.tags': {tag!r}")

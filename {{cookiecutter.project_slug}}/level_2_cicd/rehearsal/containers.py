@@ -50,6 +50,7 @@ class Containers:
 
     def close(self) -> None:
         """Stop what still runs, and remove the logs."""
+        # All at once, then wait for each.
         for container in self.started:
             container.stop(grace=0)
         for container in self.started:
@@ -71,6 +72,7 @@ class Containers:
 
     def start_server(self, model: Any, deployed: Any) -> "ModelServer":
         """Start a deployed model's container, on a free port instead of its own."""
+        # Several servers share this machine's network, so the model's own port may be in use.
         spec, port = model.container_spec, free_port()
         default = f"/v1/endpoints/0/deployedModels/{deployed.id}"
         routes = {
@@ -89,6 +91,7 @@ class Containers:
         """Start a container; its own variables come first, Vertex AI's override them."""
         name = f"rehearsal-{os.getpid()}-{len(self.started) + 1}-{time.time_ns() % 1_000_000}"
         variables = {variable.name: variable.value for variable in spec.env} | variables
+        # Never pull: a missing image must fail at once, without network.
         words = ["docker", "run", "--rm", "--pull", "never", "--name", name]
         words += ["--network", "host", *UNPRIVILEGED, *options]  # the fakes are on loopback
         for key, value in variables.items():

@@ -65,6 +65,7 @@ class Images(FakeServer):
         if key not in self.manifests:
             raise ApiError(404, f"manifest unknown: {name}:{reference}")
         content, kind = self.manifests[key]
+        # A registry does not convert manifests.
         if kind not in request.headers.get("accept", ""):
             raise ApiError(404, f"manifest unknown: {name}:{reference}: {kind} is not accepted")
         return Response(content, headers={"Content-Type": kind, "Docker-Content-Digest": key[1]})

@@ -42,7 +42,7 @@ class FakeTemplateRegistry(FakeServer):
         name, version = pipeline_name(content), f"sha256:{hashlib.sha256(content).hexdigest()}"
         key = request["project"], request["repository"], name
         package = self.packages.setdefault(key, Package())
-        if version not in package.contents:
+        if version not in package.contents:  # the same content again is the same version
             package.contents[version] = content
             description = request.headers.get("description", "")
             package.versions[version] = {"createTime": timestamp(), "description": description}

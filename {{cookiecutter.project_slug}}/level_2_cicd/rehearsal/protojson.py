@@ -11,6 +11,7 @@ from google.protobuf import json_format
 
 from rehearsal.transport import ApiError, Json, Request
 
+# gcloud sends v1beta1 and ui for some calls; the messages are the same.
 LOCATION = r"/(?:v1|v1beta1|ui)/(?P<parent>projects/[^/:]+/locations/[^/:]+)"
 # Every call of Google's APIs takes these.
 SYSTEM_PARAMETERS = {"alt", "$alt", "key", "fields", "prettyPrint", "quotaUser"}
@@ -22,6 +23,7 @@ def parse(kind: Any, body: bytes) -> Any:
     """Parse a body strictly: an unknown field or an invalid value is an error that names it."""
     message = kind()
     try:
+        # kind.pb() unwraps proto-plus: json_format knows plain messages only.
         json_format.Parse(body or b"{}", kind.pb(message))
     except (json_format.ParseError, ValueError) as error:
         raise ApiError(400, f"Invalid JSON payload received. {error}") from None
@@ -82,6 +84,7 @@ def canonical(name: str) -> str:
 
     def number(match: re.Match[str]) -> str:
         project = match[1]
+        # Any number will do, but always the same.
         crc = 100_000_000_000 + zlib.crc32(project.encode())
         return f"projects/{project if project.isdigit() else crc}/"
 

@@ -25,6 +25,7 @@ class FakePubSub(FakeServer):
         body: Any = request.json()
         try:
             fields = {*body, *(field for message in body["messages"] for field in message)}
+            # Strict base64: by default, Python drops invalid characters.
             messages = [
                 (base64.b64decode(one.get("data", ""), validate=True), one.get("attributes", {}))
                 for one in body["messages"]

@@ -91,6 +91,7 @@ class Process(ABC):
     def kill(self) -> None:
         """Kill it and everything that it started, as a failing machine does."""
         if self._process:
+            # gcloud starts Java and would leave it running.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
@@ -133,6 +134,7 @@ class PubSubEmulator(Process):
             raise EmulatorNotFound("the Cloud SDK is not installed")
         words = [gcloud, "beta", "emulators", "pubsub", "start", "--project=rehearsal"]
         words += [f"--host-port={self.host}", f"--data-dir={self.folder}"]
+        # The user's own configuration stays untouched.
         config = {"CLOUDSDK_CONFIG": str(self.folder), "CLOUDSDK_CORE_DISABLE_PROMPTS": "1"}
         return words, {**os.environ, **config}
 

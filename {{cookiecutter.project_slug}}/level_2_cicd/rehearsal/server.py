@@ -65,7 +65,7 @@ class FakeServer:
         self.routes: list[tuple[str, str, str, Handler]] = []
         self.received: list[Request] = []
         self.faults: list[Fault] = []
-        self.lock = threading.RLock()
+        self.lock = threading.RLock()  # one call at a time: each is atomic, as in the cloud
         self.log: Callable[[str], None] | None = None  # gets one line per call
         self.add_routes(self)
         self._http = HttpServer(port, self)
@@ -75,6 +75,7 @@ class FakeServer:
 
     def add_routes(self, owner: object, path: str = "", call: str = "") -> None:
         """Serve an object's @route methods, with prefixes for their paths and call names."""
+        # Base classes first, in the order of the source: the first matching route wins.
         for cls in reversed(type(owner).__mro__):
             for name, attribute in vars(cls).items():
                 if spec := getattr(attribute, "route", None):
@@ -133,19 +134,21 @@ class FakeServer:
             response.fraction = fault.fraction
             return response
         if fault.done:
-            self._run(request, handler)
+            self._run(request, handler)  # the work is done; only its response is lost
         return ApiError(fault.status, fault.message).response() if fault.status else None
 
     def _run(self, request: Request, handler: Handler) -> Response:
         try:
             with self.lock:
                 result = handler(request)
+                # Rejected requests are not logged, so that tests see what took effect.
                 self.received.append(request)
             response = result if isinstance(result, Response) else Response(result)
             return response.body() if callable(response.body) else response
         except ApiError as error:
             return error.response()
         except Exception as error:
+            # A client would retry a closed connection and hide the bug.
             traceback.print_exc()
             return ApiError(500, f"bug in {type(self).__name__}: {error!r}").response()
 

@@ -53,6 +53,7 @@ class FakeStorage(FakeServer):
 
     def bucket(self, name: str) -> Json:
         """Return a bucket's resource."""
+        # .uploads has files that are not objects yet.
         if name.startswith(".") or not (self.root / name).is_dir():
             raise ApiError(404, "The specified bucket does not exist.", "notFound")
         return {
@@ -99,6 +100,7 @@ class FakeStorage(FakeServer):
             if not name.startswith(prefix) or name < query.get("startOffset", ""):
                 continue
             end = name.find(delimiter, len(prefix)) if delimiter else -1
+            # All names below a common prefix are one entry.
             is_object[name if end < 0 else name[: end + len(delimiter)]] = end < 0
         # The token is the last name, so that the next page is right after deletions too.
         last = base64.urlsafe_b64decode(query.get("pageToken", "")).decode()

@@ -63,6 +63,7 @@ class Notifications:
                 ),
                 "payloadFormat": config["payload_format"],
             }
+            # Custom attributes first: they cannot replace the standard ones.
             has_payload = config["payload_format"] == "JSON_API_V1"
             payload = json.dumps(resource).encode() if has_payload else b""
             all_attributes = {**config.get("custom_attributes", {}), **standard, **attributes}
@@ -77,6 +78,7 @@ class Notifications:
         body = json.dumps({"messages": [message]}).encode()
         request = urllib.request.Request(uri, body, {"Content-Type": "application/json"})
         try:
+            # A proxy of the environment cannot reach loopback.
             no_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
             no_proxy.open(request, timeout=10).close()
         except OSError as error:

@@ -61,6 +61,7 @@ class Objects:
         path = self.path(bucket, name)
         status = path.stat()
         generation = status.st_mtime_ns // 1000
+        # Hashing large files at each call would be slow.
         key = (bucket, name, generation, status.st_size)
         if key not in self._hashes:
             self._hashes[key] = hashes(path.read_bytes())
@@ -103,6 +104,7 @@ class Objects:
             if metadata.get(kind, value) != value:
                 message = f"Provided {kind} {metadata[kind]} doesn't match calculated {value}."
                 raise ApiError(400, message, "invalid")
+        # Generations must grow, even if two writes share a microsecond or the clock goes back.
         generation = max(time.time_ns() // 1000, self._last_generation + 1)
         if old:
             generation = max(generation, int(old["generation"]) + 1)
@@ -122,6 +124,7 @@ class Objects:
     def _replace(self, path: Path, content: bytes, generation: int) -> None:
         if path.is_dir():
             shutil.rmtree(path)  # check_write found only folders in it
+        # Readers see the old content or the new one, never a part.
         temporary = self.storage.root / ".uploads" / uuid.uuid4().hex
         temporary.parent.mkdir(exist_ok=True)
         temporary.write_bytes(content)
@@ -137,6 +140,7 @@ class Objects:
 def check_preconditions(resource: Json | None, query: dict[str, str]) -> None:
     """Check an object, or its absence, against ifGenerationMatch and the like."""
     for name in ("generation", "metageneration"):
+        # An absent object has generation 0: ifGenerationMatch=0 means "create only".
         current, parameter = resource[name] if resource else "0", f"if{name.capitalize()}"
         matches = query.get(f"{parameter}Match", current) == current
         if not matches or query.get(f"{parameter}NotMatch") == current:

@@ -52,6 +52,7 @@ class Uploads:
             metadata.setdefault("contentType", request.headers["x-upload-content-type"])
         name = request.query.get("name") or metadata.get("name", "")
         request.message = {**metadata, "name": name}
+        # Preconditions are checked now and again at the end, as the object may change meanwhile.
         self.storage.files.check_write(request["bucket"], name, request.query)
         session = uuid.uuid4().hex
         self.sessions[session] = Session(request["bucket"], name, metadata, request.query)
@@ -65,6 +66,7 @@ class Uploads:
         if session is None or session.bucket != request["bucket"]:
             raise ApiError(404, "Upload session not found; start a new one.", "notFound")
         request.message = request.body
+        # The client repeats a chunk whose response was lost.
         if session.result is not None:
             return session.result
         total = self._add_chunk(session, request)
@@ -93,7 +95,7 @@ class Uploads:
                 raise ApiError(400, f"Content-Range {header}: {received}", "badRequest")
             if match[3] == "*" and len(body) % CHUNK:
                 raise ApiError(400, f"a chunk must be a multiple of {CHUNK} bytes", "badRequest")
-            session.content[start:] = body
+            session.content[start:] = body  # a repeated chunk replaces itself
         return match[3]
 
 

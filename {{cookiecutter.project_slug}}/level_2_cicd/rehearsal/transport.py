@@ -113,6 +113,7 @@ class HttpServer(ThreadingHTTPServer):
     """Passes requests to `fake.handle`, in a thread per connection; None closes the connection."""
 
     daemon_threads = True
+    # Tests send a hundred requests at once; the default of 5 would refuse connections.
     request_queue_size = 256
 
     def __init__(self, port: int, fake: Any) -> None:
@@ -121,17 +122,20 @@ class HttpServer(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Report errors, but not clients that closed the connection."""
+        # Clients are killed in tests; that is no error here.
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
 
 
 class _Connection(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+    protocol_version = "HTTP/1.1"  # with connections that stay open, as Google's
     server: HttpServer
+    # Otherwise each response waits 40 ms for the client's delayed ACK.
     disable_nagle_algorithm: ClassVar[bool] = True
 
     def _handle(self) -> None:
         url = urlsplit(self.path)
+        # Blank values count: `prefix=` is not an error.
         repeated = parse_qs(url.query, keep_blank_values=True)
         query = {name: values[-1] for name, values in repeated.items()}
         headers = {name.lower(): value for name, value in self.headers.items()}
@@ -157,9 +161,11 @@ class _Connection(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content[: int(len(content) * response.fraction)])
+        # Less than Content-Length promises: the client sees a broken connection.
         self.close_connection |= response.fraction < 1
 
     def _read_body(self) -> bytes:
+        # Python's server does not decode chunks, which Go's clients (Terraform) send.
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
             return self.rfile.read(int(self.headers.get("Content-Length") or 0))
         body = b""

@@ -56,6 +56,7 @@ class Operation:
                 return
             self.finish(self.apply())
         except ApiError as error:
+            # 9 is FAILED_PRECONDITION: what was right when it began no longer is.
             self.result = {"error": {"code": 9, "message": error.message}}
 
     def finish(self, message: Any) -> None:
@@ -71,6 +72,7 @@ class Operation:
         if self.result is None:
             if self.server is not None:
                 self.server.stop()
+            # 1 is CANCELLED.
             self.result = {"error": {"code": 1, "message": "The operation was cancelled"}}
 
     def as_json(self) -> Json:
@@ -106,7 +108,7 @@ class FakeVertex(FakeServer):
         self.operations: dict[str, Operation] = {}
         self.jobs, self.runs = CustomJobs(self), PipelineJobs(self)
         self.models, self.endpoints = Models(self), Endpoints(self)
-        self._ids = itertools.count(1_000_000_001)
+        self._ids = itertools.count(1_000_000_001)  # 10 digits, as a deployed model's id may have
         for part in (self.jobs, self.runs, self.models, self.endpoints):
             self.add_routes(part, f"{LOCATION}/{part.plural}", f"{part.plural}.")
 
@@ -146,6 +148,7 @@ class FakeVertex(FakeServer):
         identity = self.new_id()
         name = f"{resource}/operations/{identity}"
         operation = Operation(name, verb, apply, self.slow_operations, server, key)
+        # A server needs time to become healthy, so that a deployment with one is never immediate.
         if self.slow_operations == 0 and server is None:
             operation.finish(apply())
         self.operations[identity] = operation

@@ -38,7 +38,6 @@ class Endpoints(Collection):
 
     @route("POST", "", "create")
     def create(self, request: Request) -> Any:
-        """Create an endpoint without models."""
         message = request.message = parse(types.Endpoint, request.body)
         identity = parse_query(types.CreateEndpointRequest, request).endpoint_id
         require(message, "display_name")
@@ -59,7 +58,6 @@ class Endpoints(Collection):
 
     @route("PATCH", ONE, "patch")
     def patch(self, request: Request) -> Json:
-        """Change the fields of the update mask."""
         changes = parse(types.Endpoint, request.body)
         message = parse_query(types.UpdateEndpointRequest, request, endpoint=changes)
         endpoint = self.find(request)
@@ -99,6 +97,7 @@ class Endpoints(Collection):
             if traffic:
                 endpoint.traffic_split = traffic
             self.touch(endpoint)
+            # From now on it gets predictions; before, it was not healthy yet.
             if server is not None:
                 self.servers[key] = server
             return types.DeployModelResponse(deployed_model=deployed)
@@ -166,6 +165,7 @@ class Endpoints(Collection):
             content = result.body
             if result.status != 200:
                 text = content.decode(errors="replace") if isinstance(content, bytes) else content
+                # Other statuses of a container are a 500 of Vertex AI.
                 status = result.status if result.status in {400, 429, 503, 504} else 500
                 raise ApiError(status, text if isinstance(text, str) else json.dumps(text))
             source = {
@@ -194,6 +194,7 @@ class Endpoints(Collection):
 
     def _predict(self, request: Request) -> tuple[Any, Any]:
         """Return the next deployed model, and a function that returns its response."""
+        # The function runs without the lock, because a prediction takes time.
         endpoint = self.find(request)
         deployed = self.choose(endpoint)
         if server := self.servers.get((endpoint.name, deployed.id)):
@@ -238,7 +239,7 @@ def traffic_after_undeploy(endpoint: Any, identity: str, split: dict[str, int]) 
         check_traffic(split, ids)
     traffic = split or dict(endpoint.traffic_split)
     if ids == {identity}:
-        return {}
+        return {}  # the last model takes its traffic with it
     if share := traffic.get(identity):
         message = f"The DeployedModel {identity} still has {share} % of the traffic"
         raise failed_precondition(message)

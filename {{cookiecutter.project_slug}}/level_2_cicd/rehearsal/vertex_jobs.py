@@ -88,6 +88,7 @@ class Jobs(Collection):
     def enter(self, job: Job, state: str) -> None:
         """Set a job's state."""
         message = job.message
+        # The states of both kinds differ in their prefix only.
         message.state = self.states[f"{self.prefix}{state}"]
         message.update_time = now()
         if state == "RUNNING" and not message.start_time:
@@ -95,7 +96,7 @@ class Jobs(Collection):
         if state in FINAL_STATES:
             message.end_time = now()
         if state == "FAILED":
-            message.error.code = job.outcome.code or 3
+            message.error.code = job.outcome.code or 3  # INVALID_ARGUMENT, as for a bad program
             message.error.message = job.outcome.message or "injected failure"
 
     def advance(self, job: Job) -> None:
@@ -109,13 +110,13 @@ class Jobs(Collection):
 
     @route("POST", f"{ONE}:cancel", "cancel")
     def cancel(self, request: Request) -> Json:
-        """Start to cancel a job."""
         message = request.message = parse(self.request_type("Cancel"), request.body)
         message.name = self.find(request).name
         job = self.by_name[message.name]
         if self.state(job) in FINAL_STATES:
             problem = f"cannot be cancelled: its state is {job.message.state.name}"
             raise failed_precondition(f"The {self.kind.__name__} {message.name} {problem}")
+        # Cancelling is asynchronous: the next look finds the job cancelled.
         job.coming_states = ["CANCELLED"]
         self.enter(job, "CANCELLING")
         if job.container is not None:
@@ -130,13 +131,13 @@ class CustomJobs(Jobs):
 
     @route("POST", "", "create")
     def create(self, request: Request) -> Json:
-        """Check a job and start it."""
         message = request.message = parse(types.CustomJob, request.body)
         parse_query(types.CreateCustomJobRequest, request)
         require(message, "display_name", "job_spec")
         check_job_spec(message.job_spec)
         check_labels(message.labels)
         job = self.add(types.CustomJob(message), self.name(request, self.vertex.new_id()))
+        # A job that is to fail does so without a container.
         if self.vertex.containers is not None and job.outcome.state == "SUCCEEDED":
             job.container = self.vertex.containers.start_job(job.message)
         return self.view(job.message)
@@ -198,7 +199,6 @@ class PipelineJobs(Jobs):
 
     @route("POST", "", "create")
     def create(self, request: Request) -> Json:
-        """Check a pipeline job and start it."""
         message = request.message = parse(types.PipelineJob, request.body)
         query = parse_query(types.CreatePipelineJobRequest, request)
         identity = query.pipeline_job_id or f"run-{self.vertex.new_id()}"
@@ -206,7 +206,7 @@ class PipelineJobs(Jobs):
         check_pipeline_job(message)
         check_labels(message.labels)
         message.name = self.name(request, identity)
-        self.check_new(message.name)
+        self.check_new(message.name)  # callers rely on this 409 to start a run once
         return self.view(self.add(types.PipelineJob(message), message.name).message)
 
     def enter(self, job: Job, state: str) -> None:

@@ -78,6 +78,7 @@ class Models(Collection):
         dedicated = types.Model.DeploymentResourcesType.DEDICATED_RESOURCES
         model.supported_deployment_resources_types = [dedicated]
         versions[model.version_id] = self.touch(model)
+        # Some version must be the default one, so the first is.
         if model.version_id == "1" and "default" not in aliases:
             aliases.append("default")
         self._move_aliases(model, aliases)
@@ -85,6 +86,7 @@ class Models(Collection):
 
     def _move_aliases(self, model: Any, aliases: list[str]) -> None:
         """Point aliases to this version, and to no other."""
+        # Vertex AI takes an alias away from the other versions itself.
         for version in self.by_name[model.name].values():
             others = [alias for alias in version.version_aliases if alias not in aliases]
             version.version_aliases = [*others, *aliases] if version is model else others
@@ -116,7 +118,6 @@ class Models(Collection):
 
     @route("GET", f"{ONE}:listVersions", "listVersions")
     def list_versions(self, request: Request) -> Json:
-        """Return the versions of one model."""
         name = self.name(request)
         query = request.message = parse_query(types.ListModelVersionsRequest, request, name=name)
         versions = self.by_name[self.find(request).name].values()

@@ -64,14 +64,12 @@ class Collection:
 
     @route("GET", "", "list")
     def list_all(self, request: Request) -> Json:
-        """Return a page of those that match the filter."""
         query = parse_query(self.request_type("List", "s"), request, parent=request["parent"])
         request.message = query
         return list_page(self.in_location(request), query, self.plural)
 
     @route("GET", ONE, "get")
     def get(self, request: Request) -> Json:
-        """Return one."""
         self.look(request)
         name = self.name(request)  # of a model, with the version that the path names
         request.message = parse_query(self.request_type("Get"), request, name=name)
