@@ -87,7 +87,7 @@ def commands() -> dict[str, str]:
 def as_judged(command: str) -> str:
     """The command with a project id in the place of what stands for one; and with --recursive at its end, because this
     check of gcloud's, unlike gcloud itself, takes the word behind it for its value."""
-    command = re.sub(r"--project=(?:X|[A-Z]+)(?=\s|$)", "--project=my-project", command)
+    command = re.sub(r"--project=(?:X|[A-Z]+|\$\{local\.project\})(?=\s|$)", "--project=my-project", command)
     return re.sub(r"(.*) --recursive( .*)", r"\1\2 --recursive", command)
 
 

@@ -15,7 +15,7 @@ case "${1:-}" in
     --no-push) what=keep && shift ;;
     --name) what=name && shift ;;
     -*)
-        echo "error: unknown option $1; expected --no-push or --name." >&2
+        echo "error: $1: unknown option; expected --no-push or --name." >&2
         exit 2
         ;;
 esac
