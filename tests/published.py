@@ -1,4 +1,4 @@
-"""A published pipeline in the double of Cloud Storage, for tests and benchmarks: as a build publishes it."""
+"""A published pipeline in the fake of Cloud Storage, for tests and benchmarks: as a build publishes it."""
 
 import json
 from collections.abc import Mapping

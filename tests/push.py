@@ -1,4 +1,4 @@
-"""A cloud for pushes: all doubles that a build talks to, and a project whose cloudbuild.yaml is run there.
+"""A cloud for pushes: all fakes that a build talks to, and a project whose cloudbuild.yaml is run there.
 
 Real: gcloud, make, the project's programs, the wire between them. Not real: the services, Docker, Terraform (its own tests run
 it), and the machines on which a pipeline's steps would run.
@@ -43,7 +43,7 @@ esac
 
 
 class Cloud:
-    """The doubles, and a project that is pushed there."""
+    """The fakes, and a project that is pushed there."""
 
     def __init__(self, folder: Path, project: Path, stack: ExitStack) -> None:
         self.folder, self.project = folder, project
@@ -59,7 +59,7 @@ class Cloud:
         self.builds = stack.enter_context(cloud_build.FakeCloudBuild(work))
         edit(project / "project.yaml", 'dev: {project: ""', 'dev: {project: "my-project"')
         edit(project / "project.yaml", 'registry: ""', f'registry: "{self.images.host}/digit-reader"')
-        fake(folder / "fakes" / "docker", DOCKER)
+        write_program(folder / "fakes" / "docker", DOCKER)
         for bucket in ("storage", "data", "pipelines"):
             self.storage.create_bucket(f"my-project-digit-reader-{bucket}")
         self.vertex.skipped_tasks.add("register")  # as the gate decides, which is not run here
@@ -95,7 +95,7 @@ class Cloud:
         return build_steps.as_process(self.variables, {**left_out, **(instead or {})})
 
     @property
-    def doubles(self) -> list[Any]:
+    def fakes(self) -> list[Any]:
         """Everybody who can receive something."""
         return [self.storage, self.vertex, self.templates, self.images, self.topics, self.builds]
 
@@ -172,15 +172,15 @@ class Cloud:
         return sorted(build.substitutions["_CONTAINER"] for build in self.builds.calls("builds.create"))
 
     def forget(self) -> None:
-        """Let the doubles forget what they received, and keep what they hold."""
-        for double in self.doubles:
-            double.received.clear()
+        """Let the fakes forget what they received, and keep what they hold."""
+        for fake in self.fakes:
+            fake.received.clear()
         self.topics.messages.clear()
 
 
 @dataclass(frozen=True)
 class Effect:
-    """What a push did, as the doubles received it.
+    """What a push did, as the fakes received it.
 
     Attributes:
         builds: the containers for whose image a build was asked for; pushed: those whose image the registry got.
@@ -284,7 +284,7 @@ def edit(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new, 1), encoding="utf-8")
 
 
-def fake(path: Path, text: str) -> None:
+def write_program(path: Path, text: str) -> None:
     """A program of few lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")

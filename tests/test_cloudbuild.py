@@ -169,7 +169,7 @@ def test_a_value_with_a_comma_reaches_gcloud_whole() -> None:
 
 # ── gcloud builds submit, over the wire ─────────────────────────────────────────────────────────────────
 @pytest.fixture
-def doubles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[FakeCloudBuild, FakeStorage]]:
+def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[FakeCloudBuild, FakeStorage]]:
     """Cloud Build and Cloud Storage, to which the real gcloud talks."""
     if shutil.which("gcloud") is None:
         (pytest.fail if os.environ.get("REQUIRE_DOCKER") else pytest.skip)("this test needs gcloud")
@@ -214,9 +214,9 @@ SECRETS = {
 
 
 def test_submit_sends_what_cloudbuild_yaml_says_and_nothing_secret(
-    here: Path, doubles: tuple[FakeCloudBuild, FakeStorage]
+    here: Path, fakes: tuple[FakeCloudBuild, FakeStorage]
 ) -> None:
-    builds, storage = doubles
+    builds, storage = fakes
     for name, text in SECRETS.items():
         (here / name).parent.mkdir(parents=True, exist_ok=True)
         (here / name).write_text(text)
@@ -293,8 +293,8 @@ def test_the_sources_of_every_container_are_sent(here: Path) -> None:
         assert needed <= sent, container.name
 
 
-def test_a_pool_and_another_environment_are_named(here: Path, doubles: tuple[FakeCloudBuild, FakeStorage]) -> None:
-    builds, storage = doubles
+def test_a_pool_and_another_environment_are_named(here: Path, fakes: tuple[FakeCloudBuild, FakeStorage]) -> None:
+    builds, storage = fakes
     storage.create_bucket("my-prod-digit-reader-storage")
     pool = "projects/my-prod/locations/europe-west4/workerPools/private"
     done = make("submit", ENVIRONMENT="prod", SET=f'"cloud.environments.prod.existing={{build_pool: {pool}}}"')
@@ -306,15 +306,15 @@ def test_a_pool_and_another_environment_are_named(here: Path, doubles: tuple[Fak
     assert build.source.storage_source.bucket == "my-prod-digit-reader-storage"
 
 
-def test_the_command_is_shown_and_nothing_is_sent(here: Path, doubles: tuple[FakeCloudBuild, FakeStorage]) -> None:
+def test_the_command_is_shown_and_nothing_is_sent(here: Path, fakes: tuple[FakeCloudBuild, FakeStorage]) -> None:
     done = make("submit", DRY_RUN="1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("gcloud builds submit . --config=level_2_cicd/cloudbuild.yaml --project=my-project")
-    assert not any(double.received for double in doubles)
+    assert not any(fake.received for fake in fakes)
 
 
-def test_a_build_that_fails_is_a_failure_here(here: Path, doubles: tuple[FakeCloudBuild, FakeStorage]) -> None:
-    builds, _ = doubles
+def test_a_build_that_fails_is_a_failure_here(here: Path, fakes: tuple[FakeCloudBuild, FakeStorage]) -> None:
+    builds, _ = fakes
 
     def fail(_: object) -> dict[str, str]:
         raise BuildFailed("step test failed")
@@ -326,7 +326,7 @@ def test_a_build_that_fails_is_a_failure_here(here: Path, doubles: tuple[FakeClo
     assert "Traceback" not in done.stderr
 
 
-def test_what_cloud_build_would_refuse_the_double_refuses(here: Path, doubles: tuple[FakeCloudBuild, FakeStorage]) -> None:
+def test_what_cloud_build_would_refuse_the_fake_rejects(here: Path, fakes: tuple[FakeCloudBuild, FakeStorage]) -> None:
     def submit(text: str, *more: str) -> str:
         (here / "build").mkdir(exist_ok=True)
         (here / "build" / "bad.yaml").write_text(text)
@@ -350,17 +350,17 @@ def test_what_cloud_build_would_refuse_the_double_refuses(here: Path, doubles: t
     assert "CLOUD_LOGGING_ONLY" in submit(step, "--substitutions=_A=1", account)
     assert "no earlier step" in submit("steps: [{name: x, waitFor: [later]}]\n")
     assert "two steps" in submit("steps: [{name: x, id: a}, {name: x, id: a}]\n")
-    assert not doubles[0].calls("builds.create")
+    assert not fakes[0].calls("builds.create")
 
 
 def test_triggers_for_each_container_name_their_files_and_are_made_anew(
-    here: Path, doubles: tuple[FakeCloudBuild, FakeStorage]
+    here: Path, fakes: tuple[FakeCloudBuild, FakeStorage]
 ) -> None:
     linked = "cloud.ci=cloud-build cloud.repository.name=connection/code"
     for turn in ("made", "made anew"):
         done = make("setup-triggers", SET=linked)
         assert done.returncode == 0, f"{turn}: {done.stderr}"
-    builds, _ = doubles
+    builds, _ = fakes
     assert len(builds.triggers) == len(containers.find(here))
     assert len(builds.calls("triggers.create")) == len(builds.triggers)  # the second time, they are there
     predict = builds.triggers["digit-reader-predict"]
@@ -374,7 +374,7 @@ def test_triggers_for_each_container_name_their_files_and_are_made_anew(
     assert not any(name.startswith("src/trainer") for name in predict.included_files)
 
 
-def test_triggers_without_a_linked_repository_are_refused(here: Path, doubles: tuple[FakeCloudBuild, FakeStorage]) -> None:
+def test_triggers_without_a_linked_repository_are_refused(here: Path, fakes: tuple[FakeCloudBuild, FakeStorage]) -> None:
     for chosen, told in (
         ("", "cloud.ci in project.yaml is github-actions"),
         ("cloud.ci=cloud-build", "cloud.repository.name in"),
@@ -382,7 +382,7 @@ def test_triggers_without_a_linked_repository_are_refused(here: Path, doubles: t
         done = make("setup-triggers", SET=chosen)
         assert done.returncode == 2
         assert told in done.stderr
-    assert not doubles[0].received
+    assert not fakes[0].received
 
 
 # ── the runner of steps ─────────────────────────────────────────────────────────────────────────────────

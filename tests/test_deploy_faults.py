@@ -43,7 +43,7 @@ SCHEMA = {"label": "digit", "classes": ["0", "1"], "columns": [{"name": "a", "ki
 
 
 class Cloud:
-    """Both doubles; each run is compared with the champion of its time."""
+    """Both fakes; each run is compared with the champion of its time."""
 
     def __init__(self, vertex: FakeVertex, store: FakeStorage, mount: Path) -> None:
         self.vertex, self.store, self.mount = vertex, store, mount
@@ -131,24 +131,24 @@ TURNS = [("vertex", name, 0) for name in FAULTS] + [("store", name, 0) for name 
 @pytest.mark.parametrize(("which", "what", "slow"), TURNS)
 def test_an_error_at_every_call_in_turn(cloud: Cloud, later: Callable[[], None], which: str, what: str, slow: int) -> None:
     fault = FAULTS[what]
-    double, failed, met = getattr(cloud, which), 0, True
+    fake, failed, met = getattr(cloud, which), 0, True
     cloud.vertex.slow_operations = slow
     runs: list[str] = []
     while met:
         runs.append(f"run-{len(runs)}")
         before = cloud.champion()
-        double.fail(after=len(runs) - 1, **fault)
+        fake.fail(after=len(runs) - 1, **fault)
         try:
             outcome = cloud.deploy(runs[-1], before)
         except UserError as error:
             assert fault is REFUSED, error
             assert "not today" in str(error)
             failed += 1
-            double.faults.clear()
+            fake.faults.clear()
             later()
             outcome = cloud.deploy(runs[-1], before)
-        met = not double.faults or double.faults[0].times == 0
-        double.faults.clear()
+        met = not fake.faults or fake.faults[0].times == 0
+        fake.faults.clear()
         assert outcome["champion"], (len(runs), outcome)
         cloud.assert_consistent(*runs)
     assert len(runs) > 10

@@ -1,5 +1,5 @@
 """Events for real: the Cloud SDK's Pub/Sub emulator pushes to the trigger function, a process under functions-framework, which
-starts runs at the double of Vertex AI; files are written to the double of Cloud Storage, which tells the emulator.
+starts runs at the fake of Vertex AI; files are written to the fake of Cloud Storage, which tells the emulator.
 
 The emulator ignores a subscription's filter, and we use none; it asks for no token, so who may push is not tested here.
 """
@@ -98,7 +98,7 @@ class Events:
 def make_events(
     emulator: PubSubEmulator, cloud: Cloud, spec: dict[str, Any], project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Events]]:
-    """Start all of it: topics, subscriptions, doubles, function."""
+    """Start all of it: topics, subscriptions, fakes, function."""
     with FakeVertex() as vertex, FakeStorage(tmp_path / "buckets", pubsub=emulator.address) as storage:
         started: list[TriggerFunction] = []
         topics = {kind: cloud.place.topic(kind) for kind in ("requests", "data", "dead-letters")}
@@ -436,20 +436,20 @@ def kill_again_and_again(events: Events, done: threading.Event) -> None:
     done.set()
 
 
-def break_calls(double: Any, chance: random.Random) -> Callable[[], tuple[int, int]]:
+def break_calls(fake: Any, chance: random.Random) -> Callable[[], tuple[int, int]]:
     """Let one call in five fail, in one of four ways; tells how many did, of how many."""
     ways: list[dict[str, Any]] = [{"status": 503}, {"status": 0}, {"status": 503, "done": True}, {"status": 0, "done": True}]
     calls, failed = 0, 0
-    find = double._fault
+    find = fake._fault
 
     def fault(call: str) -> Any:
         nonlocal calls, failed
-        with double.lock:
+        with fake.lock:
             calls += 1
             if chance.random() < FAILING:
                 failed += 1
-                double.fail(**chance.choice(ways))
+                fake.fail(**chance.choice(ways))
             return find(call)
 
-    double._fault = fault
+    fake._fault = fault
     return lambda: (failed, calls)

@@ -1,4 +1,4 @@
-"""The pipeline is compiled, published and started by the containers themselves; servers are doubles, signals are real."""
+"""The pipeline is compiled, published and started by the containers themselves; servers are fakes, signals are real."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def project(generate: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
 
 
 class Cloud:
-    """The doubles, and the environment in which commands find them."""
+    """The fakes, and the environment in which commands find them."""
 
     def __init__(self, vertex: FakeVertex, storage: FakeStorage, templates: FakeTemplateRegistry) -> None:
         self.vertex, self.storage, self.templates = vertex, storage, templates
@@ -53,7 +53,7 @@ class Cloud:
 
 @pytest.fixture
 def cloud(tmp_path: Path) -> Iterator[Cloud]:
-    """All doubles, with the bucket."""
+    """All fakes, with the bucket."""
     (tmp_path / "my-project-digit-reader-storage").mkdir()
     with FakeVertex() as vertex, FakeStorage(tmp_path) as storage, FakeTemplateRegistry() as templates:
         yield Cloud(vertex, storage, templates)

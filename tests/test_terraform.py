@@ -644,7 +644,7 @@ LOCK = rb'\{"ID":.*/stack/default.*\}'  # as Terraform writes it
 def test_the_state_begins_here_and_moves_to_the_bucket(
     clean_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Terraform's own backend speaks to the double of Cloud Storage; the bucket comes with the first apply."""
+    """Terraform's own backend speaks to the fake of Cloud Storage; the bucket comes with the first apply."""
     with FakeStorage(tmp_path / "buckets") as store:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", store.address)
         refused = launch("plan")

@@ -68,10 +68,10 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def vertex(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeVertex]:
     """Vertex AI, which has no machine for the first job."""
-    with FakeVertex() as double:
-        monkeypatch.setenv("CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM", double.address)
-        double.set_outcome("g2-standard-8$", "FAILED", code=8, message=STOCK_OUT)
-        yield double
+    with FakeVertex() as fake:
+        monkeypatch.setenv("CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM", fake.address)
+        fake.set_outcome("g2-standard-8$", "FAILED", code=8, message=STOCK_OUT)
+        yield fake
 
 
 def states(vertex: FakeVertex) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a push does, as a table: the steps of cloudbuild.yaml are run, and the doubles tell what they received."""
+"""What a push does, as a table: the steps of cloudbuild.yaml are run, and the fakes tell what they received."""
 
 import os
 import shutil
@@ -120,10 +120,10 @@ def test_one_that_is_killed_again_and_again_gets_to_its_end(cloud: Cloud) -> Non
 
 
 def test_a_pull_request_changes_nothing(cloud: Cloud) -> None:
-    """cloudbuild.pr.yaml builds all images, and none of the doubles receives anything."""
+    """cloudbuild.pr.yaml builds all images, and none of the fakes receives anything."""
     outcome = cloud.pull_request()
     assert outcome.status == "SUCCESS", outcome.failures()
     assert "l4-spot" in outcome.step("jobs").output
     built = (cloud.folder / "fakes" / "docker.log").read_text()
     assert all(f"digit-reader/{name}:" in built for name in IMAGES)
-    assert not [one.call for double in cloud.doubles for one in double.received]
+    assert not [one.call for fake in cloud.fakes for one in fake.received]

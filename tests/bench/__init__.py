@@ -5,4 +5,4 @@ import sys
 from tests.bench.report import PROJECT
 
 sys.path.insert(0, str(PROJECT / "src"))  # the project's modules are imported where they lie
-sys.path.insert(0, str(PROJECT / "level_2_cicd"))  # and the doubles
+sys.path.insert(0, str(PROJECT / "level_2_cicd"))  # and the fakes
