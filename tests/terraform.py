@@ -1,4 +1,4 @@
-"""What the tests of Terraform share: copies of the configuration, plans as JSON, and the combinations that are planned."""
+"""Helpers for the Terraform tests: copies of the configurations, plans as JSON, combinations of settings."""
 
 import itertools
 import json
@@ -41,21 +41,21 @@ FACTORS: dict[str, list[Any]] = {
     "data_ingestion": ["scheduled-job", "managed-airflow", "none"],
     "private": [False, True],
     "existing": [False, True],
-    "more": [False, True],  # a schedule, a budget, a Workbench instance, files folded
+    "more": [False, True],  # a schedule, a budget, a Workbench instance, batched files
 }
 
 
 def pairwise(factors: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
-    """A few combinations, in which every pair of values of two factors occurs."""
+    """Return a few combinations that cover every pair of values of two factors."""
     names = list(factors)
-    every = [dict(zip(names, values, strict=True)) for values in itertools.product(*factors.values())]
-    missing = {pair for case in every for pair in _pairs(case)}
-    chosen = []
+    combinations = [dict(zip(names, values, strict=True)) for values in itertools.product(*factors.values())]
+    missing = {pair for case in combinations for pair in _pairs(case)}
+    selection = []
     while missing:
-        best = max(every, key=lambda case: len(missing & set(_pairs(case))))
+        best = max(combinations, key=lambda case: len(missing & set(_pairs(case))))
         missing -= set(_pairs(best))
-        chosen.append(best)
-    return chosen
+        selection.append(best)
+    return selection
 
 
 def _pairs(case: Mapping[str, Any]) -> Iterator[Any]:
@@ -63,7 +63,7 @@ def _pairs(case: Mapping[str, Any]) -> Iterator[Any]:
 
 
 def settings_of(base: Mapping[str, Any], case: Mapping[str, Any]) -> dict[str, Any]:
-    """project.yaml for a combination."""
+    """Return project.yaml for a combination."""
     document: dict[str, Any] = json.loads(json.dumps(base))
     cloud = document["cloud"]
     for key in ("encryption", "ci", "data_ingestion", "private"):
@@ -83,36 +83,36 @@ def settings_of(base: Mapping[str, Any], case: Mapping[str, Any]) -> dict[str, A
 
 @dataclass(frozen=True)
 class Configuration:
-    """A copy of one of the two configurations, initialised; it keeps its state, if any, on this machine."""
+    """An initialised copy of one of the two configurations, with local state."""
 
     folder: Path
 
     @classmethod
     def of(cls, project: Path, copy: Path, part: str, version: str = "") -> "Configuration":
-        """Copy a project's configuration. A lock file of it would be the stand-in's, and must not be left in the project.
+        """Copy a project's configuration: a lock file of the fake providers must not reach the project.
 
         Args:
             part: "" or "foundation".
-            version: of the providers, if not the newest.
+            version: version constraint of the providers; "": unchanged.
         """
         shutil.copytree(
             project / "level_2_cicd", copy / "level_2_cicd", ignore=shutil.ignore_patterns("rehearsal", ".terraform*")
         )
         shutil.copy(project / "project.yaml", copy)
-        made = cls(copy / "level_2_cicd" / "terraform" / part)
-        (made.folder / "local_override.tf").write_text('terraform {\n  backend "local" {}\n}\n', encoding="utf-8")
+        configuration = cls(copy / "level_2_cicd" / "terraform" / part)
+        (configuration.folder / "local_override.tf").write_text('terraform {\n  backend "local" {}\n}\n', encoding="utf-8")
         if version:
-            versions = made.folder / "versions.tf"
+            versions = configuration.folder / "versions.tf"
             text = versions.read_text(encoding="utf-8")
             assert text.count('">= 6.50, < 8"') == 2
             versions.write_text(text.replace(">= 6.50, < 8", version), encoding="utf-8")
-        made.run("init", "-input=false")
-        return made
+        configuration.run("init", "-input=false")
+        return configuration
 
     def run(self, *words: str, fails: bool = False) -> str:
-        """Run Terraform; returns what it prints."""
+        """Run Terraform and return its output."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("TF_VAR_")}
-        plain = [] if words[0] == "providers" else ["-no-color"]  # which does not know it
+        plain = [] if words[0] == "providers" else ["-no-color"]  # which lacks that option
         done = subprocess.run(
             ["terraform", words[0], *plain, *words[1:]], cwd=self.folder, env=environment, capture_output=True, text=True
         )
@@ -120,39 +120,39 @@ class Configuration:
         return done.stdout + done.stderr
 
     def plan(self, environment: str, document: Mapping[str, Any], images: Mapping[str, str] | None = None) -> "Plan":
-        """Plan for an environment of a project.yaml."""
+        """Plan one environment of a project.yaml."""
         self.run("plan", "-input=false", "-lock=false", "-out=plan.bin", *self.variables(environment, document, images))
         return Plan(json.loads(self.run("show", "-json", "plan.bin")))
 
     def variables(self, environment: str, document: Mapping[str, Any], images: Mapping[str, str] | None = None) -> list[str]:
-        """Options that give the variables."""
+        """Return the command line options of the variables."""
         path = self.folder / "planned.yaml"
         path.write_text(json.dumps(document), encoding="utf-8")  # JSON is YAML too
-        given = [f"-var=environment={environment}", "-var=project_file=./planned.yaml"]
-        return given if images is None else [*given, f"-var=images={json.dumps(images)}"]
+        options = [f"-var=environment={environment}", "-var=project_file=./planned.yaml"]
+        return options if images is None else [*options, f"-var=images={json.dumps(images)}"]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan, as `terraform show -json` tells it."""
+    """The output of `terraform show -json`."""
 
     document: dict[str, Any]
 
     @property
     def resources(self) -> list[dict[str, Any]]:
-        """What is made: address, type, index, and values as far as they are known."""
+        """The planned resources: address, type, index, known values."""
         return list(_managed(self.document["planned_values"]["root_module"]))
 
     def of(self, kind: str) -> list[dict[str, Any]]:
-        """The values of all of a type."""
+        """The values of all resources of a type."""
         return [resource["values"] for resource in self.resources if resource["type"] == kind]
 
     def types(self) -> set[str]:
-        """What kinds are made."""
+        """The types of the planned resources."""
         return {resource["type"] for resource in self.resources}
 
     def output(self, name: str) -> Any:
-        """A value that is known beforehand."""
+        """The planned value of an output."""
         return self.document["planned_values"]["outputs"][name]["value"]
 
 
@@ -165,6 +165,6 @@ def _managed(module: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
 
 
 def read_settings(project: Path) -> dict[str, Any]:
-    """A project's project.yaml."""
+    """Read a project's project.yaml."""
     document: dict[str, Any] = yaml.safe_load((project / "project.yaml").read_text(encoding="utf-8"))
     return document

@@ -1,4 +1,4 @@
-"""Level 2's infrastructure, with the real Terraform: properties of plans, for combinations of what project.yaml may say."""
+"""Properties of Terraform's plans of level 2, for combinations of settings in project.yaml."""
 
 import base64
 import json
@@ -27,11 +27,12 @@ pytestmark = pytest.mark.heavy
 
 ROOT = Path(__file__).resolve().parents[1]
 CASES = pairwise(FACTORS)
+PARTS = ["", "foundation"]
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A combination, its project.yaml, and the plans of both configurations."""
+    """A combination of settings, its project.yaml, and the plans of both configurations."""
 
     case: dict[str, Any]
     document: dict[str, Any]
@@ -43,30 +44,28 @@ class Planned:
         return PROJECTS[self.case["environment"]]
 
     @property
-    def keys_are_own(self) -> bool:
+    def customer_managed(self) -> bool:
         return bool(self.case["encryption"] == "customer-managed")
+
+    def email(self, actor: str) -> str:
+        return f"digit-reader-{actor}@{self.project}.iam.gserviceaccount.com"
 
 
 @pytest.fixture(scope="module")
 def terraform() -> None:
-    """Terraform, and its providers; without them a test is skipped, and where REQUIRE_DOCKER is set it fails."""
-    problem = "" if shutil.which("terraform") else "terraform is not installed"
-    if problem:
-        (pytest.fail if os.environ.get("REQUIRE_DOCKER") else pytest.skip)(f"this test needs Terraform: {problem}")
+    """Skip without Terraform; fail if REQUIRE_DOCKER is set."""
+    if not shutil.which("terraform"):
+        (pytest.fail if os.environ.get("REQUIRE_DOCKER") else pytest.skip)("needs Terraform")
 
 
 @pytest.fixture(scope="module")
 def copies(terraform: None, default_project: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Configuration]:
-    """Both configurations."""
-    return {
-        part: Configuration.of(default_project, tmp_path_factory.mktemp("terraform") / "copy", part)
-        for part in ("", "foundation")
-    }
+    """Both configurations, initialised."""
+    return {part: Configuration.of(default_project, tmp_path_factory.mktemp("terraform") / "copy", part) for part in PARTS}
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: "+".join(str(value) for value in case.values()))
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: "+".join(map(str, case.values())))
 def planned(request: pytest.FixtureRequest, copies: dict[str, Configuration], default_project: Path) -> Planned:
-    """Every pair of choices occurs in some combination."""
     case = request.param
     document = settings_of(read_settings(default_project), case)
     foundation = copies["foundation"].plan(case["environment"], document)
@@ -74,100 +73,105 @@ def planned(request: pytest.FixtureRequest, copies: dict[str, Configuration], de
 
 
 def addresses(plan: Plan, pattern: str) -> list[str]:
-    return [resource["address"] for resource in plan.resources if re.search(pattern, resource["type"])]
+    return [each["address"] for each in plan.resources if re.search(pattern, each["type"])]
 
 
-# ── rights ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-def test_the_stack_holds_no_right_and_no_key(planned: Planned) -> None:
-    """Whoever applies it on each push cannot raise its own rights."""
-    assert addresses(planned.stack, r"_iam_|_kms_|google_service_account|workload_identity|organization_policy") == []
+# ── permissions ────────────────────────────────────────────────────────────────────────────────
+def test_stack_contains_no_iam_and_no_keys(planned: Planned) -> None:
+    """So a push cannot extend its own permissions."""
+    forbidden = r"_iam_|_kms_|google_service_account|workload_identity|organization_policy"
+    assert addresses(planned.stack, forbidden) == []
     assert addresses(planned.foundation, r"_iam_")
 
 
-def rights(plan: Plan) -> list[tuple[str, str, str]]:
-    """Kind of resource, role, member."""
+def iam_members(plan: Plan) -> list[tuple[str, str, str]]:
+    """Resource type, role, member."""
     return [
-        (resource["type"], resource["values"]["role"], resource["values"]["member"])
-        for resource in plan.resources
-        if resource["type"].endswith("_iam_member")
+        (each["type"], each["values"]["role"], each["values"]["member"])
+        for each in plan.resources
+        if each["type"].endswith("_iam_member")
     ]
 
 
-# What administers something is refused, but for these: the first makes the clock, the next two what somebody chose, and the
-# last is Google's own agent's in the private mode.
-ADMINISTER = {
+# The admin roles in use: schedules; two optional services; a service agent's in private mode.
+ADMIN_ROLES = {
     "roles/cloudscheduler.admin",
     "roles/composer.admin",
     "roles/notebooks.admin",
     "roles/compute.networkAdmin",
 }
-FORBIDDEN = re.compile(r"roles/(editor|owner|viewer|resourcemanager\..+|.*\.\w*[aA]dmin)")
+WIDE_ROLES = re.compile(r"roles/(editor|owner|viewer|resourcemanager\..+|.*\.\w*[aA]dmin)")
+NEVER_ON_PROJECT = {
+    "roles/iam.serviceAccountUser",
+    "roles/iam.serviceAccountTokenCreator",
+    "roles/storage.objectUser",
+}
 
 
-def test_no_right_is_too_wide(planned: Planned) -> None:
-    wide = {right[1] for right in rights(planned.foundation) if FORBIDDEN.fullmatch(right[1])}
-    assert wide <= ADMINISTER
-    agents = {member for _, role, member in rights(planned.foundation) if role == "roles/compute.networkAdmin"}
-    assert all("@gcp-sa-aiplatform.iam" in member for member in agents)
-    assert [right for right in rights(planned.foundation) if right[2] in ("allUsers", "allAuthenticatedUsers")] == []
-    # Only single members are added: nobody else's rights are taken away, and nobody gets a key file.
+def test_no_role_is_too_wide(planned: Planned) -> None:
+    members = iam_members(planned.foundation)
+    assert {role for _, role, _ in members if WIDE_ROLES.fullmatch(role)} <= ADMIN_ROLES
+    for kind, role, member in members:
+        assert member not in ("allUsers", "allAuthenticatedUsers")
+        assert role != "roles/compute.networkAdmin" or "@gcp-sa-aiplatform.iam" in member
+        assert kind != "google_project_iam_member" or role not in NEVER_ON_PROJECT, (role, member)
+    # Bindings and policies would remove other members.
     assert addresses(planned.foundation, r"_iam_(binding|policy)|google_service_account_key") == []
-    for kind, role, member in rights(planned.foundation):
-        if role in ("roles/iam.serviceAccountUser", "roles/iam.serviceAccountTokenCreator", "roles/storage.objectUser"):
-            assert kind != "google_project_iam_member", (role, member)
 
 
-def test_whoever_applies_the_stack_cannot_write_the_foundations_state(planned: Planned) -> None:
-    on_state = [
-        (right["role"], [block["expression"] for block in right["condition"]])
-        for right in planned.foundation.of("google_storage_bucket_iam_member")
-        if right["bucket"].endswith("-terraform") and "-infra@" in right["member"]
+def test_infra_cannot_write_the_state_of_the_foundation(planned: Planned) -> None:
+    grants = [
+        (grant["role"], [block["expression"] for block in grant["condition"]])
+        for grant in planned.foundation.of("google_storage_bucket_iam_member")
+        if grant["bucket"].endswith("-terraform") and "-infra@" in grant["member"]
     ]
-    below = f"projects/_/buckets/{planned.project}-digit-reader-terraform/objects/stack/"
-    assert sorted(on_state) == [
-        ("roles/storage.objectUser", [f'resource.name.startsWith("{below}")']),
+    folder = f"projects/_/buckets/{planned.project}-digit-reader-terraform/objects/stack/"
+    assert sorted(grants) == [
+        ("roles/storage.objectUser", [f'resource.name.startsWith("{folder}")']),
         ("roles/storage.objectViewer", []),
     ]
 
 
-def test_own_roles_cannot_grant(planned: Planned) -> None:
-    permissions = {name for role in planned.foundation.of("google_project_iam_custom_role") for name in role["permissions"]}
+def test_custom_roles_cannot_grant(planned: Planned) -> None:
+    roles = planned.foundation.of("google_project_iam_custom_role")
+    permissions = {name for role in roles for name in role["permissions"]}
     assert permissions == {"storage.buckets.get", "storage.buckets.update"}
 
 
-def test_each_actor_has_one_account_and_every_grant_names_one(planned: Planned) -> None:
-    chosen = planned.document["cloud"]
+def test_each_actor_has_one_account_and_every_grant_a_reason(planned: Planned) -> None:
+    cloud_settings = planned.document["cloud"]
     actors = {"trainer", "pipeline", "build", "infra", "function", "trigger", "predictor"}
-    actors |= {"checker" if chosen["ci"] == "cloud-build" else "deployer"}
-    actors |= {"ingestion"} if chosen["data_ingestion"] != "none" else set()
-    made = {account["account_id"] for account in planned.foundation.of("google_service_account")}
-    there = {"trainer"} if planned.case["existing"] else set()
-    assert made == {f"digit-reader-{actor}" for actor in actors - there}
-    granted = planned.foundation.output("grants")
-    agents = {"pubsub agent", "storage agent"} | ({"vertex agent"} if chosen["private"] else set())
-    assert {grant["who"] for grant in granted} == actors | agents
-    assert all(grant["why"] for grant in granted)
+    actors |= {"checker" if cloud_settings["ci"] == "cloud-build" else "deployer"}
+    actors |= {"ingestion"} if cloud_settings["data_ingestion"] != "none" else set()
+    accounts = {each["account_id"] for each in planned.foundation.of("google_service_account")}
+    existing = {"trainer"} if planned.case["existing"] else set()
+    assert accounts == {f"digit-reader-{actor}" for actor in actors - existing}
+    grants = planned.foundation.output("grants")
+    agents = {"pubsub agent", "storage agent"}
+    agents |= {"vertex agent"} if cloud_settings["private"] else set()
+    assert {grant["who"] for grant in grants} == actors | agents
+    assert all(grant["why"] for grant in grants)
 
 
 def pool_users(foundation: Plan) -> set[str]:
-    """Who may build in private pools of the project."""
-    given = [right for right in rights(foundation) if right[1] == "roles/cloudbuild.workerPoolUser"]
-    assert all(kind == "google_project_iam_member" for kind, _, _ in given)
-    return {re.sub(r"serviceAccount:digit-reader-(\w+)@.*", r"\1", member) for _, _, member in given}
+    """The actors that may build in the project's private pool."""
+    users = [each for each in iam_members(foundation) if each[1] == "roles/cloudbuild.workerPoolUser"]
+    assert all(kind == "google_project_iam_member" for kind, _, _ in users)
+    return {re.sub(r"serviceAccount:digit-reader-(\w+)@.*", r"\1", member) for _, _, member in users}
 
 
-def test_whoever_starts_a_build_may_use_the_private_pool(planned: Planned) -> None:
-    """That of another project, which the existing one is here, is its owner's to grant."""
+def test_accounts_that_start_builds_may_use_the_own_private_pool(planned: Planned) -> None:
+    """The existing pool is in another project, whose owner grants its use."""
     own = planned.case["private"] and not planned.case["existing"]
-    starters = {"build", "checker"} if planned.case["ci"] == "cloud-build" else {"build", "deployer"}
+    starters = {"build", "checker" if planned.case["ci"] == "cloud-build" else "deployer"}
     assert pool_users(planned.foundation) == (starters if own else set())
 
 
 @pytest.mark.parametrize(("project", "users"), [("my-project-dev", {"build", "deployer"}), ("my-project", set())])
-def test_a_pool_that_is_there_already_is_used_without_the_private_mode_too(
+def test_existing_pool_is_used_without_private_mode(
     copies: dict[str, Configuration], default_project: Path, project: str, users: set[str]
 ) -> None:
-    [case] = [case for case in CASES if not case["private"] and not case["existing"] and case["ci"] == "gitlab"][:1]
+    case = next(case for case in CASES if not case["private"] and not case["existing"] and case["ci"] == "gitlab")
     document = settings_of(read_settings(default_project), {**case, "environment": "dev"})
     pool = f"projects/{project}/locations/europe-west4/workerPools/theirs"
     document["cloud"]["environments"]["dev"]["existing"] = {"build_pool": pool}
@@ -176,29 +180,28 @@ def test_a_pool_that_is_there_already_is_used_without_the_private_mode_too(
 
 def test_prod_reads_the_images_of_dev_and_cannot_write_them(planned: Planned) -> None:
     on_dev = [
-        (right["role"], right["member"])
-        for right in planned.foundation.of("google_artifact_registry_repository_iam_member")
-        if right["project"] == PROJECTS["dev"]
+        (grant["role"], grant["member"])
+        for grant in planned.foundation.of("google_artifact_registry_repository_iam_member")
+        if grant["project"] == PROJECTS["dev"]
     ]
-    if planned.case["environment"] == "prod":
-        of_dev = [pair for pair in on_dev if not (planned.case["existing"] and pair[0] != "roles/artifactregistry.reader")]
-        build = "serviceAccount:digit-reader-build@my-project-prod.iam.gserviceaccount.com"
-        assert ("roles/artifactregistry.reader", build) in of_dev
-        [passed] = [
-            right
-            for right in planned.foundation.of("google_storage_bucket_iam_member")
-            if right["bucket"] == "my-project-dev-digit-reader-storage"
-        ]
-        assert (passed["role"], passed["member"]) == ("roles/storage.objectViewer", build)
-        assert "/objects/builds/passed/" in passed["condition"][0]["expression"]
-        if not planned.case["existing"]:  # where the repository is theirs, it may be the very one of dev
-            assert {role for role, _ in on_dev} == {"roles/artifactregistry.reader"}
-    else:
+    if planned.case["environment"] == "dev":
         assert all(PROJECTS["dev"] in member for _, member in on_dev)
+        return
+    build = f"serviceAccount:{planned.email('build')}"
+    assert ("roles/artifactregistry.reader", build) in on_dev
+    [passed] = [
+        grant
+        for grant in planned.foundation.of("google_storage_bucket_iam_member")
+        if grant["bucket"] == "my-project-dev-digit-reader-storage"
+    ]
+    assert (passed["role"], passed["member"]) == ("roles/storage.objectViewer", build)
+    assert "/objects/builds/passed/" in passed["condition"][0]["expression"]
+    if not planned.case["existing"]:  # the existing repository is in dev's project too
+        assert {role for role, _ in on_dev} == {"roles/artifactregistry.reader"}
 
 
-# ── keys ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-AGENTS = {  # FACTS of Google's documentation: which of its accounts encrypts for which service
+# ── keys ───────────────────────────────────────────────────────────────────────────────────────
+AGENTS = {  # from Google's documentation: the service agents that encrypt with each key
     "storage": {"gs-project-accounts"},
     "registry": {"gcp-sa-artifactregistry"},
     "vertex": {"gcp-sa-aiplatform", "gcp-sa-aiplatform-cc"},
@@ -208,72 +211,66 @@ AGENTS = {  # FACTS of Google's documentation: which of its accounts encrypts fo
     "airflow": {"cloudcomposer-accounts", "gs-project-accounts"},
     "compute": {"compute-system", "gcp-sa-notebooks"},
 }
-# Which key each kind of resource has: that of the service whose agent reads it.
-USE_OF = {
-    "google_storage_bucket": "storage",
-    "google_artifact_registry_repository": "registry",
-    "google_pubsub_topic": "pubsub",
-    "google_vertex_ai_metadata_store": "vertex",
-    "google_vertex_ai_endpoint": "vertex",
-    "google_cloud_run_v2_service": "run",
-    "google_cloud_run_v2_job": "run",
-    "google_composer_environment": "airflow",
-    "google_workbench_instance": "compute",
+# Resource type → its key, and where the resource names it.
+KEYS: dict[str, tuple[str, Any]] = {
+    "google_storage_bucket": ("storage", lambda values: [each["default_kms_key_name"] for each in values["encryption"]]),
+    "google_artifact_registry_repository": ("registry", lambda values: [values["kms_key_name"]]),
+    "google_pubsub_topic": ("pubsub", lambda values: [values["kms_key_name"]]),
+    "google_vertex_ai_metadata_store": ("vertex", lambda values: [each["kms_key_name"] for each in values["encryption_spec"]]),
+    "google_vertex_ai_endpoint": ("vertex", lambda values: [each["kms_key_name"] for each in values["encryption_spec"]]),
+    "google_cloud_run_v2_service": ("run", lambda values: [values["template"][0]["encryption_key"]]),
+    "google_cloud_run_v2_job": ("run", lambda values: [values["template"][0]["template"][0]["encryption_key"]]),
+    "google_composer_environment": (
+        "airflow",
+        lambda values: [each["kms_key_name"] for each in values["config"][0].get("encryption_config") or []],
+    ),
+    "google_workbench_instance": (
+        "compute",
+        lambda values: [disk["kms_key"] for disks in ("boot_disk", "data_disks") for disk in values["gce_setup"][0][disks]],
+    ),
 }
-RING = "locations/europe-west4/keyRings/digit-reader"
-# Where a resource names its key.
-KEY_OF: dict[str, Any] = {
-    "google_storage_bucket": lambda values: [block["default_kms_key_name"] for block in values["encryption"]],
-    "google_artifact_registry_repository": lambda values: [values["kms_key_name"]],
-    "google_pubsub_topic": lambda values: [values["kms_key_name"]],
-    "google_vertex_ai_metadata_store": lambda values: [block["kms_key_name"] for block in values["encryption_spec"]],
-    "google_vertex_ai_endpoint": lambda values: [block["kms_key_name"] for block in values["encryption_spec"]],
-    "google_cloud_run_v2_service": lambda values: [values["template"][0]["encryption_key"]],
-    "google_cloud_run_v2_job": lambda values: [values["template"][0]["template"][0]["encryption_key"]],
-    "google_composer_environment": lambda values: [
-        block["kms_key_name"] for block in values["config"][0].get("encryption_config") or []
-    ],
-    "google_workbench_instance": lambda values: [
-        disk["kms_key"] for disk in values["gce_setup"][0]["boot_disk"] + values["gce_setup"][0]["data_disks"]
-    ],
-}
-SCHEMA_KEY = re.compile(r"kms_key|encryption_key$|crypto_key(?!_id)|kms_key_name")
+KEY_ATTRIBUTE = re.compile(r"kms_key|encryption_key$|crypto_key(?!_id)|kms_key_name")
 
 
-def test_what_can_carry_a_key_does_when_keys_are_chosen(planned: Planned) -> None:
-    for plan in (planned.foundation, planned.stack):
-        for resource in plan.resources:
-            if resource["type"] in KEY_OF:
-                keys = KEY_OF[resource["type"]](resource["values"])
-                use = USE_OF[resource["type"]]
-                name = "buckets" if planned.case["existing"] and use == "storage" else use  # what theirs is called
-                ring = EXISTING["key_ring"] if planned.case["existing"] else f"projects/{planned.project}/{RING}"
-                wanted = f"{ring}/cryptoKeys/{name}"
-                assert set(keys) - {None, ""} == ({wanted} if planned.keys_are_own else set()), resource["address"]
-                assert not planned.keys_are_own or all(keys), resource["address"]
+def test_resources_use_their_customer_managed_key(planned: Planned) -> None:
+    existing = planned.case["existing"]
+    own_ring = f"projects/{planned.project}/locations/europe-west4/keyRings/digit-reader"
+    ring = EXISTING["key_ring"] if existing else own_ring
+    for resource in planned.foundation.resources + planned.stack.resources:
+        if resource["type"] in KEYS:
+            use, read_keys = KEYS[resource["type"]]
+            keys = read_keys(resource["values"])
+            name = "buckets" if existing and use == "storage" else use  # the existing key's name
+            expected = {f"{ring}/cryptoKeys/{name}"} if planned.customer_managed else set()
+            assert set(keys) - {None, ""} == expected, resource["address"]
+            assert not planned.customer_managed or all(keys), resource["address"]
 
 
-def test_nothing_that_can_carry_a_key_is_forgotten(copies: dict[str, Configuration], planned: Planned) -> None:
-    """By the providers' own definitions, of all kinds of resources that are made."""
+def test_every_resource_that_supports_a_key_is_listed(copies: dict[str, Configuration], planned: Planned) -> None:
+    """Checks the providers' schemas of all planned resource types."""
     for part, plan in (("", planned.stack), ("foundation", planned.foundation)):
         schemas = _schemas(copies[part])
-        able = {kind for kind in plan.types() if SCHEMA_KEY.search(" ".join(_attributes(schemas[kind]["block"])))}
-        # A key's own back end, and the key of a secret that a trigger's inline build could hold: there is none.
-        assert able - KEY_OF.keys() <= {"google_kms_crypto_key", "google_cloudbuild_trigger"}, (part, able)
+        supporting = {kind for kind in plan.types() if KEY_ATTRIBUTE.search(" ".join(_attributes(schemas[kind]["block"])))}
+        # The key itself; and a trigger's key for secrets in an inline build, which we do not have.
+        assert supporting - KEYS.keys() <= {"google_kms_crypto_key", "google_cloudbuild_trigger"}
 
 
-_read: dict[Path, dict[str, Any]] = {}
+_schema_cache: dict[Path, dict[str, Any]] = {}
 
 
 def _schemas(configuration: Configuration) -> dict[str, Any]:
-    if configuration.folder not in _read:
-        providers = json.loads(configuration.run("providers", "schema", "-json"))["provider_schemas"].values()
-        _read[configuration.folder] = {k: v for one in reversed(list(providers)) for k, v in one["resource_schemas"].items()}
-    return _read[configuration.folder]
+    if configuration.folder not in _schema_cache:
+        document = json.loads(configuration.run("providers", "schema", "-json"))
+        _schema_cache[configuration.folder] = {
+            kind: schema
+            for provider in reversed(list(document["provider_schemas"].values()))
+            for kind, schema in provider["resource_schemas"].items()
+        }
+    return _schema_cache[configuration.folder]
 
 
 def _attributes(block: dict[str, Any]) -> Iterator[str]:
-    """Names that may be set, of the block and of those within."""
+    """Names of the settable attributes of a block and its nested blocks."""
     for name, attribute in block.get("attributes", {}).items():
         if attribute.get("optional") or attribute.get("required"):
             yield name
@@ -281,33 +278,35 @@ def _attributes(block: dict[str, Any]) -> Iterator[str]:
         yield from _attributes(inner["block"])
 
 
-def test_each_key_is_for_its_agents_and_nobody_else(planned: Planned) -> None:
+def test_each_key_is_only_for_its_agents(planned: Planned) -> None:
+    existing = planned.case["existing"]
     uses = {"storage", "registry", "vertex", "pubsub", "run", "secrets"}
     uses |= {"airflow"} if planned.case["data_ingestion"] == "managed-airflow" else set()
     uses |= {"compute"} if planned.case["more"] else set()
-    theirs = set(EXISTING["keys"]) if planned.case["existing"] else set()
-    wanted = uses - theirs if planned.keys_are_own else set()
-    made = {key["name"]: key for key in planned.foundation.of("google_kms_crypto_key")}
-    assert made.keys() == wanted
-    assert all(key["rotation_period"] == "7776000s" for key in made.values())
-    users: dict[str, set[str]] = {use: set() for use in wanted}
+    uses -= set(EXISTING["keys"]) if existing else set()
+    uses = uses if planned.customer_managed else set()
+    keys = {key["name"]: key for key in planned.foundation.of("google_kms_crypto_key")}
+    assert keys.keys() == uses
+    assert all(key["rotation_period"] == "7776000s" for key in keys.values())
+    users: dict[str, set[str]] = {use: set() for use in uses}
+    agent = r"serviceAccount:service-\d+@([a-z-]+)\.iam\.gserviceaccount\.com"
     for resource in planned.foundation.resources:
         if resource["type"] == "google_kms_crypto_key_iam_member":
-            assert resource["values"]["crypto_key_id"].startswith(f"projects/{planned.project}/"), resource["address"]
-            use = resource["index"].split(" ")[0]
-            assert resource["values"]["role"] == "roles/cloudkms.cryptoKeyEncrypterDecrypter"
-            found = re.fullmatch(r"serviceAccount:service-\d+@([a-z-]+)\.iam\.gserviceaccount\.com", resource["values"]["member"])
-            assert found, resource["values"]["member"]
-            users[use].add(found[1])
-    # Keys in a ring of another project are granted by its owner.
-    assert users == {use: (set() if planned.case["existing"] else AGENTS[use]) for use in wanted}
+            values = resource["values"]
+            assert values["crypto_key_id"].startswith(f"projects/{planned.project}/")
+            assert values["role"] == "roles/cloudkms.cryptoKeyEncrypterDecrypter"
+            match = re.fullmatch(agent, values["member"])
+            assert match, values["member"]
+            users[resource["index"].split(" ")[0]].add(match[1])
+    # The owner of another project's key ring grants the use of its keys.
+    assert users == {use: (set() if existing else AGENTS[use]) for use in uses}
     rings = planned.foundation.of("google_kms_key_ring")
-    assert len(rings) == (planned.keys_are_own and not planned.case["existing"])
-    ring = EXISTING["key_ring"] if planned.case["existing"] else None
-    assert all(key["key_ring"] == ring for key in made.values() if ring)
+    assert len(rings) == (planned.customer_managed and not existing)
+    if existing:
+        assert {key["key_ring"] for key in keys.values()} <= {EXISTING["key_ring"]}
 
 
-# ── what is open, and to whom ───────────────────────────────────────────────────────────────────────────────────────
+# ── access ─────────────────────────────────────────────────────────────────────────────────────
 def test_no_bucket_is_public(planned: Planned) -> None:
     buckets = planned.foundation.of("google_storage_bucket")
     assert len(buckets) == (3 if planned.case["existing"] else 4)
@@ -319,113 +318,133 @@ def test_no_bucket_is_public(planned: Planned) -> None:
     assert planned.stack.of("google_storage_bucket") == []
 
 
-def test_the_function_hears_pubsub_alone(planned: Planned) -> None:
+def test_function_accepts_only_pubsub(planned: Planned) -> None:
     [function] = planned.stack.of("google_cloud_run_v2_service")
     assert function["ingress"] == "INGRESS_TRAFFIC_INTERNAL_ONLY"
-    assert function["template"][0]["service_account"] == f"digit-reader-function@{planned.project}.iam.gserviceaccount.com"
+    assert function["template"][0]["service_account"] == planned.email("function")
     assert function["template"][0]["containers"][0]["image"] == IMAGES["trigger_function"]
-    pushes = [one for one in planned.stack.of("google_pubsub_subscription") if one["push_config"]]
-    assert {push["name"] for push in pushes} == {"digit-reader-requests", "digit-reader-data"}
-    for push in pushes:
+    subscriptions = planned.stack.of("google_pubsub_subscription")
+    pushes = {each["name"]: each for each in subscriptions if each["push_config"]}
+    assert pushes.keys() == {"digit-reader-requests", "digit-reader-data"}
+    for push in pushes.values():
         [token] = push["push_config"][0]["oidc_token"]
-        assert token["service_account_email"] == f"digit-reader-trigger@{planned.project}.iam.gserviceaccount.com"
-        assert push["dead_letter_policy"][0]["dead_letter_topic"].endswith("/topics/digit-reader-dead-letters")
+        assert token["service_account_email"] == planned.email("trigger")
+        dead_letters = push["dead_letter_policy"][0]["dead_letter_topic"]
+        assert dead_letters.endswith("/topics/digit-reader-dead-letters")
 
 
-def test_private_means_no_external_address(planned: Planned) -> None:
-    private, given = planned.case["private"], planned.case["existing"]
-    pools = planned.foundation.of("google_cloudbuild_worker_pool")
-    assert len(pools) == (private and not given)
+def test_private_mode_has_no_external_address(planned: Planned) -> None:
+    private, foundation, stack = planned.case["private"], planned.foundation, planned.stack
+    own_network = private and not planned.case["existing"]
+    pools = foundation.of("google_cloudbuild_worker_pool")
+    assert len(pools) == own_network
     assert all(pool["worker_config"][0]["no_external_ip"] is True for pool in pools)
-    assert len(planned.foundation.of("google_compute_network")) == (private and not given)
-    assert len(planned.foundation.of("google_compute_network_attachment")) == private
-    assert all(address["address_type"] == "INTERNAL" for address in planned.foundation.of("google_compute_global_address"))
-    assert addresses(planned.foundation, "google_compute_(address|router_nat|instance)$") == []
-    [function] = planned.stack.of("google_cloud_run_v2_service")
+    assert len(foundation.of("google_compute_network")) == own_network
+    assert len(foundation.of("google_compute_network_attachment")) == private
+    global_addresses = foundation.of("google_compute_global_address")
+    assert all(each["address_type"] == "INTERNAL" for each in global_addresses)
+    assert addresses(foundation, "google_compute_(address|router_nat|instance)$") == []
+    [function] = stack.of("google_cloud_run_v2_service")
     assert bool(function["template"][0]["vpc_access"]) == private
-    for job in planned.stack.of("google_cloud_run_v2_job"):
+    for job in stack.of("google_cloud_run_v2_job"):
         assert bool(job["template"][0]["template"][0]["vpc_access"]) == private
-    for airflow in planned.stack.of("google_composer_environment"):
+    for airflow in stack.of("google_composer_environment"):
         assert airflow["config"][0]["enable_private_environment"] is private
-    for workbench in planned.stack.of("google_workbench_instance"):
+    for workbench in stack.of("google_workbench_instance"):
         assert workbench["gce_setup"][0]["disable_public_ip"] is private
 
 
-def test_who_may_push(planned: Planned) -> None:
-    """Workload identity for a CI outside, with the repository's number; triggers for Cloud Build alone."""
+def test_only_the_repository_can_deploy(planned: Planned) -> None:
+    """Workload identity of an external CI, with the repository's number; or Cloud Build triggers."""
     ci, prod = planned.case["ci"], planned.case["environment"] == "prod"
     providers = planned.foundation.of("google_iam_workload_identity_pool_provider")
-    triggers = {trigger["name"]: trigger for trigger in planned.foundation.of("google_cloudbuild_trigger")}
+    triggers = planned.foundation.of("google_cloudbuild_trigger")
     if ci == "cloud-build":
         assert providers == []
-        assert triggers.keys() == {"digit-reader-push"} | (set() if prod else {"digit-reader-pull-request"})
-        push = triggers["digit-reader-push"]
-        assert push["approval_config"][0]["approval_required"] is prod
-        assert push["filename"] == "level_2_cicd/cloudbuild.yaml"
-        assert push["repository_event_config"][0]["push"][0]["branch"] == "^main$"
-        assert push["service_account"].endswith(f"/digit-reader-build@{planned.project}.iam.gserviceaccount.com")
-        assert push["substitutions"].keys() == used("cloudbuild.yaml")
-        if not prod:  # what somebody proposes runs with the rights of an account that only reads
-            proposed = triggers["digit-reader-pull-request"]
-            assert proposed["substitutions"].keys() == used("cloudbuild.pr.yaml")
-            assert proposed["service_account"].endswith(f"/digit-reader-checker@{planned.project}.iam.gserviceaccount.com")
-            roles = {grant["role"] for grant in planned.foundation.output("grants") if grant["who"] == "checker"}
-            reads = r"\w+\.(viewer|reader|objectViewer)|composer\.user|browser|own\.stager|logging\.logWriter|"
-            reads += r"cloudbuild\.workerPoolUser"  # a machine to run on
-            assert all(re.fullmatch(reads, role) for role in roles), roles
+        check_triggers(planned, {each["name"]: each for each in triggers}, prod)
         return
-    assert triggers == {}
+    assert triggers == []
     [provider] = providers
     condition = provider["attribute_condition"]
     [member] = [
-        right["member"]
-        for right in planned.foundation.of("google_service_account_iam_member")
-        if right["role"] == "roles/iam.workloadIdentityUser"
+        grant["member"]
+        for grant in planned.foundation.of("google_service_account_iam_member")
+        if grant["role"] == "roles/iam.workloadIdentityUser"
     ]
-    identity = {"github-actions": "12345", "gitlab": "67890", "azure-devops": "sc://organisation/project/connection"}[ci]
+    connection = "sc://organisation/project/connection"
+    identity = {"github-actions": "12345", "gitlab": "67890", "azure-devops": connection}[ci]
     assert identity in condition
-    assert member.endswith(f"/workloadIdentityPools/digit-reader-ci/attribute.repository/{identity}")
+    pool = "/workloadIdentityPools/digit-reader-ci"
+    assert member.endswith(f"{pool}/attribute.repository/{identity}")
     if ci != "azure-devops":
         assert "main" in condition
         assert ("assertion.environment == 'prod'" in condition) == prod
 
 
-# ── what is there already, and what is chosen ───────────────────────────────────────────────────────────────────────
-def test_what_is_there_already_is_used_and_not_made(planned: Planned) -> None:
+def check_triggers(planned: Planned, triggers: dict[str, Any], prod: bool) -> None:
+    pull_request = set() if prod else {"digit-reader-pull-request"}
+    assert triggers.keys() == {"digit-reader-push"} | pull_request
+    push = triggers["digit-reader-push"]
+    assert push["approval_config"][0]["approval_required"] is prod
+    assert push["filename"] == "level_2_cicd/cloudbuild.yaml"
+    assert push["repository_event_config"][0]["push"][0]["branch"] == "^main$"
+    assert push["service_account"].endswith(f"/{planned.email('build')}")
+    assert push["substitutions"].keys() == used("cloudbuild.yaml")
+    for name in pull_request:  # it runs unreviewed code, hence as a read-only account
+        assert triggers[name]["substitutions"].keys() == used("cloudbuild.pr.yaml")
+        assert triggers[name]["service_account"].endswith(f"/{planned.email('checker')}")
+        grants = planned.foundation.output("grants")
+        roles = {grant["role"] for grant in grants if grant["who"] == "checker"}
+        read_only = (
+            r"\w+\.(viewer|reader|objectViewer)|composer\.user|browser|own\.stager|"
+            r"logging\.logWriter|cloudbuild\.workerPoolUser"
+        )
+        assert all(re.fullmatch(read_only, role) for role in roles), roles
+
+
+# ── existing resources, and options ────────────────────────────────────────────────────────────
+def test_existing_resources_are_used_and_not_created(planned: Planned) -> None:
     if not planned.case["existing"]:
         return
-    texts = json.dumps([resource["values"] for plan in (planned.foundation, planned.stack) for resource in plan.resources])
-    assert "my-project-dev-digit-reader-data" not in texts
-    assert "digit-reader-trainer@" not in texts
-    assert [one for one in planned.foundation.of("google_artifact_registry_repository") if one["format"] == "DOCKER"] == []
-    assert [one["bucket"] for one in planned.stack.of("google_storage_notification")] == ["their-data"]
-    for kind, count in (("google_compute_network", 0), ("google_compute_subnetwork", 0), ("google_kms_key_ring", 0)):
-        assert len(planned.foundation.of(kind)) == count
+    resources = planned.foundation.resources + planned.stack.resources
+    text = json.dumps([resource["values"] for resource in resources])
+    assert "my-project-dev-digit-reader-data" not in text
+    assert "digit-reader-trainer@" not in text
+    repositories = planned.foundation.of("google_artifact_registry_repository")
+    assert all(each["format"] != "DOCKER" for each in repositories)
+    notifications = planned.stack.of("google_storage_notification")
+    assert [each["bucket"] for each in notifications] == ["their-data"]
+    own = r"google_(compute_network|compute_subnetwork|kms_key_ring)$"
+    assert addresses(planned.foundation, own) == []
 
 
-def test_choices_make_what_they_say(planned: Planned) -> None:
+def test_options_create_their_resources(planned: Planned) -> None:
     stack, case = planned.stack, planned.case
-    assert len(stack.of("google_composer_environment")) == (case["data_ingestion"] == "managed-airflow")
-    assert len(stack.of("google_cloud_run_v2_job")) == (case["data_ingestion"] == "scheduled-job")
+    job = case["data_ingestion"] == "scheduled-job"
+    airflow = case["data_ingestion"] == "managed-airflow"
+    assert len(stack.of("google_composer_environment")) == airflow
+    assert len(stack.of("google_cloud_run_v2_job")) == job
     assert len(stack.of("google_workbench_instance")) == case["more"]
     assert len(planned.foundation.of("google_billing_budget")) == case["more"]
-    clocks = {job["name"] for job in stack.of("google_cloud_scheduler_job")}
-    assert ("digit-reader-schedule" in clocks) == case["more"]
-    assert ("digit-reader-ingestion" in clocks) == (case["data_ingestion"] == "scheduled-job")
-    alerts = {policy["display_name"].split(": ")[1] for policy in stack.of("google_monitoring_alert_policy")}
+    schedules = {each["name"] for each in stack.of("google_cloud_scheduler_job")}
+    assert ("digit-reader-schedule" in schedules) == case["more"]
+    assert ("digit-reader-ingestion" in schedules) == job
+    policies = stack.of("google_monitoring_alert_policy")
+    alerts = {policy["display_name"].split(": ")[1] for policy in policies}
     assert alerts == {"run failed", "error rate", "latency", "dead letters", "function"}
-    assert all(policy["notification_channels"] for policy in stack.of("google_monitoring_alert_policy"))
-    assert len(json.loads(stack.of("google_monitoring_dashboard")[0]["dashboard_json"])["mosaicLayout"]["tiles"]) == 6
+    assert all(policy["notification_channels"] for policy in policies)
+    [dashboard] = stack.of("google_monitoring_dashboard")
+    assert len(json.loads(dashboard["dashboard_json"])["mosaicLayout"]["tiles"]) == 6
 
 
-# ── names ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── names ──────────────────────────────────────────────────────────────────────────────────────
 def place_of(planned: Planned, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> cloud.Place:
     (tmp_path / "project.yaml").write_text(yaml.safe_dump(planned.document), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return cloud.place(settings.load(""), planned.case["environment"])
 
 
-def test_terraform_and_python_say_the_same_names(planned: Planned, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_terraform_and_python_derive_the_same_names(planned: Planned, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     place = place_of(planned, monkeypatch, tmp_path)
     foundation, stack = planned.foundation, planned.stack
     made = {bucket["name"] for bucket in foundation.of("google_storage_bucket")}
@@ -445,8 +464,8 @@ def test_terraform_and_python_say_the_same_names(planned: Planned, monkeypatch: 
     assert endpoint["display_name"] == place.name
     assert [block["kms_key_name"] for block in endpoint["encryption_spec"]] == ([place.key] if place.key else [])
     [function] = stack.of("google_cloud_run_v2_service")
-    given = {one["name"]: one["value"] for one in function["template"][0]["containers"][0]["env"]}
-    assert given == {
+    environment = {one["name"]: one["value"] for one in function["template"][0]["containers"][0]["env"]}
+    assert environment == {
         "PROJECT": place.project,
         "REGION": place.region,
         "PIPELINE_ROOT": place.pipeline_root,
@@ -458,8 +477,8 @@ def test_terraform_and_python_say_the_same_names(planned: Planned, monkeypatch: 
         "DATA_SOURCE": "gs://rows/all.csv" if planned.case["more"] else "",
         "FOLD_MINUTES": "30" if planned.case["more"] else "0",
     }
-    assert given.keys() == trigger.RULES.keys()
-    trigger.read_place(given)
+    assert environment.keys() == trigger.RULES.keys()
+    trigger.read_place(environment)
     [notification] = stack.of("google_storage_notification")
     assert set(notification["event_types"]) == {trigger.FINALIZE, trigger.ARCHIVE, trigger.DELETE}
     assert notification["payload_format"] == "JSON_API_V1"
@@ -470,58 +489,63 @@ def test_terraform_and_python_say_the_same_names(planned: Planned, monkeypatch: 
         assert attached == place.network_attachment
 
 
-def test_the_topic_and_the_clock_have_the_functions_form_of_a_request(planned: Planned, default_project: Path) -> None:
-    written = (default_project / request_run.SCHEMA).read_text(encoding="utf-8")
+def test_topic_and_schedule_use_the_functions_request_schema(planned: Planned, default_project: Path) -> None:
+    definition = (default_project / request_run.SCHEMA).read_text(encoding="utf-8")
     [schema] = planned.foundation.of("google_pubsub_schema")
-    assert (schema["type"], schema["definition"]) == ("AVRO", written)
+    assert (schema["type"], schema["definition"]) == ("AVRO", definition)
     topics = {topic["name"]: topic["schema_settings"] for topic in planned.foundation.of("google_pubsub_topic")}
     assert [block["encoding"] for block in topics.pop("digit-reader-requests")] == ["JSON"]
     assert not any(topics.values())
     fields = request_message.read_fields(default_project / request_run.SCHEMA)
-    for clock in planned.stack.of("google_cloud_scheduler_job"):
-        if clock["name"] == "digit-reader-schedule":
-            said = request_message.decode(base64.b64decode(clock["pubsub_target"][0]["data"]), fields)
-            assert (said["event"], said["parameters"]) == (trigger.SCHEDULE, "{}")
+    for schedule in planned.stack.of("google_cloud_scheduler_job"):
+        if schedule["name"] == "digit-reader-schedule":
+            message = request_message.decode(base64.b64decode(schedule["pubsub_target"][0]["data"]), fields)
+            assert (message["event"], message["parameters"]) == (trigger.SCHEDULE, "{}")
 
 
-def test_the_published_folder_bears_the_pipelines_name(monkeypatch: pytest.MonkeyPatch, default_project: Path) -> None:
+def test_the_pipeline_is_published_under_its_name(monkeypatch: pytest.MonkeyPatch, default_project: Path) -> None:
     monkeypatch.chdir(default_project)
     assert kfp_compile.load_definition().NAME == published.NAME == "train-and-register"
 
 
+_NAME = r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?"
+_RUN_NAME = r"[a-z][a-z0-9-]{0,47}[a-z0-9]"
+_TOPIC_NAME = r"[A-Za-z](?!oog)[\w.~+%-]{2,254}"
+_POOL_ID = r"(?!gcp-)[a-z0-9-]{4,32}"
+# Resource type → attribute and Google's rule for it.
 RULES = {
     "google_storage_bucket": ("name", r"[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]"),
     "google_service_account": ("account_id", r"[a-z][a-z0-9-]{4,28}[a-z0-9]"),
-    "google_pubsub_topic": ("name", r"[A-Za-z](?!oog)[\w.~+%-]{2,254}"),
-    "google_pubsub_subscription": ("name", r"[A-Za-z][\w.~+%-]{2,254}"),
-    "google_pubsub_schema": ("name", r"[A-Za-z][\w.~+%-]{2,254}"),
+    "google_pubsub_topic": ("name", _TOPIC_NAME),
+    "google_pubsub_subscription": ("name", _TOPIC_NAME),
+    "google_pubsub_schema": ("name", _TOPIC_NAME),
     "google_artifact_registry_repository": ("repository_id", r"[a-z][a-z0-9-]{0,61}[a-z0-9]"),
     "google_kms_key_ring": ("name", r"[\w-]{1,63}"),
     "google_kms_crypto_key": ("name", r"[\w-]{1,63}"),
-    "google_cloud_run_v2_service": ("name", r"[a-z][a-z0-9-]{0,47}[a-z0-9]"),
-    "google_cloud_run_v2_job": ("name", r"[a-z][a-z0-9-]{0,47}[a-z0-9]"),
+    "google_cloud_run_v2_service": ("name", _RUN_NAME),
+    "google_cloud_run_v2_job": ("name", _RUN_NAME),
     "google_cloud_scheduler_job": ("name", r"[\w-]{1,500}"),
     "google_vertex_ai_endpoint": ("name", r"[1-9][0-9]{0,9}"),
     "google_composer_environment": ("name", r"[a-z][a-z0-9-]{0,62}[a-z0-9]"),
     "google_workbench_instance": ("name", r"[a-z][a-z0-9-]{0,61}[a-z0-9]"),
     "google_cloudbuild_trigger": ("name", r"[A-Za-z0-9][A-Za-z0-9-]{0,62}[A-Za-z0-9]"),
     "google_cloudbuild_worker_pool": ("name", r"[a-z0-9-]{1,63}"),
-    "google_iam_workload_identity_pool": ("workload_identity_pool_id", r"(?!gcp-)[a-z0-9-]{4,32}"),
-    "google_iam_workload_identity_pool_provider": ("workload_identity_pool_provider_id", r"(?!gcp-)[a-z0-9-]{4,32}"),
+    "google_iam_workload_identity_pool": ("workload_identity_pool_id", _POOL_ID),
+    "google_iam_workload_identity_pool_provider": ("workload_identity_pool_provider_id", _POOL_ID),
     "google_project_iam_custom_role": ("role_id", r"[a-zA-Z0-9_.]{3,64}"),
-    "google_compute_network": ("name", r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?"),
-    "google_compute_subnetwork": ("name", r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?"),
-    "google_compute_firewall": ("name", r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?"),
-    "google_compute_global_address": ("name", r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?"),
+    "google_compute_network": ("name", _NAME),
+    "google_compute_subnetwork": ("name", _NAME),
+    "google_compute_firewall": ("name", _NAME),
+    "google_compute_global_address": ("name", _NAME),
     "google_compute_global_forwarding_rule": ("name", r"[a-z][a-z0-9]{0,19}"),
-    "google_compute_network_attachment": ("name", r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?"),
-    "google_dns_managed_zone": ("name", r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?"),
+    "google_compute_network_attachment": ("name", _NAME),
+    "google_dns_managed_zone": ("name", _NAME),
 }
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case["private"] and not case["existing"]][:2])
 @pytest.mark.parametrize("slug", ["a-" + 17 * "b" + "9", "abc"])
-def test_names_fit_googles_rules_for_the_longest_slug_and_project(
+def test_longest_and_shortest_names_satisfy_googles_rules(
     copies: dict[str, Configuration], default_project: Path, case: dict[str, Any], slug: str
 ) -> None:
     document = settings_of(read_settings(default_project), {**case, "encryption": "customer-managed", "more": True})
@@ -542,10 +566,16 @@ def test_names_fit_googles_rules_for_the_longest_slug_and_project(
     assert all(re.fullmatch(r"[\w@.-]{0,63}", label) for label in labels if "@" not in label)
 
 
-# ── the real program ────────────────────────────────────────────────────────────────────────────────────────────────
-@pytest.mark.parametrize("part", ["", "foundation"])
+def plan_error(configuration: Configuration, *options: str) -> str:
+    """The message of a plan that fails, without its frame and line breaks."""
+    output = configuration.run("plan", "-input=false", *options, fails=True)
+    return " ".join(output.replace("│", " ").split())
+
+
+# ── Terraform itself ───────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("version", ["6.50.0", ">= 6.50, < 8"])
-def test_form_grammar_and_terraforms_own_tests(
+def test_format_validity_and_terraforms_own_tests(
     terraform: None, default_project: Path, tmp_path: Path, part: str, version: str
 ) -> None:
     copy = Configuration.of(default_project, tmp_path / "copy", part, version)
@@ -558,24 +588,21 @@ def test_form_grammar_and_terraforms_own_tests(
     assert re.search(r"Success! [1-9]\d* passed, 0 failed", copy.run("test"))
 
 
-def test_every_variable_says_what_it_is_and_refuses_what_it_is_not(
-    copies: dict[str, Configuration], default_project: Path
-) -> None:
+def test_variables_are_described_and_validated(copies: dict[str, Configuration], default_project: Path) -> None:
     document = settings_of(read_settings(default_project), CASES[0])
     configuration = Plan(copies[""].plan("dev", document, IMAGES).document).document["configuration"]["root_module"]
     assert all(variable.get("description") for variable in configuration["variables"].values())
-    given = copies[""].variables("dev", document)
-    for wrong, said in (
+    options = copies[""].variables("dev", document)
+    for option, message in (
         ("-var=environment=Dev!", "for example dev"),
         ('-var=images={"train": "train:latest"}', "never a tag; for example"),
         ("-var=project_file=./nowhere.yaml", "expected a file like ../../project.yaml"),
     ):
-        told = copies[""].run("plan", "-input=false", *given, wrong, fails=True)
-        assert said in " ".join(told.replace("│", " ").split()), told
+        assert message in plan_error(copies[""], *options, option)
 
 
 @pytest.mark.parametrize(
-    ("change", "environment", "said"),
+    ("change", "environment", "message"),
     [
         ({"project": ""}, "dev", "project.yaml: cloud.environments.dev.project is empty"),
         ({"buket": "x"}, "dev", "unknown key: cloud.environments.dev.buket"),
@@ -583,44 +610,41 @@ def test_every_variable_says_what_it_is_and_refuses_what_it_is_not(
         ({}, "prd", "unknown environment 'prd'; project.yaml has dev, prod"),
     ],
 )
-def test_a_mistake_in_project_yaml_is_one_clear_error_at_plan(
-    copies: dict[str, Configuration], default_project: Path, change: dict[str, str], environment: str, said: str
+def test_invalid_project_yaml_fails_the_plan_with_a_clear_error(
+    copies: dict[str, Configuration], default_project: Path, change: dict[str, str], environment: str, message: str
 ) -> None:
     document = settings_of(read_settings(default_project), CASES[0])
     document["cloud"]["environments"]["dev"].update(change)
-    for part in ("", "foundation"):
-        told = copies[part].run("plan", "-input=false", *copies[part].variables(environment, document), fails=True)
-        assert said in " ".join(told.replace("│", " ").split()), told
+    for part in PARTS:
+        assert message in plan_error(copies[part], *copies[part].variables(environment, document))
 
 
-def test_who_may_push_must_be_said(copies: dict[str, Configuration], default_project: Path) -> None:
+def test_plan_fails_without_a_repository(copies: dict[str, Configuration], default_project: Path) -> None:
     for ci in FACTORS["ci"]:
         document = settings_of(read_settings(default_project), {**CASES[0], "ci": ci, "existing": False})
         document["cloud"]["repository"] = {"name": "", "id": "", "branch": "main"}
-        told = copies["foundation"].run("plan", "-input=false", *copies["foundation"].variables("dev", document), fails=True)
-        assert "cloud.repository" in told
+        options = copies["foundation"].variables("dev", document)
+        assert "cloud.repository" in plan_error(copies["foundation"], *options)
 
 
-def test_an_apply_leaves_the_requests_shares_alone_and_changes_nothing_twice(
-    terraform: None, default_project: Path, tmp_path: Path
-) -> None:
+def test_apply_keeps_the_traffic_split_and_is_idempotent(terraform: None, default_project: Path, tmp_path: Path) -> None:
     copy = Configuration.of(default_project, tmp_path / "copy", "")
     document = settings_of(read_settings(default_project), CASES[0])
-    given = copy.variables(CASES[0]["environment"], document, IMAGES)
-    copy.run("apply", "-auto-approve", "-input=false", *given)
+    options = copy.variables(CASES[0]["environment"], document, IMAGES)
+    copy.run("apply", "-auto-approve", "-input=false", *options)
     state = json.loads((copy.folder / "terraform.tfstate").read_text(encoding="utf-8"))
     [endpoint] = [one for one in state["resources"] if one["type"] == "google_vertex_ai_endpoint"]
     endpoint["instances"][0]["attributes"]["traffic_split"] = json.dumps({"4": 90, "5": 10})
     state["serial"] += 1
     (copy.folder / "terraform.tfstate").write_text(json.dumps(state), encoding="utf-8")
-    assert "No changes" in copy.run("plan", "-detailed-exitcode", "-input=false", *given)
-    # No plan tells what is ignored, and the stand-in may keep a value that the real provider would not.
+    assert "No changes" in copy.run("plan", "-detailed-exitcode", "-input=false", *options)
+    # A plan does not show ignored attributes, and the real provider may differ from the fake.
     assert "ignore_changes = [traffic_split]" in (copy.folder / "vertex.tf").read_text(encoding="utf-8")
 
 
 @pytest.fixture
 def clean_project(terraform: None, default_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project whose dev is named; what it leaves, such as a lock file, goes with it."""
+    """A project with an ID for dev, in a temporary folder."""
     project = tmp_path / "digit-reader"
     shutil.copytree(default_project, project)
     document = settings_of(read_settings(default_project), {**CASES[0], "existing": False, "ci": "gitlab"})
@@ -632,7 +656,7 @@ def clean_project(terraform: None, default_project: Path, tmp_path: Path, monkey
 
 
 def launch(*words: str) -> subprocess.CompletedProcess[str]:
-    """The command that make calls."""
+    """Run the command that make runs."""
     command = [sys.executable, "-m", "launcher.terraform", *words]
     environment = {**os.environ, "PYTHONPATH": str(Path.cwd() / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -641,16 +665,16 @@ def launch(*words: str) -> subprocess.CompletedProcess[str]:
 LOCK = rb'\{"ID":.*/stack/default.*\}'  # as Terraform writes it
 
 
-def test_the_state_begins_here_and_moves_to_the_bucket(
+def test_state_moves_from_this_machine_to_the_bucket(
     clean_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Terraform's own backend speaks to the fake of Cloud Storage; the bucket comes with the first apply."""
+    """Terraform's gcs backend uses the fake of Cloud Storage; the first apply creates the bucket."""
     with FakeStorage(tmp_path / "buckets") as store:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", store.address)
         refused = launch("plan")
         assert refused.returncode == 2
         assert "make foundation" in refused.stderr or "bucket does not exist" in refused.stderr
-        for bucket in ("terraform", "storage"):  # the stand-in for the providers makes nothing, so these are made here
+        for bucket in ("terraform", "storage"):  # the fake providers create nothing
             store.create_bucket(f"my-project-dev-digit-reader-{bucket}")
         first = launch("foundation", "--yes")
         assert first.returncode == 0, first.stderr
@@ -665,55 +689,55 @@ def test_the_state_begins_here_and_moves_to_the_bucket(
         assert "Apply complete" in launch("apply", "--yes").stdout
         assert "No changes" in launch("plan").stdout
         locks = [call for call in store.received if "tflock" in str(call.path)]
-        assert locks  # two applies at once are refused by the state's lock
-        # The last lock is laid there again, as an apply leaves it that is killed.
-        [*_, written] = [found[0] for call in store.received if (found := re.search(LOCK, call.body))]
+        assert locks  # the lock prevents concurrent applies
+        # Restore the last lock, as a killed apply would leave it.
+        [*_, content] = [match[0] for call in store.received if (match := re.search(LOCK, call.body))]
         lock = tmp_path / "buckets" / "my-project-dev-digit-reader-terraform" / "stack" / "default.tflock"
-        storage.write("gs://my-project-dev-digit-reader-terraform/stack/default.tflock", written)
-        refused = launch("destroy", "--yes")  # which waits for no lock
-        found = re.search(r"make unlock ID=(\d+) ENVIRONMENT=dev\n$", refused.stderr)
-        assert found, refused.stderr
+        storage.write("gs://my-project-dev-digit-reader-terraform/stack/default.tflock", content)
+        refused = launch("destroy", "--yes")  # does not wait for the lock
+        match = re.search(r"make unlock ID=(\d+) ENVIRONMENT=dev\n$", refused.stderr)
+        assert match, refused.stderr
         assert lock.exists()
-        unlocked = launch("unlock", "--id", found[1])
+        unlocked = launch("unlock", "--id", match[1])
         assert unlocked.returncode == 0, unlocked.stderr
         assert not lock.exists()
         assert "Apply complete" in launch("apply", "--yes").stdout
 
 
-def test_a_mistake_is_told_by_make_plan_and_by_make_doctor_alike(clean_project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_make_plan_and_make_doctor_report_the_same_error(clean_project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = clean_project / "project.yaml"
     right = path.read_text(encoding="utf-8")
-    for old, new, said in (
+    for old, new, message in (
         ("project: my-project-dev", "project: ''", "cloud.environments.dev.project in project.yaml is empty"),
         ("data_ingestion:", "data_ingestio:", "did you mean 'data_ingestion'"),
     ):
         path.write_text(right.replace(old, new, 1), encoding="utf-8")
-        told = [launch("plan").stderr]
+        output = launch("plan").stderr
         with pytest.raises(UserError) as doctors:
             from launcher import doctor
             from launcher.doctor_level_2 import LEVEL_2
 
             doctor.report(settings.load(""), clean_project, LEVEL_2)
-        assert said in told[0], told
-        assert said in str(doctors.value)
-        assert "Traceback" not in told[0]
+        assert message in output
+        assert message in str(doctors.value)
+        assert "Traceback" not in output
     path.write_text(right, encoding="utf-8")
     monkeypatch.setenv("ENVIRONMENT", "prd")
     assert "ENVIRONMENT=prd: project.yaml has dev, prod" in launch("plan").stderr
 
 
-def test_the_table_of_rights_in_the_documentation_is_the_plans(clean_project: Path) -> None:
+def test_documented_permissions_match_the_plan(clean_project: Path) -> None:
     done = launch("grants")
     assert done.returncode == 0, done.stderr
     table = done.stdout.strip()
     assert table.count("\n") > 40
     page = (ROOT / "docs" / "level-2-permissions.md").read_text(encoding="utf-8")
-    assert table in page, "make grants prints the table; put it into docs/level-2-permissions.md"
+    assert table in page, "docs/level-2-permissions.md must contain the output of make grants"
     assert launcher_terraform.table([]) == "| account | role | on | why |\n| --- | --- | --- | --- |"
 
 
-def test_checkov_finds_nothing(default_project: Path, tmp_path: Path) -> None:
-    """Its environment is its own: it pins what the others need newer."""
+def test_checkov_reports_no_failed_check(default_project: Path, tmp_path: Path) -> None:
+    """It needs an environment of its own, because it pins older versions."""
     uv = shutil.which("uv") or str(ROOT / ".uv" / "bin" / "uv")
     environment = {**os.environ, "VIRTUAL_ENV": str(tmp_path / "checkov")}
     for pip, name in (
@@ -731,7 +755,7 @@ def test_checkov_finds_nothing(default_project: Path, tmp_path: Path) -> None:
     shutil.copytree(default_project / "level_2_cicd" / "terraform", folder)
     shutil.copy(default_project / "project.yaml", tmp_path)
 
-    def found() -> Any:
+    def run_checkov() -> Any:
         command = [
             tmp_path / "checkov" / "bin" / "checkov",
             "--directory",
@@ -744,10 +768,10 @@ def test_checkov_finds_nothing(default_project: Path, tmp_path: Path) -> None:
         done = subprocess.run([*command, "--skip-download"], env=environment, capture_output=True, text=True)
         return json.loads(done.stdout)
 
-    results = found()
+    results = run_checkov()
     assert [(one["check_id"], one["resource"]) for one in results["results"]["failed_checks"]] == []
     assert results["summary"]["resource_count"] > 40
     assert all(len(one["check_result"]["suppress_comment"]) > 20 for one in results["results"]["skipped_checks"])
     buckets = folder / "foundation" / "buckets.tf"
     buckets.write_text(buckets.read_text(encoding="utf-8").replace('"enforced"', '"inherited"'), encoding="utf-8")
-    assert {one["check_id"] for one in found()["results"]["failed_checks"]} == {"CKV_GCP_114"}
+    assert {one["check_id"] for one in run_checkov()["results"]["failed_checks"]} == {"CKV_GCP_114"}
