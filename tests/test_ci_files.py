@@ -1,4 +1,4 @@
-"""The CI's files: valid, safe, the same steps in each, and nothing in them that project.yaml says."""
+"""The CI files: valid, secure, equal steps, and no values of project.yaml."""
 
 import functools
 import json
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = ROOT / "{{cookiecutter.project_slug}}"
 BIN = Path(sys.executable).parent
 
-# Answer → its files, the one that a person reads first coming first.
+# Answer → its files; the first one explains the variables.
 FILES = {
     "github-actions": [".github/workflows/deploy.yml", ".github/workflows/checks.yml"],
     "gitlab": [".gitlab-ci.yml"],
@@ -35,15 +35,14 @@ HAVE_FILES = [ci for ci, paths in FILES.items() if paths]
 EVERY = [path for paths in FILES.values() for path in paths]
 GET_TERRAFORM = "level_2_cicd/get_terraform.sh"
 
-# What Cloud Build does for a pull request, and the others do not: a plan reads the cloud, and they have no rights there before
-# a merge.
-WITH_RIGHTS = {"plan"}
+# Checks of Cloud Build only: a plan reads the cloud, where the other CIs have no permissions before a merge.
+NEEDS_CLOUD = {"plan"}
 ENVIRONMENTS = ["dev", "prod"]
 
 
 @pytest.fixture(scope="module", params=FILES)
 def made(request: pytest.FixtureRequest, generate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """An answer, and the project that it makes."""
+    """An answer and the project generated from it."""
     return request.param, generate(tmp_path_factory.mktemp(request.param), ci=request.param)
 
 
@@ -56,11 +55,11 @@ def parsed(path: str) -> Any:
 
 
 def tool(*command: str | Path, cwd: Path = PROJECT, **variables: str) -> "subprocess.CompletedProcess[str]":
-    """Run a program, and keep what it says."""
+    """Run a program and capture its output."""
     return subprocess.run(command, cwd=cwd, env={**os.environ, **variables}, capture_output=True, text=True)
 
 
-# ── which files there are ───────────────────────────────────────────────────────────────────────────────────
+# ── files ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_project_has_the_files_of_its_ci_and_no_other(made: tuple[str, Path]) -> None:
@@ -72,13 +71,13 @@ def test_a_project_has_the_files_of_its_ci_and_no_other(made: tuple[str, Path]) 
         assert (project / path).read_bytes() == (PROJECT / path).read_bytes()
 
 
-def test_there_are_no_other_files() -> None:
+def test_no_ci_file_is_missing_from_the_list() -> None:
     found = {path.relative_to(PROJECT).as_posix() for path in PROJECT.glob(".github/**/*") if path.is_file()}
     found |= {path.relative_to(PROJECT).as_posix() for path in PROJECT.glob("level_2_cicd/azure*")}
     assert found | {".gitlab-ci.yml"} == set(EVERY)
 
 
-# ── valid ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── schemas ────────────────────────────────────────────────────────────────────────────────────
 
 SCHEMAS = {
     "github-actions": ["vendor.github-workflows"],
@@ -91,7 +90,7 @@ def schema_says(ci: str, *files: Path) -> "subprocess.CompletedProcess[str]":
     return tool(BIN / "check-jsonschema", "--builtin-schema", *SCHEMAS[ci], *files)
 
 
-def test_each_is_valid_by_its_schema(made: tuple[str, Path]) -> None:
+def test_files_match_their_schema(made: tuple[str, Path]) -> None:
     ci, project = made
     if FILES[ci]:
         done = schema_says(ci, *map(project.joinpath, FILES[ci]))
@@ -107,18 +106,18 @@ def test_each_is_valid_by_its_schema(made: tuple[str, Path]) -> None:
     ],
     ids=HAVE_FILES,
 )
-def test_the_schema_finds_a_slip(ci: str, old: str, new: str, tmp_path: Path) -> None:
+def test_schema_rejects_a_misspelt_key(ci: str, old: str, new: str, tmp_path: Path) -> None:
     text = read(FILES[ci][0])
     assert old in text
     (tmp_path / "slip.yml").write_text(text.replace(old, new), encoding="utf-8")
     assert schema_says(ci, tmp_path / "slip.yml").returncode != 0
 
 
-# ── safe ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── security ───────────────────────────────────────────────────────────────────────────────────
 
 
 def zizmor(folder: Path) -> list[dict[str, Any]]:
-    """What the strictest reader finds in a project's workflows."""
+    """Return the findings of zizmor in its strictest mode."""
     command = [BIN / "zizmor", "--offline", "--no-progress", "--strict-collection", "--persona=auditor", "--format=json"]
     done = tool(*command, "--no-exit-codes", ".github/workflows", cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -126,11 +125,11 @@ def zizmor(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def test_nothing_is_dangerous_in_the_workflows(default_project: Path) -> None:
+def test_zizmor_reports_nothing(default_project: Path) -> None:
     assert zizmor(default_project) == []
 
 
-def test_something_dangerous_would_be_found(tmp_path: Path) -> None:
+def test_zizmor_reports_insecure_workflows(tmp_path: Path) -> None:
     shutil.copytree(PROJECT / ".github", tmp_path / ".github")
     for path in (tmp_path / ".github/workflows").iterdir():
         text = path.read_text(encoding="utf-8").replace("persist-credentials: false", "fetch-depth: 1")
@@ -146,8 +145,8 @@ def test_actions_are_pinned_and_each_has_one_version() -> None:
     assert len(set(used)) == len({line.partition("@")[0] for line in used})
 
 
-def test_permissions_are_the_fewest() -> None:
-    """Reading the source; and where the cloud is asked, a token that says who asks. Nothing may write to the repository."""
+def test_permissions_are_minimal() -> None:
+    """Jobs read the source, deployments also get an ID token; none writes to the repository."""
     asked = {}
     for path in FILES["github-actions"]:
         workflow = parsed(path)
@@ -160,7 +159,7 @@ def test_permissions_are_the_fewest() -> None:
     }
 
 
-def test_a_pull_request_has_no_way_into_the_cloud() -> None:
+def test_pull_requests_have_no_cloud_credentials() -> None:
     github = read(FILES["github-actions"][1])
     assert set(parsed(FILES["github-actions"][1])[True]) == {"pull_request"}  # `on` is YAML's word for true
     checks = [github, json.dumps(parsed(".gitlab-ci.yml")["checks"]), json.dumps(parsed(FILES["azure-devops"][0])["stages"][0])]
@@ -168,15 +167,15 @@ def test_a_pull_request_has_no_way_into_the_cloud() -> None:
         assert not re.search(r"id-token|id_tokens|GCP_|secrets\.|google-github-actions|AzureCLI|\bgroup\"", text)
 
 
-def test_no_source_is_left_with_the_ci_s_own_rights() -> None:
+def test_checkouts_do_not_keep_credentials() -> None:
     fetched = [step for path in FILES["github-actions"] for step in steps_of_github(path) if "checkout@" in step.get("uses", "")]
     assert [step["with"]["persist-credentials"] for step in fetched] == [False] * 3
     azure = [step for step in steps_of_azure() if "checkout" in step]
     assert [step["persistCredentials"] for step in azure] == ["false"] * 3
 
 
-def test_what_logging_in_writes_is_not_sent_to_the_build() -> None:
-    """Beside the source, not in it: not even an ignored file is there."""
+def test_login_files_are_outside_the_uploaded_folder() -> None:
+    """They are next to the source, not ignored files in it."""
     for job in parsed(FILES["github-actions"][0])["jobs"].values():
         assert job["steps"][0]["with"]["path"] == job["defaults"]["run"]["working-directory"] == "source"
     gitlab = parsed(".gitlab-ci.yml")[".submit"]["variables"]
@@ -185,7 +184,7 @@ def test_what_logging_in_writes_is_not_sent_to_the_build() -> None:
     assert {azure[name] for name in gitlab} == {"$(Agent.TempDirectory)/google.json"}
 
 
-# ── the same in each ────────────────────────────────────────────────────────────────────────────────────────
+# ── equal steps ────────────────────────────────────────────────────────────────────────────────
 
 
 def steps_of_github(path: str) -> list[dict[str, Any]]:
@@ -193,7 +192,7 @@ def steps_of_github(path: str) -> list[dict[str, Any]]:
 
 
 def steps_of_azure(*stages: str) -> list[dict[str, Any]]:
-    """The steps of these stages, or of all; what a template holds is put in its place."""
+    """Return the steps of these stages, or of all, with templates expanded."""
     found: list[dict[str, Any]] = []
     for stage in parsed("level_2_cicd/azure-pipelines.yml")["stages"]:
         (job,) = stage["jobs"]
@@ -211,19 +210,19 @@ def steps_of_azure(*stages: str) -> list[dict[str, Any]]:
 
 
 def commands_of_azure(*stages: str) -> list[str]:
-    """The shell commands of these stages' steps, or of all."""
+    """Return the shell commands of these stages, or of all."""
     scripts = [step.get("script") or step.get("inputs", {}).get("inlineScript") for step in steps_of_azure(*stages)]
     return [script for script in scripts if script]
 
 
 def makes(commands: list[str]) -> list[str]:
-    """The calls of make among shell commands, word for word; but for what every other target calls for itself."""
+    """Return the make commands, without `make setup`, which every target runs itself."""
     lines = [" ".join(line.split()) for command in commands for line in command.splitlines()]
     return [line for line in lines if line.startswith("make ") and line != "make setup"]
 
 
 def called() -> dict[str, dict[str, list[str]]]:
-    """CI → when → the calls of make in their order."""
+    """CI → stage → make commands in order."""
     deploy, checks = FILES["github-actions"]
     gitlab = parsed(".gitlab-ci.yml")
     github = {"checks": makes([step["run"] for step in steps_of_github(checks) if "run" in step])}
@@ -239,13 +238,13 @@ def called() -> dict[str, dict[str, list[str]]]:
 
 
 def rules() -> dict[str, list[str]]:
-    """The project's make targets, and what each calls for first."""
+    """Make target → its prerequisites."""
     found = re.findall(r"^([a-z0-9-]+):([^#=\n]*)(?:##.*)?$", read("Makefile"), re.MULTILINE)
     return {target: re.findall(r"[a-z0-9-]+", needs) for target, needs in found}
 
 
 def expanded(targets: set[str]) -> set[str]:
-    """A target that only stands for others is those others."""
+    """Replace targets without a recipe by their prerequisites."""
     recipes = set(re.findall(r"^([a-z0-9-]+):.*\n\t", read("Makefile"), re.MULTILINE))
     found: set[str] = set()
     for target in targets:
@@ -254,7 +253,7 @@ def expanded(targets: set[str]) -> set[str]:
 
 
 def targets_of_build(path: str) -> set[str]:
-    """What the steps of a build call, but for what every other target calls for itself."""
+    """Return the make targets of a build's steps, without `setup`."""
     steps = [step for step in parsed(path)["steps"] if step.get("entrypoint") == "make"]
     return {step["args"][0] for step in steps} - {"setup"}
 
@@ -263,7 +262,7 @@ def goal(call: str) -> str:
     return call.split()[1]
 
 
-def test_each_calls_the_same_in_the_same_order() -> None:
+def test_all_cis_run_the_same_make_commands() -> None:
     calls = called()
     assert set(calls) == set(HAVE_FILES)
     for ci in HAVE_FILES:
@@ -274,8 +273,8 @@ def test_each_calls_the_same_in_the_same_order() -> None:
         }, ci
 
 
-def test_azure_s_token_does_not_age_while_packages_are_installed() -> None:
-    """It is valid for ten minutes."""
+def test_azure_installs_packages_before_the_login() -> None:
+    """The token is valid for ten minutes."""
     for environment in ENVIRONMENTS:
         scripts = commands_of_azure(environment)
         (login,) = (number for number, script in enumerate(scripts) if "idToken" in script)
@@ -284,26 +283,25 @@ def test_azure_s_token_does_not_age_while_packages_are_installed() -> None:
         assert scripts[login].splitlines()[-1] == f"make submit ENVIRONMENT={environment}"
 
 
-def test_each_call_is_a_target() -> None:
+def test_make_commands_name_existing_targets() -> None:
     assert {goal(call) for jobs in called().values() for calls in jobs.values() for call in calls} <= set(rules())
 
 
-def test_cloud_build_alone_checks_the_same() -> None:
+def test_cloud_build_runs_the_same_checks() -> None:
     for ci, jobs in called().items():
         checks = expanded({goal(call) for call in jobs["checks"]})
-        assert checks | WITH_RIGHTS == targets_of_build(submit_build.PULL_REQUEST), ci
-        assert not checks & WITH_RIGHTS
+        assert checks | NEEDS_CLOUD == targets_of_build(submit_build.PULL_REQUEST), ci
+        assert not checks & NEEDS_CLOUD
 
 
-def test_cloud_build_alone_starts_the_same_build() -> None:
+def test_terraforms_triggers_use_the_same_build_files() -> None:
     """`make submit` sends cloudbuild.yaml, and so do Terraform's triggers."""
     triggers = "".join(path.read_text(encoding="utf-8") for path in (PROJECT / "level_2_cicd/terraform").rglob("*.tf"))
     files = set(re.findall(r'filename\s*=\s*"([^"]+)"', triggers))
     assert files == {submit_build.PUSH, submit_build.PULL_REQUEST}
 
 
-def test_nothing_else_is_done_than_make_and_what_make_needs() -> None:
-    """Beside make, a CI only fetches the source, gets tools, and logs in."""
+def test_cis_only_install_tools_log_in_and_run_make() -> None:
     allowed = (
         r"make |sudo level_2|level_2|apt-get |\(umask 077 && printf %s |gcloud iam workload-identity-pools create-cred-config"
     )
@@ -316,8 +314,7 @@ def test_nothing_else_is_done_than_make_and_what_make_needs() -> None:
         assert re.match(allowed, command), command
 
 
-def test_tools_are_those_of_the_builds() -> None:
-    """One version each: CI, toolbox, images."""
+def test_tool_versions_match_those_of_the_builds() -> None:
     toolbox = dict(re.findall(r"^ARG ([A-Z]+)=(\S+)$", read("level_2_cicd/toolbox/Dockerfile"), re.MULTILINE))
     python = read("level_1_pipeline/base_image.txt").partition(":")[2].split("-")[0]
     gcloud = re.sub(r"-slim$", "", toolbox["GCLOUD"])
@@ -333,7 +330,7 @@ def test_tools_are_those_of_the_builds() -> None:
         assert f"{GET_TERRAFORM} /usr/local/bin" in read(path)
 
 
-def test_nobody_stops_listening_before_the_build_ends() -> None:
+def test_ci_timeouts_exceed_that_of_the_build() -> None:
     build = int(parsed(submit_build.PUSH)["timeout"].removesuffix("s"))
     limits = {
         "github-actions": [job["timeout-minutes"] for job in parsed(FILES["github-actions"][0])["jobs"].values()],
@@ -345,11 +342,11 @@ def test_nobody_stops_listening_before_the_build_ends() -> None:
         assert all(limit * 60 >= build + 1800 for limit in minutes), ci
 
 
-# ── when ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── conditions ─────────────────────────────────────────────────────────────────────────────────
 
 
 def matches(path: str, pattern: str) -> bool:
-    """Whether a path is one of those that a CI's pattern means."""
+    """Return whether a CI's pattern matches the path."""
     parts = re.split(r"(\*\*/|\*|\[\^.\])", pattern)
     means = {"**/": "(.*/)?", "*": "[^/]*"}
     return bool(re.fullmatch("".join(means.get(part) or (part if part[:2] == "[^" else re.escape(part)) for part in parts), path))
@@ -364,7 +361,7 @@ def matches(path: str, pattern: str) -> bool:
         *(("a/readme.MD5", True), ("a/amd", True), ("a/cmd", True), ("word", True), ("notes.ad", True), ("LICENSE", True)),
     ],
 )
-def test_documents_start_nothing(path: str, started: bool) -> None:
+def test_documentation_changes_start_no_build(path: str, started: bool) -> None:
     left_out = parsed(FILES["github-actions"][0])[True]["push"]["paths-ignore"]
     assert any(matches(path, pattern) for pattern in left_out) != started
     left_out = parsed(FILES["azure-devops"][0])["trigger"]["paths"]["exclude"]
@@ -375,8 +372,8 @@ def test_documents_start_nothing(path: str, started: bool) -> None:
         assert any(matches(path, pattern) for pattern in rule["changes"]) == started
 
 
-def test_prod_waits_for_dev_and_for_somebody() -> None:
-    """Each is in an environment of its own name, where approvals are set and variables are kept."""
+def test_prod_needs_dev_and_an_approval() -> None:
+    """Approvals and variables belong to the CI's environments dev and prod."""
     github = parsed(FILES["github-actions"][0])["jobs"]
     gitlab = parsed(".gitlab-ci.yml")
     azure = {stage["stage"]: stage for stage in parsed(FILES["azure-devops"][0])["stages"]}
@@ -393,7 +390,7 @@ def test_prod_waits_for_dev_and_for_somebody() -> None:
     assert gitlab["prod"]["rules"][0]["when"] == "manual"
 
 
-def test_one_build_at_a_time_and_none_is_broken_off() -> None:
+def test_deployments_are_serial_and_not_cancelled() -> None:
     groups = [job["concurrency"] for job in parsed(FILES["github-actions"][0])["jobs"].values()]
     assert groups == [{"group": name, "cancel-in-progress": False} for name in ENVIRONMENTS]
     gitlab = parsed(".gitlab-ci.yml")
@@ -402,16 +399,16 @@ def test_one_build_at_a_time_and_none_is_broken_off() -> None:
     assert parsed(FILES["azure-devops"][0])["lockBehavior"] == "runLatest"
 
 
-# ── no value of project.yaml, and no variable that nobody explains ──────────────────────────────────────────
+# ── settings and variables ─────────────────────────────────────────────────────────────────────
 
 
 def code(path: str) -> str:
-    """A file without its comments."""
+    """Return a file without its comments."""
     return re.sub(r"(^|\s)#.*$", "", read(path), flags=re.MULTILINE)
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Every text and number below a key of project.yaml; not the keys, such as the names of the environments."""
+    """Yield all texts and numbers of a block of project.yaml, without its keys."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
@@ -421,12 +418,12 @@ def strings(value: Any) -> Iterator[str]:
         yield str(value)
 
 
-def test_no_value_of_project_yaml_is_in_them(generate: Callable[..., Path], tmp_path: Path) -> None:
+def test_ci_files_contain_no_settings(generate: Callable[..., Path], tmp_path: Path) -> None:
     project = generate(tmp_path)
     settings = yaml.safe_load((project / "project.yaml").read_text(encoding="utf-8"))
     cloud = settings["cloud"]
-    assert cloud["repository"].pop("branch") == "main"  # a trigger must name it: the files say where else it stands
-    for key in ("ci", "data_ingestion", "environments"):  # choices; and ids, which are empty: see below
+    assert cloud["repository"].pop("branch") == "main"  # a trigger must name it; the files refer to project.yaml
+    for key in ("ci", "data_ingestion", "environments"):  # choices; and IDs, which are empty: see below
         cloud.pop(key)
     values = {value for part in ("name", "description", "cloud") for value in strings(settings[part]) if len(value) > 2}
     assert {"digit-reader", "europe-west4", "you@example.com", "n2-standard-2", "l4-spot"} <= values
@@ -435,7 +432,7 @@ def test_no_value_of_project_yaml_is_in_them(generate: Callable[..., Path], tmp_
         assert not re.search(r"gs://|gserviceaccount|docker\.pkg\.dev|projects/|[a-z]-[a-z]+\d\b", code(path)), path
 
 
-def test_the_main_branch_is_that_of_project_yaml(default_project: Path) -> None:
+def test_main_branch_matches_project_yaml(default_project: Path) -> None:
     branch = yaml.safe_load((default_project / "project.yaml").read_text(encoding="utf-8"))["cloud"]["repository"]["branch"]
     assert parsed(FILES["github-actions"][0])[True]["push"]["branches"] == [branch]
     assert f"github.ref == 'refs/heads/{branch}'" in parsed(FILES["github-actions"][0])["jobs"]["dev"]["if"]
@@ -447,13 +444,13 @@ def test_the_main_branch_is_that_of_project_yaml(default_project: Path) -> None:
         assert "cloud.repository.branch" in " ".join(re.sub(r"\n# ?", " ", read(FILES[ci][0])).split())
 
 
-FROM_A_PERSON = {
+USER_VARIABLES = {
     "github-actions": {"DEPLOY_TO", "GCP_WORKLOAD_IDENTITY_PROVIDER", "GCP_DEPLOYER"},
     "gitlab": {"DEPLOY_TO", "GCP_WORKLOAD_IDENTITY_PROVIDER", "GCP_DEPLOYER"},
     "azure-devops": {"DEPLOY_TO", "GCP_WORKLOAD_IDENTITY_PROVIDER", "GCP_DEPLOYER", "GCP_SERVICE_CONNECTION"},
 }
-# What the CI, or the file itself, sets.
-GIVEN = re.compile(
+# Set by the CI or the file itself.
+PREDEFINED = re.compile(
     r"CI_[A-Z_]+|AGENT_TEMPDIRECTORY|Agent\.TempDirectory|Build\.\w+|idToken|GOOGLE_\w+|ENVIRONMENT|token|"
     r"SYSTEM_ACCESSTOKEN|System\.AccessToken|SYSTEM_OIDCREQUESTURI|AZURESUBSCRIPTION_SERVICE_CONNECTION_ID"
 )
@@ -465,23 +462,23 @@ USES = {
 
 
 @pytest.mark.parametrize("ci", HAVE_FILES)
-def test_each_variable_is_explained_where_a_person_reads_first(ci: str) -> None:
+def test_first_file_explains_every_variable(ci: str) -> None:
     used = {name for path in FILES[ci] for names in re.findall(USES[ci], code(path)) for name in names}
     if ci == "gitlab":
         used = {name for path in FILES[ci] for name in re.findall(USES[ci], code(path))}
-    assert {name for name in used if name and not GIVEN.fullmatch(name)} == FROM_A_PERSON[ci]
+    assert {name for name in used if name and not PREDEFINED.fullmatch(name)} == USER_VARIABLES[ci]
     opening = re.match(r"(#.*\n)+", read(FILES[ci][0]))
     assert opening
-    assert FROM_A_PERSON[ci] <= set(re.findall(r"[A-Z_]{5,}", opening[0]))
+    assert USER_VARIABLES[ci] <= set(re.findall(r"[A-Z_]{5,}", opening[0]))
 
 
-def test_terraform_prints_those_variables() -> None:
+def test_terraform_prints_the_ci_variables() -> None:
     printed = re.search(r'output "ci_variables" \{(.*?)^\}', read("level_2_cicd/terraform/foundation/outputs.tf"), re.M | re.S)
     assert printed
-    assert set(re.findall(r"\bGCP_\w+", printed[1])) == FROM_A_PERSON["gitlab"] - {"DEPLOY_TO"}
+    assert set(re.findall(r"\bGCP_\w+", printed[1])) == USER_VARIABLES["gitlab"] - {"DEPLOY_TO"}
 
 
-# ── logging in, with the real gcloud ────────────────────────────────────────────────────────────────────────
+# ── logging in, with the real gcloud ───────────────────────────────────────────────────────────
 
 VARIABLES = {
     "GCP_WORKLOAD_IDENTITY_PROVIDER": "projects/123456789/locations/global/workloadIdentityPools/digit-reader-ci/providers/ci",
@@ -490,7 +487,7 @@ VARIABLES = {
 
 
 def login(ci: str) -> str:
-    """What GitLab and Azure run to log in, without what installs packages, and what comes after the login."""
+    """Return the login commands of GitLab or Azure only."""
     if ci == "gitlab":
         return "\n".join(line for line in parsed(".gitlab-ci.yml")[".submit"]["before_script"] if "apt-get" not in line)
     script, follows, _ = commands_of_azure("dev")[-1].partition("renew() (")
@@ -499,7 +496,7 @@ def login(ci: str) -> str:
 
 
 def log_in(ci: str, folder: Path, **variables: str) -> "subprocess.CompletedProcess[str]":
-    """Run it with a token, in a folder in the place of the job's own."""
+    """Run the login with a token, in this folder."""
     if shutil.which("gcloud") is None:
         (pytest.fail if os.environ.get("REQUIRE_DOCKER") else pytest.skip)("this test needs gcloud")
     given = {
@@ -514,7 +511,7 @@ def log_in(ci: str, folder: Path, **variables: str) -> "subprocess.CompletedProc
 
 
 @pytest.mark.parametrize("ci", ["gitlab", "azure-devops"])
-def test_the_token_becomes_credentials_that_google_s_library_takes(ci: str, tmp_path: Path) -> None:
+def test_login_writes_credentials_for_googles_library(ci: str, tmp_path: Path) -> None:
     done = log_in(ci, tmp_path, **VARIABLES)
     assert done.returncode == 0, done.stderr
     assert "a.b.c" not in done.stdout + done.stderr
@@ -530,21 +527,21 @@ def test_the_token_becomes_credentials_that_google_s_library_takes(ci: str, tmp_
 
 @pytest.mark.parametrize("missing", VARIABLES)
 @pytest.mark.parametrize("ci", ["gitlab", "azure-devops"])
-def test_a_variable_that_was_forgotten_is_named(ci: str, missing: str, tmp_path: Path) -> None:
+def test_login_names_a_missing_variable(ci: str, missing: str, tmp_path: Path) -> None:
     done = log_in(ci, tmp_path, **{**VARIABLES, missing: ""})
     assert done.returncode != 0
     assert f"{missing}: is not set; make foundation prints it" in done.stderr
     assert not (tmp_path / "google.json").exists()
 
 
-def test_a_connection_without_a_token_is_told(tmp_path: Path) -> None:
+def test_login_reports_a_missing_azure_token(tmp_path: Path) -> None:
     done = log_in("azure-devops", tmp_path, **VARIABLES, idToken="")
     assert done.returncode != 0
     assert "idToken: is not set; the service connection must use workload identity federation" in done.stderr
 
 
-# Programs in the place of those that Azure's step calls: make ends, with an error, when the third token has come.
-DOUBLES = {
+# Fakes of the programs in Azure's step; make fails after the third token.
+FAKE_PROGRAMS = {
     "gcloud": "exit 0",
     "make": """
 echo "$*; ${SYSTEM_ACCESSTOKEN-no token of the job}; ${idToken-no token of the connection}" >made
@@ -555,12 +552,12 @@ exit 3""",
 echo "$1" >>slept
 [ $(wc -l <slept) -gt 2 ] || exit 0
 /bin/sleep 20
-echo nobody ended it >>slept
+echo not stopped >>slept
 exit 1""",
 }
 
 
-def test_azure_s_token_stays_fresh_while_the_build_is_followed(tmp_path: Path) -> None:
+def test_azure_renews_the_token_during_the_build(tmp_path: Path) -> None:
     asked: list[tuple[str, str | None]] = []
 
     class Azure(SimpleHTTPRequestHandler):
@@ -572,11 +569,11 @@ def test_azure_s_token_stays_fresh_while_the_build_is_followed(tmp_path: Path) -
             self.wfile.write(answer or b"not now")
 
         def log_message(self, format: str, *args: Any) -> None:
-            """Nobody reads it."""
+            """No output."""
 
     programs = tmp_path / "bin"
     programs.mkdir()
-    for name, script in DOUBLES.items():
+    for name, script in FAKE_PROGRAMS.items():
         (programs / name).write_text(f"#!/bin/bash\n{script}\n", encoding="utf-8")
         (programs / name).chmod(0o755)
     with ThreadingHTTPServer(("127.0.0.1", 0), Azure) as server:
@@ -602,18 +599,18 @@ def test_azure_s_token_stays_fresh_while_the_build_is_followed(tmp_path: Path) -
     assert not re.search(r"the\.(first|third)|of-the-job|a\.b\.c", done.stdout + done.stderr)
 
 
-# ── Terraform for the CI ────────────────────────────────────────────────────────────────────────────────────
+# ── Terraform for the CI ───────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture
 def releases(tmp_path: Path) -> Iterator[tuple[Path, str]]:
-    """A folder of releases, and its address on this machine."""
+    """A folder of releases and its local URL."""
     folder = tmp_path / "releases"
     folder.mkdir()
 
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, format: str, *args: Any) -> None:
-            """Nobody reads it."""
+            """No output."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder))
     thread = threading.Thread(target=server.serve_forever)
@@ -625,7 +622,7 @@ def releases(tmp_path: Path) -> Iterator[tuple[Path, str]]:
 
 
 def release(folder: Path) -> bytes:
-    """Puts an archive where that of the toolbox's version is asked for."""
+    """Create an archive of the toolbox's version."""
     (version,) = re.findall(r"^ARG TERRAFORM=.*:([\d.]+)$", read("level_2_cicd/toolbox/Dockerfile"), re.MULTILINE)
     archive = folder / version / f"terraform_{version}_linux_amd64.zip"
     archive.parent.mkdir()
@@ -638,7 +635,7 @@ def get_terraform(root: Path, into: Path, address: str) -> "subprocess.Completed
     return tool("sh", root / GET_TERRAFORM, into, cwd=root, TERRAFORM_RELEASES=address)
 
 
-def test_an_archive_with_another_sum_is_not_unpacked(releases: tuple[Path, str], tmp_path: Path) -> None:
+def test_get_terraform_rejects_a_wrong_checksum(releases: tuple[Path, str], tmp_path: Path) -> None:
     folder, address = releases
     release(folder)
     done = get_terraform(PROJECT, tmp_path, address)
@@ -647,7 +644,7 @@ def test_an_archive_with_another_sum_is_not_unpacked(releases: tuple[Path, str],
     assert not (tmp_path / "terraform").exists()
 
 
-def test_one_with_the_right_sum_is_put_into_the_folder(releases: tuple[Path, str], tmp_path: Path) -> None:
+def test_get_terraform_installs_a_verified_archive(releases: tuple[Path, str], tmp_path: Path) -> None:
     folder, address = releases
     right = sha256(release(folder)).hexdigest()
     root = tmp_path / "project"
@@ -659,7 +656,7 @@ def test_one_with_the_right_sum_is_put_into_the_folder(releases: tuple[Path, str
     assert tool(tmp_path / "terraform", cwd=tmp_path).stdout == "it runs\n"
 
 
-def test_without_a_folder_or_a_network_it_says_what_to_do(releases: tuple[Path, str], tmp_path: Path) -> None:
+def test_get_terraform_reports_a_missing_folder_or_download(releases: tuple[Path, str], tmp_path: Path) -> None:
     _, address = releases
     done = get_terraform(PROJECT, tmp_path, address)
     assert done.returncode == 2

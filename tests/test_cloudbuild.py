@@ -1,4 +1,4 @@
-"""The Cloud Build files: their form, their order, who calls them with what; and `gcloud builds submit`, over the wire."""
+"""The Cloud Build files: schema, order, substitutions; and `gcloud builds submit` over HTTP."""
 
 import io
 import os
@@ -48,13 +48,13 @@ def here(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield project
 
 
-# ── their form ──────────────────────────────────────────────────────────────────────────────────────────
-def test_there_are_four() -> None:
+# ── schema ─────────────────────────────────────────────────────────────────────────────────────
+def test_all_files_are_listed() -> None:
     assert NAMES == ["cloudbuild.container.yaml", "cloudbuild.image.yaml", "cloudbuild.pr.yaml", "cloudbuild.yaml"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
-def test_they_are_what_cloud_builds_schema_wants(path: Path) -> None:
+def test_files_match_cloud_builds_schema(path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.cloudbuild", str(path)],
         capture_output=True,
@@ -64,18 +64,18 @@ def test_they_are_what_cloud_builds_schema_wants(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_has_limits_logs_and_tags(name: str) -> None:
+def test_builds_have_timeouts_logs_and_tags(name: str) -> None:
     build = document(name)
     assert build["options"]["logging"] == "CLOUD_LOGGING_ONLY"
     assert all("timeout" in step for step in build["steps"])
     assert max(build_steps.seconds(step["timeout"]) for step in build["steps"]) <= build_steps.seconds(build["timeout"])
     limits = [build_steps.seconds(step["timeout"]) for step in build["steps"]]
     assert build_steps.critical_path(build["steps"], limits) <= build_steps.seconds(build["timeout"]) * 1.2
-    assert "substitutions" not in build, "a default would be taken where a caller forgets one"
+    assert "substitutions" not in build, "a default would hide a missing substitution"
     assert build["tags"][0] == "$_ENVIRONMENT"
 
 
-def test_what_is_pushed_has_a_provenance_and_what_a_pull_request_brings_is_not_pushed() -> None:
+def test_pushed_images_have_provenance_and_pull_requests_push_nothing() -> None:
     assert document("cloudbuild.yaml")["options"]["requestedVerifyOption"] == "VERIFIED"
     image = document("cloudbuild.image.yaml")
     assert image["options"]["requestedVerifyOption"] == "VERIFIED"
@@ -88,12 +88,12 @@ def test_what_is_pushed_has_a_provenance_and_what_a_pull_request_brings_is_not_p
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_step_is_told_a_secret(name: str) -> None:
+def test_steps_get_no_secrets(name: str) -> None:
     text = (PROJECT / "level_2_cicd" / name).read_text(encoding="utf-8")
     assert not re.search(r"secretEnv|availableSecrets|password|token|private_key", text, re.IGNORECASE)
 
 
-# ── each step ───────────────────────────────────────────────────────────────────────────────────────────
+# ── steps ──────────────────────────────────────────────────────────────────────────────────────
 def targets() -> set[str]:
     """The targets of the project's Makefile."""
     text = (PROJECT / "Makefile").read_text(encoding="utf-8")
@@ -101,7 +101,7 @@ def targets() -> set[str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_step_is_one_make_target_in_the_toolbox(name: str) -> None:
+def test_each_step_runs_one_make_target_in_the_toolbox(name: str) -> None:
     for step in document(name)["steps"]:
         if step["id"] == "toolbox":
             assert step["args"][0] == "level_2_cicd/toolbox/toolbox.sh"
@@ -114,7 +114,7 @@ def test_each_step_is_one_make_target_in_the_toolbox(name: str) -> None:
         assert not any(key in step for key in ("script", "secretEnv", "volumes"))
 
 
-def test_nothing_waits_for_what_it_does_not_need() -> None:
+def test_steps_wait_only_for_what_they_need() -> None:
     build = document("cloudbuild.yaml")
     waits = {step["id"]: set(step["waitFor"]) for step in build["steps"]}
     assert waits == {
@@ -130,19 +130,19 @@ def test_nothing_waits_for_what_it_does_not_need() -> None:
         "release": {"functional-test", "sbom"},
     }
     before = {name: needed for name, needed in waits.items()}
-    for name in waits:  # what must have succeeded before, all in all
+    for name in waits:  # transitively
         before[name] = before[name].union(*(before[other] for other in before[name] if other != "-"))
     assert {"lint", "test", "images", "apply", "publish", "sbom", "functional-test"} <= before["release"]
     assert {"lint", "test"} <= before["apply"]
 
 
-# ── who calls them ──────────────────────────────────────────────────────────────────────────────────────
+# ── substitutions ──────────────────────────────────────────────────────────────────────────────
 def used(name: str) -> set[str]:
-    """The substitutions that a file uses."""
+    """Return the substitutions that a file uses."""
     return {found for found in build_steps.variables(document(name)) if found.startswith("_")}
 
 
-def test_every_caller_gives_every_substitution_and_no_other(here: Path) -> None:
+def test_callers_set_exactly_the_substitutions_in_use(here: Path) -> None:
     chosen = settings.load("")
     place = cloud.place(chosen)
     train = containers.find(here, ["train"])[0]
@@ -152,7 +152,7 @@ def test_every_caller_gives_every_substitution_and_no_other(here: Path) -> None:
     assert set(submit_build.substitutions_of_container(chosen, place, train)) == used("cloudbuild.container.yaml")
 
 
-def test_a_substitution_that_is_missing_or_too_many_is_refused() -> None:
+def test_missing_or_unknown_substitutions_are_rejected() -> None:
     path = PROJECT / "level_2_cicd" / "cloudbuild.image.yaml"
     values = dict.fromkeys(used("cloudbuild.image.yaml"), "x")
     assert build_steps.read(path, values)["images"] == ["x:x"]
@@ -162,12 +162,12 @@ def test_a_substitution_that_is_missing_or_too_many_is_refused() -> None:
         build_steps.read(path, {**values, "_MORE": ""})
 
 
-def test_a_value_with_a_comma_reaches_gcloud_whole() -> None:
+def test_values_with_commas_are_escaped_for_gcloud() -> None:
     assert submit_build.as_flag({"_A": "1", "_B": ""}) == "_A=1,_B="
     assert submit_build.as_flag({"_A": "1,2", "_B": "x|y"}) == "^;^_A=1,2;_B=x|y"
 
 
-# ── gcloud builds submit, over the wire ─────────────────────────────────────────────────────────────────
+# ── gcloud builds submit, over HTTP ────────────────────────────────────────────────────────────
 @pytest.fixture
 def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[FakeCloudBuild, FakeStorage]]:
     """Cloud Build and Cloud Storage, to which the real gcloud talks."""
@@ -188,7 +188,7 @@ def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Fak
 
 
 def make(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A make target of the project in which this is."""
+    """Run a make target in the current folder."""
     environment = {**os.environ, "VENV": sys.prefix, "PYTHONPATH": "src", **variables}
     return subprocess.run(["make", *words], env=environment, capture_output=True, text=True)
 
@@ -213,14 +213,12 @@ SECRETS = {
 }
 
 
-def test_submit_sends_what_cloudbuild_yaml_says_and_nothing_secret(
-    here: Path, fakes: tuple[FakeCloudBuild, FakeStorage]
-) -> None:
+def test_submit_sends_cloudbuild_yaml_and_no_secrets(here: Path, fakes: tuple[FakeCloudBuild, FakeStorage]) -> None:
     builds, storage = fakes
     for name, text in SECRETS.items():
         (here / name).parent.mkdir(parents=True, exist_ok=True)
         (here / name).write_text(text)
-    (here / "src" / "trainer" / "new.py").write_text("# git does not know it, and it goes along")
+    (here / "src" / "trainer" / "new.py").write_text("# untracked, but uploaded")
     done = make("submit", JOB_SPEC="l4")
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -278,8 +276,8 @@ def test_submit_sends_what_cloudbuild_yaml_says_and_nothing_secret(
     assert {name for name in known if name not in SECRETS and name != ".gcloudignore"} <= names
 
 
-def test_the_sources_of_every_container_are_sent(here: Path) -> None:
-    """What a container is made of is not what .gcloudignore leaves out: its tag there is its tag here."""
+def test_sources_of_every_container_are_uploaded(here: Path) -> None:
+    """.gcloudignore excludes no input of a container, so tags are the same in the build."""
     done = subprocess.run(
         ["gcloud", "meta", "list-files-for-upload", "."],
         capture_output=True,
@@ -293,7 +291,7 @@ def test_the_sources_of_every_container_are_sent(here: Path) -> None:
         assert needed <= sent, container.name
 
 
-def test_a_pool_and_another_environment_are_named(here: Path, fakes: tuple[FakeCloudBuild, FakeStorage]) -> None:
+def test_submit_uses_the_pool_and_account_of_the_environment(here: Path, fakes: tuple[FakeCloudBuild, FakeStorage]) -> None:
     builds, storage = fakes
     storage.create_bucket("my-prod-digit-reader-storage")
     pool = "projects/my-prod/locations/europe-west4/workerPools/private"
@@ -306,14 +304,14 @@ def test_a_pool_and_another_environment_are_named(here: Path, fakes: tuple[FakeC
     assert build.source.storage_source.bucket == "my-prod-digit-reader-storage"
 
 
-def test_the_command_is_shown_and_nothing_is_sent(here: Path, fakes: tuple[FakeCloudBuild, FakeStorage]) -> None:
+def test_dry_run_prints_the_command_and_sends_nothing(here: Path, fakes: tuple[FakeCloudBuild, FakeStorage]) -> None:
     done = make("submit", DRY_RUN="1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("gcloud builds submit . --config=level_2_cicd/cloudbuild.yaml --project=my-project")
     assert not any(fake.received for fake in fakes)
 
 
-def test_a_build_that_fails_is_a_failure_here(here: Path, fakes: tuple[FakeCloudBuild, FakeStorage]) -> None:
+def test_failed_build_fails_submit(here: Path, fakes: tuple[FakeCloudBuild, FakeStorage]) -> None:
     builds, _ = fakes
 
     def fail(_: object) -> dict[str, str]:
@@ -326,7 +324,7 @@ def test_a_build_that_fails_is_a_failure_here(here: Path, fakes: tuple[FakeCloud
     assert "Traceback" not in done.stderr
 
 
-def test_what_cloud_build_would_refuse_the_fake_rejects(here: Path, fakes: tuple[FakeCloudBuild, FakeStorage]) -> None:
+def test_fake_rejects_invalid_builds(here: Path, fakes: tuple[FakeCloudBuild, FakeStorage]) -> None:
     def submit(text: str, *more: str) -> str:
         (here / "build").mkdir(exist_ok=True)
         (here / "build" / "bad.yaml").write_text(text)
@@ -353,16 +351,14 @@ def test_what_cloud_build_would_refuse_the_fake_rejects(here: Path, fakes: tuple
     assert not fakes[0].calls("builds.create")
 
 
-def test_triggers_for_each_container_name_their_files_and_are_made_anew(
-    here: Path, fakes: tuple[FakeCloudBuild, FakeStorage]
-) -> None:
+def test_setup_triggers_is_idempotent_and_names_files(here: Path, fakes: tuple[FakeCloudBuild, FakeStorage]) -> None:
     linked = "cloud.ci=cloud-build cloud.repository.name=connection/code"
-    for turn in ("made", "made anew"):
+    for turn in ("created", "updated"):
         done = make("setup-triggers", SET=linked)
         assert done.returncode == 0, f"{turn}: {done.stderr}"
     builds, _ = fakes
     assert len(builds.triggers) == len(containers.find(here))
-    assert len(builds.calls("triggers.create")) == len(builds.triggers)  # the second time, they are there
+    assert len(builds.calls("triggers.create")) == len(builds.triggers)  # not created twice
     predict = builds.triggers["digit-reader-predict"]
     repository = "projects/my-project/locations/europe-west4/connections/connection/repositories/code"
     assert predict.repository_event_config.repository == repository
@@ -374,25 +370,25 @@ def test_triggers_for_each_container_name_their_files_and_are_made_anew(
     assert not any(name.startswith("src/trainer") for name in predict.included_files)
 
 
-def test_triggers_without_a_linked_repository_are_refused(here: Path, fakes: tuple[FakeCloudBuild, FakeStorage]) -> None:
-    for chosen, told in (
+def test_setup_triggers_requires_a_linked_repository(here: Path, fakes: tuple[FakeCloudBuild, FakeStorage]) -> None:
+    for options, message in (
         ("", "cloud.ci in project.yaml is github-actions"),
         ("cloud.ci=cloud-build", "cloud.repository.name in"),
     ):
-        done = make("setup-triggers", SET=chosen)
+        done = make("setup-triggers", SET=options)
         assert done.returncode == 2
-        assert told in done.stderr
+        assert message in done.stderr
     assert not fakes[0].received
 
 
-# ── the runner of steps ─────────────────────────────────────────────────────────────────────────────────
+# ── step runner ────────────────────────────────────────────────────────────────────────────────
 def build(*written: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """A build whose steps are shell commands."""
+    """Return a build whose steps are shell commands."""
     shells = [{"name": "x", "entrypoint": "sh", "args": ["-c", step.pop("run")], **step} for step in written]
     return build_steps.resolve({"steps": shells, **more}, {"PROJECT_ID": "p"})
 
 
-def test_steps_run_as_soon_as_they_can_and_in_order(tmp_path: Path) -> None:
+def test_steps_start_when_their_dependencies_end(tmp_path: Path) -> None:
     made = build(
         {"id": "a", "run": "echo a >>log"},
         {"id": "slow", "run": "sleep 1; echo slow >>log", "waitFor": ["a"]},
@@ -406,7 +402,7 @@ def test_steps_run_as_soon_as_they_can_and_in_order(tmp_path: Path) -> None:
     assert outcome.critical < sum(step.seconds for step in outcome.steps)
 
 
-def test_a_failure_ends_the_others_and_nothing_new_begins(tmp_path: Path) -> None:
+def test_failed_step_cancels_the_build(tmp_path: Path) -> None:
     made = build(
         {"id": "long", "run": "sleep 60", "waitFor": ["-"]},
         {"id": "bad", "run": "echo so; exit 3", "waitFor": ["-"]},
@@ -419,14 +415,14 @@ def test_a_failure_ends_the_others_and_nothing_new_begins(tmp_path: Path) -> Non
     assert not (tmp_path / "after").exists()
 
 
-def test_a_step_that_may_fail_ends_nothing(tmp_path: Path) -> None:
+def test_allow_failure_continues_the_build(tmp_path: Path) -> None:
     made = build({"id": "bad", "run": "exit 3", "allowFailure": True}, {"id": "after", "run": "touch after"})
     outcome = build_steps.run(made, tmp_path, build_steps.as_process({}))
     assert [step.status for step in outcome.steps] == ["FAILURE", "SUCCESS"]
     assert outcome.status == "SUCCESS"
 
 
-def test_times_out_and_is_killed(tmp_path: Path) -> None:
+def test_timeouts_and_kills_are_reported(tmp_path: Path) -> None:
     late = build_steps.run(build({"id": "a", "run": "sleep 60", "timeout": "1s"}), tmp_path, build_steps.as_process({}))
     assert (late.status, late.step("a").status) == ("TIMEOUT", "TIMEOUT")
     late = build_steps.run(build({"id": "a", "run": "sleep 60"}, timeout="1s"), tmp_path, build_steps.as_process({}))
@@ -436,7 +432,7 @@ def test_times_out_and_is_killed(tmp_path: Path) -> None:
     assert not (tmp_path / "b").exists()
 
 
-def test_the_critical_path_is_the_longest_way_through() -> None:
+def test_critical_path_is_the_longest_chain() -> None:
     made = build({"id": "a", "run": ""}, {"id": "b", "run": "", "waitFor": ["-"]}, {"id": "c", "run": "", "waitFor": ["a"]})
     assert build_steps.critical_path(made["steps"], [1, 5, 2]) == 5
     assert build_steps.critical_path(made["steps"], [4, 5, 2]) == 6

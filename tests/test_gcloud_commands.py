@@ -1,4 +1,4 @@
-"""Every gcloud command that a person is told to type is one: checked by gcloud's own grammar, offline."""
+"""All documented gcloud commands are valid: checked by gcloud's own linter, offline."""
 
 import ast
 import json
@@ -24,14 +24,14 @@ OTHERS = [
 ]
 
 FENCE = re.compile(r"^```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-# Where a sentence or a message goes on after a command.
+# What ends a command within a sentence.
 END = re.compile(r";|, |: |(?<=\w)\.(?=\s|$)| \(| #| && | \| | > | or ")
 
 MENTION = re.compile(r"gcloud( [a-z-]+)+|.*=")
 
 
 def whole(text: str) -> str:
-    """The command at a text's beginning, with something in the place of what is filled in later."""
+    """Return the command at the start of a text, with X for placeholders."""
     command = re.sub(r"\{[^{}]*\}|\[[^\]]*\]", "X", text)
     return END.split(command)[0].replace("…", "").strip()
 
@@ -42,28 +42,28 @@ def in_backticks(text: str) -> Iterator[str]:
 
 
 def in_page(text: str) -> Iterator[str]:
-    """Commands in sentences and in blocks of code; a backslash joins lines."""
+    """Commands in sentences and code blocks; a backslash joins lines."""
     yield from in_backticks(FENCE.sub("", text))
     for block in FENCE.findall(text):
         yield from in_lines(block)
 
 
 def in_lines(text: str) -> Iterator[str]:
-    """Commands that begin a line, also behind a comment's sign, or a shell's."""
+    """Commands at the start of a line, after a comment sign or a shell prompt."""
     for line in re.sub(r"\\\n\s*", "", text).splitlines():
         if found := re.match(r"\s*(?:#\s*|\$\s*|@)?(?:\w+=\S+ )*(gcloud [a-z].*)", line):
             yield whole(found[1])
 
 
 def in_source(text: str) -> Iterator[str]:
-    """Commands in a program's messages: in backticks, at a message's beginning, or behind a colon."""
+    """Commands in messages: in backticks, at the start, or after a colon."""
     for message in messages(ast.parse(text)):
         yield from in_backticks(message)
         yield from (whole(command) for command in re.findall(r"(?:^|: )(gcloud [a-z].*)", message))
 
 
 def messages(tree: ast.AST) -> Iterator[str]:
-    """The texts of a program; X where a value comes in."""
+    """The texts of a program, with X for values."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.JoinedStr):
             parts = (part.value if isinstance(part, ast.Constant) else "X" for part in node.values)
@@ -75,7 +75,7 @@ def messages(tree: ast.AST) -> Iterator[str]:
 
 
 def commands() -> dict[str, str]:
-    """Command → the file that it stands in."""
+    """Command → the file that contains it."""
     found: dict[str, str] = {}
     for paths, reader in ((PAGES, in_page), (SOURCES, in_source), (OTHERS, in_lines), (OTHERS, in_backticks)):
         for path in paths:
@@ -84,19 +84,18 @@ def commands() -> dict[str, str]:
     return found
 
 
-def as_judged(command: str) -> str:
-    """The command with a project id in the place of what stands for one; and with --recursive at its end, because this
-    check of gcloud's, unlike gcloud itself, takes the word behind it for its value."""
+def normalize(command: str) -> str:
+    """Insert a project ID, and move --recursive to the end: the linter takes the next word for its value."""
     command = re.sub(r"--project=(?:X|[A-Z]+|\$\{local\.project\})(?=\s|$)", "--project=my-project", command)
     return re.sub(r"(.*) --recursive( .*)", r"\1\2 --recursive", command)
 
 
 def problems(written: list[str], folder: Path) -> dict[str, str]:
-    """Command → what gcloud says is wrong with it; one process for all."""
+    """Command → gcloud's error message; one process for all."""
     if shutil.which("gcloud") is None:
         (pytest.fail if os.environ.get("REQUIRE_DOCKER") else pytest.skip)("this test needs gcloud")
     file = folder / "commands.json"
-    file.write_text(json.dumps([{"command_string": as_judged(command)} for command in written]), encoding="utf-8")
+    file.write_text(json.dumps([{"command_string": normalize(command)} for command in written]), encoding="utf-8")
     done = subprocess.run(
         ["gcloud", "meta", "lint-gcloud-commands", f"--commands-file={file}"],
         env={**os.environ, "CLOUDSDK_CONFIG": str(folder / "gcloud"), "CLOUDSDK_CORE_DISABLE_PROMPTS": "1"},
@@ -107,7 +106,7 @@ def problems(written: list[str], folder: Path) -> dict[str, str]:
     judged = json.loads(done.stdout)
     assert len(judged) == len(written)
     said = {command: judgement["error_message"] for command, judgement in zip(written, judged, strict=True)}
-    # A command that is its name alone, or ends in =, is mentioned, and not to be typed as it stands.
+    # A bare command name, or one that ends in =, is only mentioned.
     return {
         command: error
         for command, error in said.items()
@@ -115,13 +114,13 @@ def problems(written: list[str], folder: Path) -> dict[str, str]:
     }
 
 
-def test_every_command_can_be_typed(tmp_path: Path) -> None:
+def test_documented_commands_are_valid(tmp_path: Path) -> None:
     found = commands()
     wrong = problems(list(found), tmp_path)
     assert not wrong, "\n".join(f"{found[command]}: {command}\n    {error}" for command, error in wrong.items())
 
 
-def test_they_are_found_and_wrong_ones_are_refused(tmp_path: Path) -> None:
+def test_invalid_commands_are_found(tmp_path: Path) -> None:
     page = (
         "Type `gcloud storage buckets creat gs://B`.\n\n```bash\ngcloud ai endpoints list \\\n    --region=R --bogus  # no\n```\n"
     )
@@ -139,8 +138,8 @@ def test_they_are_found_and_wrong_ones_are_refused(tmp_path: Path) -> None:
     assert set(problems([*written, "gcloud projects list"], tmp_path)) == set(written)
 
 
-def test_the_first_commands_are_those_of_make_doctor() -> None:
-    """What the documents say and what `make doctor LEVEL=1` says makes the same bucket and the same repository."""
+def test_documentation_and_make_doctor_show_the_same_commands() -> None:
+    """The commands that create the bucket and the repository."""
     where = Place("dev", "NAME", "PROJECT", "REGION", "", "", "", "", "", "", by_hand=True)
     wanted = {doctor.create_bucket(where, "BUCKET"), doctor.create_repository(where, "NAME")}
     for page in (ROOT / "docs" / "level-1-cloud.md", PROJECT / "level_1_pipeline" / "README.md"):

@@ -1,7 +1,7 @@
-"""The toolbox is built and steps run in it, with a real engine and a real registry.
+"""Build the toolbox and run build steps in it, with real Docker and a real registry.
 
-The images that it is put together from cannot be had everywhere: images of the same names, with this machine's programs in them,
-stand for them behind a mirror. So the Dockerfile is tried, and not whether those images are as we believe.
+Its base images are not available everywhere: a mirror has images of the same names with this machine's programs. So the
+Dockerfile is tested, the official images are not.
 """
 
 import os
@@ -26,9 +26,9 @@ Done = subprocess.CompletedProcess[str]
 MIRROR = "toolbox.test/mirror"
 SCRIPT = "level_2_cicd/toolbox/toolbox.sh"
 SDK = "usr/lib/google-cloud-sdk"
-# Docker asks a plugin who it is; the engine that answers here builds without it.
+# Docker queries a plugin's metadata; the local engine builds without the plugin.
 BUILDX = """#!/bin/sh
-if [ "$1" = docker-cli-plugin-metadata ]; then echo '{"SchemaVersion":"0.1.0","Vendor":"nobody","Version":"0"}'; fi
+if [ "$1" = docker-cli-plugin-metadata ]; then echo '{"SchemaVersion":"0.1.0","Vendor":"test","Version":"0"}'; fi
 """
 
 
@@ -45,7 +45,7 @@ def must(*command: object, cwd: Path | None = None, **variables: str) -> str:
 
 
 def program(name: str) -> str:
-    """A program of this machine; without it the test has nothing to test."""
+    """Return the path of a program; skip or fail without it."""
     found = shutil.which(name)
     if not found:
         (pytest.fail if os.environ.get("REQUIRE_DOCKER") else pytest.skip)(f"this test needs {name}")
@@ -53,14 +53,14 @@ def program(name: str) -> str:
 
 
 def stand_in(name: str, *options: object) -> None:
-    """An image of this name, from files of this machine."""
+    """Create an image of this name from local files."""
     with subprocess.Popen(["tar", *map(str, options)], stdout=subprocess.PIPE) as packed:
         subprocess.run(["docker", "import", "-", f"{MIRROR}/{name}"], stdin=packed.stdout, check=True, capture_output=True)
 
 
 @pytest.fixture(scope="module")
 def project(docker: str, generate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A project, and behind the mirror all that its toolbox is made of."""
+    """A project, with the toolbox's base images in the mirror."""
     folder = tmp_path_factory.mktemp("stand-ins")
     gcloud = Path(program("gcloud")).resolve()
     for name in ("docker", "terraform"):
@@ -92,7 +92,7 @@ def project(docker: str, generate: Callable[..., Path], tmp_path_factory: pytest
 
 @pytest.fixture(scope="module")
 def address(docker: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A registry, and a repository in it."""
+    """A repository in a local registry."""
     with registry(tmp_path_factory.mktemp("registry")) as host:
         repository = f"{host}/demo-{uuid.uuid4().hex[:8]}"
         yield repository
@@ -102,12 +102,12 @@ def address(docker: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
 
 @pytest.fixture(scope="module")
 def toolbox(project: Path, address: str) -> str:
-    """The toolbox in the registry, and on this machine as `toolbox`."""
+    """The toolbox in the registry; its local name is `toolbox`."""
     must("sh", SCRIPT, address, MIRROR, cwd=project)
     return must("sh", SCRIPT, "--name", address, cwd=project).strip()
 
 
-def test_it_is_built_once_and_then_taken_from_the_registry(project: Path, address: str, toolbox: str) -> None:
+def test_toolbox_is_built_once_and_then_pulled(project: Path, address: str, toolbox: str) -> None:
     assert image_registry.digest(toolbox)
     must("docker", "rmi", "--force", toolbox, "toolbox")
     assert "pulled from the registry" in must("sh", SCRIPT, address, MIRROR, cwd=project)
@@ -116,9 +116,9 @@ def test_it_is_built_once_and_then_taken_from_the_registry(project: Path, addres
     )
 
 
-def test_a_pull_request_that_changes_it_pushes_nothing(project: Path, address: str, toolbox: str, tmp_path: Path) -> None:
+def test_pull_request_does_not_push_a_changed_toolbox(project: Path, address: str, toolbox: str, tmp_path: Path) -> None:
     other = Path(shutil.copytree(project, tmp_path / "other"))
-    edit(other / "level_2_cicd/toolbox/Dockerfile", "# The image of", "# Changed: what the steps")
+    edit(other / "level_2_cicd/toolbox/Dockerfile", "# The image of", "# Changed: the image of")
     name = must("sh", SCRIPT, "--name", address, cwd=other).strip()
     assert name != toolbox
     must("sh", SCRIPT, "--no-push", address, MIRROR, cwd=other)
@@ -126,7 +126,7 @@ def test_a_pull_request_that_changes_it_pushes_nothing(project: Path, address: s
     must("docker", "tag", toolbox, "toolbox")
 
 
-def test_other_files_do_not_change_it(project: Path, address: str, toolbox: str, tmp_path: Path) -> None:
+def test_other_files_do_not_change_the_tag(project: Path, address: str, toolbox: str, tmp_path: Path) -> None:
     other = Path(shutil.copytree(project, tmp_path / "other"))
     (other / "README.md").write_text("other")
     (other / "src/trainer/model.py").write_text("# other\n")
@@ -134,14 +134,14 @@ def test_other_files_do_not_change_it(project: Path, address: str, toolbox: str,
 
 
 @pytest.mark.parametrize("words", [["--nmae"], ["--name"]])
-def test_a_wrong_word_is_told(project: Path, words: list[str]) -> None:
+def test_invalid_option_is_reported(project: Path, words: list[str]) -> None:
     done = run("sh", SCRIPT, *words, cwd=project)
     assert done.returncode == 2
     assert done.stderr.startswith("error: --n")
 
 
-def test_it_has_what_steps_call(project: Path, toolbox: str) -> None:
-    """Its own Python is ready for what talks to the cloud, and the project's files are what it runs."""
+def test_toolbox_has_the_programs_of_the_steps(project: Path, toolbox: str) -> None:
+    """Its Python has Google's clients and runs the project's files."""
     say = (
         "make --version && git --version && docker --version && terraform version && gcloud --version && make -C /workspace help"
     )
@@ -153,7 +153,7 @@ def test_it_has_what_steps_call(project: Path, toolbox: str) -> None:
     assert "COMMIT=1a2b3c" in done.stderr  # there is no git repository
 
 
-def test_an_image_is_built_by_the_steps_themselves(project: Path, address: str, toolbox: str, tmp_path: Path) -> None:
+def test_build_steps_build_an_image(project: Path, address: str, toolbox: str, tmp_path: Path) -> None:
     """cloudbuild.container.yaml in containers: its gcloud starts cloudbuild.image.yaml, whose step builds with this engine."""
     workspace = Path(shutil.copytree(project, tmp_path / "workspace"))
     edit(workspace / "project.yaml", 'registry: ""', f'registry: "{address}"')
@@ -179,7 +179,7 @@ def test_an_image_is_built_by_the_steps_themselves(project: Path, address: str, 
             push,
             lambda _, outcome: outcomes.append(outcome),
         )
-        told = {
+        substitutions = {
             "_ENVIRONMENT": "dev",
             "_REGISTRY": address,
             "_BASE_IMAGES": MIRROR,
@@ -187,11 +187,11 @@ def test_an_image_is_built_by_the_steps_themselves(project: Path, address: str, 
             "_COMMIT": "1a2b",
             "_CONTAINER": "deploy",
         }
-        build = build_steps.read(workspace / "level_2_cicd/cloudbuild.container.yaml", told)
+        build = build_steps.read(workspace / "level_2_cicd/cloudbuild.container.yaml", substitutions)
         in_toolbox = build_steps.as_container(variables, workspace)
 
         def command(build: build_steps.Json, step: build_steps.Json) -> build_steps.Command:
-            # Cloud Build's own docker image cannot be had here: its one step is a process of this machine.
+            # Cloud Build's docker image is not available: run its step as a local process.
             return build_steps.as_process({})(build, step) if step["id"] == "toolbox" else in_toolbox(build, step)
 
         outcome = build_steps.run(build, workspace, command)
