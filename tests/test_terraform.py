@@ -691,7 +691,7 @@ def test_state_moves_from_this_machine_to_the_bucket(
         locks = [call for call in store.received if "tflock" in str(call.path)]
         assert locks  # the lock prevents concurrent applies
         # Restore the last lock, as a killed apply would leave it.
-        [*_, content] = [match[0] for call in store.received if (match := re.search(LOCK, call.body))]
+        [*_, content] = [lock_match[0] for call in store.received if (lock_match := re.search(LOCK, call.body))]
         lock = tmp_path / "buckets" / "my-project-dev-digit-reader-terraform" / "stack" / "default.tflock"
         storage.write("gs://my-project-dev-digit-reader-terraform/stack/default.tflock", content)
         refused = launch("destroy", "--yes")  # does not wait for the lock
