@@ -1,93 +1,76 @@
-"""Removes what was not chosen, records the template's commit, and says what to type next.
+"""Finish a new project: delete the files of other choices and write .cruft.json.
 
-cookiecutter renders this file and runs it in the new project. cruft runs it again at every update, in a
-folder of its own: it must depend on nothing but the answers and the template. The Jinja expression stands in
-a raw string, so the file is valid Python as it lies here; anywhere else, comments included, no opening brace
-may be followed by a brace, a percent sign or a hash.
-
-A hook is a process of its own, and imports are most of its time: it does without pathlib and typing, and
-imports shutil where that is needed.
+`cruft update` runs this hook in a temporary folder: use only the answers and the template.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 from fnmatch import fnmatch
+from pathlib import Path
 
-# Answer → value → the files and folders that only this value needs; a value without any needs no line.
-ONLY_FOR: dict[str, dict[str, list[str]]] = {
-    "ci": {
-        "github-actions": [".github"],
-        "gitlab": [".gitlab-ci.yml"],
-        "azure-devops": ["level_2_cicd/azure-pipelines.yml", "level_2_cicd/azure-submit.yml"],
-    },
-    "license": {
-        "Apache-2.0": ["LICENSE-Apache-2.0"],
-        "MIT": ["LICENSE-MIT"],
-        "Proprietary": ["LICENSE-Proprietary"],
-    },
+# Question, choice: the files and folders that only this choice needs.
+ONLY_FOR = {
+    ("ci", "github-actions"): [".github"],
+    ("ci", "gitlab"): [".gitlab-ci.yml"],
+    ("ci", "azure-devops"): ["level_2_cicd/azure-pipelines.yml", "level_2_cicd/azure-submit.yml"],
+    ("license", "Apache-2.0"): ["LICENSE-Apache-2.0"],
+    ("license", "MIT"): ["LICENSE-MIT"],
+    ("license", "Proprietary"): ["LICENSE-Proprietary"],
 }
-
-# What tools leave behind in a local template that is worked on; cookiecutter copies it with the rest.
+# Tools leave these in a local template; cookiecutter copies them with the rest.
 CACHES = ["__pycache__", ".ipynb_checkpoints", ".*_cache"]
 
 
-def remove_what_was_not_chosen(answers: dict[str, str]) -> None:
-    """Delete every path of the table that no chosen value asks for."""
-    kept = {path for answer, values in ONLY_FOR.items() for path in values.get(answers[answer], [])}
-    every = {path for values in ONLY_FOR.values() for paths in values.values() for path in paths}
-    for path in sorted(every - kept):
-        if os.path.isdir(path):
-            remove_folder(path)
-        else:
-            os.unlink(path)
-
-
-def remove_caches() -> None:
-    """Delete what is no part of the template; what lies in hidden folders, such as .venv, is the user's."""
+def delete_caches() -> None:
+    """Delete the tools' caches, but nothing in hidden folders such as .venv: they are the user's."""
     for folder, children, _ in os.walk("."):
         for name in children:
             if any(fnmatch(name, pattern) for pattern in CACHES):
-                remove_folder(os.path.join(folder, name))
+                shutil.rmtree(os.path.join(folder, name))
         children[:] = [name for name in children if not name.startswith(".")]
 
 
-def remove_folder(path: str) -> None:
-    """Delete a folder with all that it holds."""
-    import shutil
-
-    shutil.rmtree(path, ignore_errors=True)
-
-
-def template_commit(answers: dict[str, str]) -> str:
-    """The commit that this project is made from, with "-dirty" behind it if the template was edited since."""
-    if "_commit" in answers:  # cruft says it, and does not say where its clone lies
-        return str(answers["_commit"])
-    # A relative path counts from where cookiecutter was started. A hook is not told where that is: try the
-    # shell's folder and the output folder, which is the same by default.
-    for start in (os.environ.get("PWD", "."), answers["_output_dir"]):
-        template = os.path.join(start, answers["_repo_dir"])
-        if all(os.path.exists(os.path.join(template, name)) for name in ("cookiecutter.json", ".git")):
-            return describe(template)
-    return "unknown"
-
-
-def describe(repository: str) -> str:
-    """git's name for the checked out commit; "unknown" without git or without a commit."""
-    # Inside a git hook these variables point at another repository, and win over -C.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    command = ["git", "-C", repository, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+def git(repository: Path, *arguments: str) -> str:
+    """Return git's output; empty if git fails or is not installed."""
+    # In a git hook these variables name another repository, and git prefers them to -C.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    command = ["git", "-C", str(repository), *arguments]
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return ""
     return done.stdout.strip()
 
 
+def write_cruft_file(answers: dict[str, str]) -> str:
+    """Write what `cruft update` reads, unless the template is not a git repository."""
+    # A relative path starts where cookiecutter was started, which a hook does not know: try the
+    # shell's folder and the output folder, which is the same by default.
+    starts = (os.environ.get("PWD", "."), answers["_output_dir"])
+    folders = [Path(start, answers["_repo_dir"]).resolve() for start in starts]
+    folders = [f for f in folders if (f / ".git").exists() and (f / "cookiecutter.json").exists()]
+    commit = git(folders[0], "rev-parse", "HEAD") if folders else ""
+    if not commit:
+        return ""
+    address = str(folders[0])
+    if answers["_template"] != answers["_repo_dir"]:  # cookiecutter cloned it
+        address = git(folders[0], "remote", "get-url", "origin")
+        address = re.sub(r"^(https?://)[^/@]+@", r"\1", address)  # without a password
+    context = {name: value for name, value in answers.items() if not name.startswith("_")}
+    context.update(_template=address, _commit=commit)
+    state = {"template": address, "commit": commit, "checkout": answers["_checkout"]}
+    state.update(context={"cookiecutter": context}, directory=None)
+    Path(".cruft.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    return commit
+
+
 def record_commit(commit: str) -> None:
-    """Fill in template.commit; bytes, so that line ends stay as they are."""
+    """Write template.commit to project.yaml, until `make link` is gone."""
     with open("project.yaml", "r+b") as settings:
         text = settings.read().replace(b'commit: ""', f'commit: "{commit}"'.encode(), 1)
         settings.seek(0)
@@ -96,14 +79,20 @@ def record_commit(commit: str) -> None:
 
 def main() -> None:
     """Finish the project in the current folder."""
-    answers = json.loads(r"""{{ cookiecutter | jsonify }}""")
-    remove_what_was_not_chosen(answers)
-    remove_caches()
+    answers = json.loads(r"""{{ cookiecutter | jsonify }}""")  # see pre_gen_project.py
+    for (question, choice), paths in ONLY_FOR.items():
+        for path in paths if answers[question] != choice else []:
+            delete = shutil.rmtree if os.path.isdir(path) else os.unlink
+            delete(path)
     os.replace(f"LICENSE-{answers['license']}", "LICENSE")
-    record_commit(template_commit(answers))
+    delete_caches()
+    if "_commit" in answers:  # cruft runs this hook, and writes .cruft.json itself
+        record_commit(answers["_commit"])
+        return
+    record_commit(write_cruft_file(answers) or "unknown")
     print(f"cd {answers['project_slug']}")
-    print("make setup     # installs what the project needs, into .venv")
-    print("make level0    # trains a model here, and writes HTML reports under runs/")
+    print("make setup     # installs the project's packages into .venv")
+    print("make level0    # trains a model and writes HTML reports to runs/")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def generate(config: Path) -> Callable[..., Path]:
     """Make a project below a folder; answers that are not given have their defaults."""
 
-    def generate(output: Path, *, repository: Path = ROOT, **answers: Any) -> Path:
+    def generate(output: Path, *, repository: Path | str = ROOT, **answers: Any) -> Path:
         project = cookiecutter(
             str(repository),
             no_input=True,

@@ -1,4 +1,4 @@
-"""What a project consists of: the table of its files, and where each answer is found again."""
+"""What a project contains: its files, and where each answer is written."""
 
 import html
 import json
@@ -23,7 +23,7 @@ RENDERED = {
     "LICENSE-Proprietary",
 }
 
-# Files and folders that only this value needs: post_gen's table once more, so that a slip there shows.
+# Files and folders that only this choice needs; repeats post_gen's table to detect a mistake there.
 ONLY_FOR = {
     ("ci", "github-actions"): {".github"},
     ("ci", "gitlab"): {".gitlab-ci.yml"},
@@ -47,35 +47,46 @@ JOBS = {
 FROM_CHOICES = ("region", "ci", "data_ingestion")
 LICENCES = {"Apache-2.0": "Apache License", "MIT": "MIT License", "Proprietary": "Copyright (c) 2"}
 
+CRUFT = ".cruft.json"  # written if the template is a git repository
 CACHES = {"__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".ipynb_checkpoints"}
 
 
 def files(folder: Path) -> set[str]:
-    """Every file below, as a path with slashes."""
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    """Return the paths of all files in a folder, without .cruft.json."""
+    paths = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    return paths - {CRUFT}
 
 
 def template_files(template: Path) -> set[str]:
-    """The template's own files, without what tools leave there while it is worked on."""
+    """Return the template's files, without caches."""
     return {path for path in files(template) if not CACHES & set(path.split("/"))}
 
 
 def expected_files(template: Path, answers: dict[str, str]) -> set[str]:
-    """The template's files, without what only the other values need; the licence has lost its suffix."""
-    unwanted = {path for (answer, value), paths in ONLY_FOR.items() if answers[answer] != value for path in paths}
-    kept = {path for path in template_files(template) if not any(f"{path}/".startswith(f"{drop}/") for drop in unwanted)}
+    """Return the template's files, without those of other choices."""
+    unwanted = {
+        path
+        for (answer, value), paths in ONLY_FOR.items()
+        if answers[answer] != value
+        for path in paths
+    }
+    kept = {
+        path
+        for path in template_files(template)
+        if not any(f"{path}/".startswith(f"{drop}/") for drop in unwanted)
+    }
     return kept - {f"LICENSE-{answers['license']}"} | {"LICENSE"}
 
 
 def assert_copied(project: Path, template: Path) -> None:
-    """Every file that is not rendered is the template's, byte for byte."""
+    """Every file that is not rendered equals the template's file."""
     for path in files(project) - RENDERED - {"LICENSE"}:
         assert (project / path).read_bytes() == (template / path).read_bytes(), path
         assert executable(project / path) == executable(template / path), path
 
 
 def assert_all_parse(folder: Path, paths: Iterable[str]) -> None:
-    """Those of the files that hold data can be read, and are not empty."""
+    """YAML, TOML and JSON files are valid and not empty."""
     for path in map(folder.joinpath, paths):
         if path.suffix in {".yaml", ".yml"}:
             assert list(yaml.safe_load_all(path.read_text(encoding="utf-8"))), path
@@ -86,7 +97,7 @@ def assert_all_parse(folder: Path, paths: Iterable[str]) -> None:
 
 
 def assert_given_back(project: Path, answers: dict[str, str]) -> None:
-    """Every answer is read from the project's files exactly as it was given."""
+    """Every answer is in the project's files exactly as given."""
     settings = yaml.safe_load((project / "project.yaml").read_text(encoding="utf-8"))
     assert project.name == settings["name"] == answers["project_slug"]
     assert settings["description"] == answers["description"]
@@ -98,7 +109,9 @@ def assert_given_back(project: Path, answers: dict[str, str]) -> None:
     package = tomllib.loads((project / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert package["name"] == answers["project_slug"]
     assert package["description"] == answers["description"]
-    assert package["authors"] == [{"name": answers["author_name"], "email": answers["author_email"]}]
+    assert package["authors"] == [
+        {"name": answers["author_name"], "email": answers["author_email"]}
+    ]
 
     heading, blank, paragraph, *_ = (project / "README.md").read_text(encoding="utf-8").splitlines()
     assert (heading, blank) == (f"# {answers['project_name']}", "")
@@ -110,28 +123,29 @@ def assert_given_back(project: Path, answers: dict[str, str]) -> None:
 
 
 def copy_template(to: Path) -> None:
-    """What cookiecutter needs of this repository, into a folder; what tools left there stays behind."""
-    left_out = shutil.ignore_patterns(*CACHES)
+    """Copy the files that cookiecutter needs, without caches."""
+    caches = shutil.ignore_patterns(*CACHES)
     for name in ("{{cookiecutter.project_slug}}", "hooks"):
-        shutil.copytree(ROOT / name, to / name, ignore=left_out)
+        shutil.copytree(ROOT / name, to / name, ignore=caches)
     shutil.copy(ROOT / "cookiecutter.json", to)
 
 
 def executable(path: Path) -> bool:
-    """Whether its owner may run it."""
+    """Return whether the owner may execute the file."""
     return bool(path.stat().st_mode & stat.S_IXUSR)
 
 
 def git(*arguments: str, cwd: Path) -> str:
-    """Run git without anybody's own settings."""
-    command = [
-        "git",
-        "-c",
-        "user.name=Test",
-        "-c",
-        "user.email=test@example.com",
-        "-c",
-        "commit.gpgsign=false",
-    ]
+    """Run git with a fixed identity."""
+    options = ["user.name=Test", "user.email=test@example.com", "commit.gpgsign=false"]
+    command = ["git", *(word for option in options for word in ("-c", option))]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    return subprocess.run([*command, *arguments], cwd=cwd, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    done = subprocess.run(
+        [*command, *arguments],
+        cwd=cwd,
+        env=environment,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return done.stdout

@@ -1,5 +1,6 @@
-"""A project holds exactly the files of its choices; all but four are the template's, byte for byte."""
+"""A project has exactly the files of its choices; all but the rendered ones are copies."""
 
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from cookiecutter.generate import is_copy_only_path
 
 from tests.projects import (
     CACHES,
+    CRUFT,
     JOBS,
     ONLY_FOR,
     RENDERED,
@@ -68,7 +70,7 @@ CHANGES: list[dict[str, str]] = [
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """A copy of the template that a test may change."""
+    """Copy the template, so that a test may change it."""
     repository = tmp_path / "template"
     copy_template(repository)
     return repository
@@ -76,34 +78,38 @@ def copy(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def committed(copy: Path) -> Path:
-    """The same as a git repository of one commit."""
+    """Commit the copy to a git repository."""
     git("init", "--quiet", cwd=copy)
     git("add", ".", cwd=copy)
     git("commit", "--quiet", "-m", "first", cwd=copy)
     return copy
 
 
-@pytest.fixture(scope="module", params=CHANGES, ids=lambda change: "+".join(change.values()) or "default")
+@pytest.fixture(
+    scope="module", params=CHANGES, ids=lambda change: "+".join(change.values()) or "default"
+)
 def case(
     request: pytest.FixtureRequest, generate: Generate, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Path, dict[str, str]]]:
-    """A project, and the answers that it was made from."""
+    """Generate a project; returns it with its answers."""
     folder = tmp_path_factory.mktemp("case")
     yield generate(folder, **request.param), {**DEFAULTS, **request.param}
     shutil.rmtree(folder)
 
 
-def test_exactly_the_files_of_the_choices(case: tuple[Path, dict[str, str]], template: Path) -> None:
+def test_project_has_the_files_of_its_choices(
+    case: tuple[Path, dict[str, str]], template: Path
+) -> None:
     project, answers = case
     assert files(project) == expected_files(template, answers)
 
 
-def test_all_but_four_are_copies(case: tuple[Path, dict[str, str]], template: Path) -> None:
+def test_other_files_are_copies(case: tuple[Path, dict[str, str]], template: Path) -> None:
     project, _ = case
     assert_copied(project, template)
 
 
-def test_rendered_files_hold_no_delimiter(case: tuple[Path, dict[str, str]]) -> None:
+def test_rendered_files_contain_no_jinja(case: tuple[Path, dict[str, str]]) -> None:
     project, _ = case
     for path in ("project.yaml", "pyproject.toml", "README.md", "LICENSE"):
         text = (project / path).read_text(encoding="utf-8")
@@ -111,27 +117,25 @@ def test_rendered_files_hold_no_delimiter(case: tuple[Path, dict[str, str]]) -> 
         assert text.endswith("\n"), path
 
 
-def test_every_data_file_parses(case: tuple[Path, dict[str, str]]) -> None:
+def test_data_files_are_valid(case: tuple[Path, dict[str, str]]) -> None:
     project, _ = case
     assert_all_parse(project, files(project))
 
 
-def test_every_answer_is_given_back(case: tuple[Path, dict[str, str]], questions: dict[str, Any]) -> None:
+def test_answers_are_in_the_project(case: tuple[Path, dict[str, str]]) -> None:
     project, answers = case
     assert_given_back(project, {**answers, "project_slug": project.name})
     settings = yaml.safe_load((project / "project.yaml").read_text(encoding="utf-8"))
     assert list(settings) == ["name", "description", "data", "train", "gate", "containers", "cloud", "template"]
-    assert settings["template"]["version"] == questions["_template_version"]
-    assert settings["template"]["answers"] == {**answers, "project_slug": project.name}
 
 
-def test_the_tables_name_what_is_there(template: Path) -> None:
+def test_tables_name_existing_files(template: Path) -> None:
     for path in {path for paths in ONLY_FOR.values() for path in paths} | RENDERED:
         assert (template / path).exists(), path
 
 
-def test_only_files_are_exempt_from_rendering(template: Path, questions: dict[str, Any]) -> None:
-    """Generating over an older project deletes each folder that matches, with what the user put there."""
+def test_copy_without_render_matches_files_only(template: Path, questions: dict[str, Any]) -> None:
+    """cookiecutter --overwrite-if-exists deletes matching folders, with the user's files in them."""
     context = {"cookiecutter": questions}
     for path in template.rglob("*"):
         relative = path.relative_to(template)
@@ -162,7 +166,15 @@ NAMES = [
         "probe.svg",
         "probe.js",
     ),
-    *("README.md", "project.yaml", "pyproject.toml", "Makefile", "Dockerfile", ".gitignore", ".dockerignore"),
+    *(
+        "README.md",
+        "project.yaml",
+        "pyproject.toml",
+        "Makefile",
+        "Dockerfile",
+        ".gitignore",
+        ".dockerignore",
+    ),
     *(".gitkeep", ".terraform.lock.hcl"),
 ]
 AT_THE_ROOT = [
@@ -179,8 +191,10 @@ AT_THE_ROOT = [
 PROBES = [*AT_THE_ROOT, *(f"{folder}/{name}" for folder in FOLDERS for name in NAMES)]
 
 
-def test_nothing_else_is_rendered(generate: Generate, copy: Path, template: Path, tmp_path: Path) -> None:
-    """Each of these would fail to render, or come out different."""
+def test_other_files_are_not_rendered(
+    generate: Generate, copy: Path, template: Path, tmp_path: Path
+) -> None:
+    """Rendering these would fail or change them."""
     probe = "{{ 1 + 1 }}\r\n{{ nonsense }} {% nonsense ${#array[@]} f'{{x}}'\n"
     for path in map((copy / template.name).joinpath, PROBES):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -192,8 +206,14 @@ def test_nothing_else_is_rendered(generate: Generate, copy: Path, template: Path
         assert executable(path), path
 
 
-def test_caches_are_not_passed_on(generate: Generate, copy: Path, template: Path, tmp_path: Path) -> None:
-    for path in (".mypy_cache/x.json", "src/trainer/__pycache__/x.pyc", "tests/.ipynb_checkpoints/x.ipynb"):
+def test_caches_are_not_copied(
+    generate: Generate, copy: Path, template: Path, tmp_path: Path
+) -> None:
+    for path in (
+        ".mypy_cache/x.json",
+        "src/trainer/__pycache__/x.pyc",
+        "tests/.ipynb_checkpoints/x.ipynb",
+    ):
         cached = copy / template.name / path
         cached.parent.mkdir(parents=True)
         cached.write_text("{}", encoding="utf-8")
@@ -202,44 +222,91 @@ def test_caches_are_not_passed_on(generate: Generate, copy: Path, template: Path
     assert not CACHES & {path.name for path in project.rglob("*")}
 
 
-def test_generating_again_keeps_what_the_user_added(generate: Generate, config: Path, root: Path, tmp_path: Path) -> None:
+def test_generating_again_keeps_added_files(
+    generate: Generate, config: Path, root: Path, tmp_path: Path
+) -> None:
     project = generate(tmp_path)
-    mine = [project / "src/mine.py", project / "level_0_manual/mine.ipynb", project / "data/mine.csv"]
+    mine = [
+        project / "src/mine.py",
+        project / "level_0_manual/mine.ipynb",
+        project / "data/mine.csv",
+    ]
     for path in mine:
         path.parent.mkdir(exist_ok=True)
         path.write_text("mine", encoding="utf-8")
-    command = [sys.executable, "-m", "cookiecutter", str(root), "--no-input", "-f", "-o", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "cookiecutter",
+        str(root),
+        "--no-input",
+        "-f",
+        "-o",
+        str(tmp_path),
+    ]
     subprocess.run([*command, "--config-file", str(config)], check=True, capture_output=True)
     assert all(path.read_text(encoding="utf-8") == "mine" for path in mine)
 
 
-def recorded_commit(project: Path) -> str:
-    """template.commit in project.yaml."""
-    return str(yaml.safe_load((project / "project.yaml").read_text(encoding="utf-8"))["template"]["commit"])
+def cruft_state(project: Path) -> dict[str, Any]:
+    """Read .cruft.json."""
+    state: dict[str, Any] = json.loads((project / CRUFT).read_text(encoding="utf-8"))
+    return state
 
 
-def test_the_commit_is_recorded(generate: Generate, committed: Path, template: Path, tmp_path: Path) -> None:
+def test_cruft_file_names_local_template_commit_and_answers(
+    generate: Generate, committed: Path, tmp_path: Path
+) -> None:
     head = git("rev-parse", "HEAD", cwd=committed).strip()
-    git("tag", "v1", cwd=committed)
-    assert recorded_commit(generate(tmp_path / "clean", repository=committed)) == head
-    (committed / template.name / "project.yaml").open("a").write("# edited\n")
-    assert recorded_commit(generate(tmp_path / "edited", repository=committed)) == f"{head}-dirty"
+    answers = {**DEFAULTS, "project_name": "O'Brien's \"X\" 🙂", "project_slug": "obriens"}
+    project = generate(tmp_path / "output", repository=committed, **answers)
+    state = cruft_state(project)
+    assert set(state) == {"template", "commit", "checkout", "context", "directory"}
+    assert (state["template"], state["commit"]) == (str(committed), head)
+    assert state["context"]["cookiecutter"] == {
+        **answers,
+        "_template": str(committed),
+        "_commit": head,
+    }
 
 
-def test_the_commit_is_unknown_without_git(generate: Generate, copy: Path, tmp_path: Path) -> None:
-    assert recorded_commit(generate(tmp_path / "no-git", repository=copy)) == "unknown"
+def test_cruft_file_names_the_address_of_a_clone(
+    generate: Generate, committed: Path, config: Path, tmp_path: Path
+) -> None:
+    project = generate(tmp_path / "first", repository=f"git+file://{committed}")
+    assert cruft_state(project)["template"] == f"file://{committed}"
+    # cookiecutter finds its own clones by name, and git does not know that name.
+    name = committed.name
+    clone = json.loads(config.read_text(encoding="utf-8"))["cookiecutters_dir"]
+    git("remote", "set-url", "origin", "https://me:secret@example.com/x.git", cwd=Path(clone, name))
+    state = cruft_state(generate(tmp_path / "second", repository=name))
+    assert state["template"] == "https://example.com/x.git"
+
+
+def test_cruft_file_is_missing_without_a_commit(
+    generate: Generate, copy: Path, tmp_path: Path
+) -> None:
+    assert not (generate(tmp_path / "no-git", repository=copy) / CRUFT).exists()
     git("init", "--quiet", cwd=copy)
-    assert recorded_commit(generate(tmp_path / "no-commit", repository=copy)) == "unknown"
+    assert not (generate(tmp_path / "no-commit", repository=copy) / CRUFT).exists()
 
 
-def test_the_command_line_says_what_to_type_next(committed: Path, config: Path) -> None:
-    """Also: a relative path to the template, and a git hook's variables, do not hide the commit."""
-    command = [sys.executable, "-m", "cookiecutter", "template", "--no-input", "--config-file", str(config)]
-    elsewhere = {**os.environ, "GIT_DIR": str(config.parent), "PWD": str(config.parent)}
-    done = subprocess.run(command, cwd=committed.parent, env=elsewhere, check=True, capture_output=True, text=True)
+def test_command_line_prints_the_next_commands(committed: Path, config: Path) -> None:
+    """Neither a relative path nor a git hook's variables hide the template's commit."""
+    command = [sys.executable, "-m", "cookiecutter", "template", "--no-input", "--config-file"]
+    environment = {**os.environ, "GIT_DIR": str(config.parent), "PWD": str(config.parent)}
+    done = subprocess.run(
+        [*command, str(config)],
+        cwd=committed.parent,
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     first, second, third = done.stdout.splitlines()
     assert first == "cd digit-reader"
     assert re.match(r"make setup +# ", second)
     assert re.match(r"make level0 +# .*runs/", third)
     assert done.stderr == ""
-    assert recorded_commit(committed.parent / "digit-reader") == git("rev-parse", "HEAD", cwd=committed).strip()
+    head = git("rev-parse", "HEAD", cwd=committed).strip()
+    assert cruft_state(committed.parent / "digit-reader")["commit"] == head
