@@ -70,10 +70,10 @@ demo-in-project:
 	@echo "4/7  Level 1, the pipeline: make level1"
 	@$(IN) level1
 	@$(MAKE) demo-containers PROJECT="$(PROJECT)"
-	@echo "6/7  A worse model on purpose, which the gate must reject: make level1 SET=\"train.epochs=1\""
-	@$(IN) level1 SET="train.epochs=1"
+	@echo "6/7  A worse model on purpose, which the gate must reject: make level1 SET=\"hyperparameters.epochs=1\""
+	@$(IN) level1 SET="hyperparameters.epochs=1"
 	@echo "7/7  Serving the champion and predicting a test image: make serve, make predict ROW=1"
-	@(cd "$(PROJECT)" && exec .venv/bin/python -m predictor.app --registry registry --port $(PORT)) & server=$$!; \
+	@(cd "$(PROJECT)" && exec .venv/bin/python -m predictor.server --registry registry --port $(PORT)) & server=$$!; \
 		trap 'kill $$server && wait $$server || true' EXIT; \
 		for _ in {1..60}; do $(BIN)/python -c "$(IS_UP)" 2>/dev/null && break; sleep 0.5; done; \
 		$(BIN)/python -c "$(IS_UP)" || exit 2; \
@@ -108,13 +108,13 @@ lint: setup ## Check style and types of the template and of the project; changes
 	@$(BIN)/ruff check hooks tests
 	@$(BIN)/ruff format --check hooks tests
 	@# project.yaml is a Jinja template here: skip its check.
-	@PYTHONPATH=src $(MAKE) -C '$(PROJECT)' lint SKIP=settings VENV=../.venv UV='$(UV_BELOW)'
+	@PYTHONPATH=src:. $(MAKE) -C '$(PROJECT)' lint SKIP=settings VENV=../.venv UV='$(UV_BELOW)'
 
 .PHONY: format
 format: setup ## Format code and notebooks
 	@$(BIN)/ruff check --fix hooks tests
 	@$(BIN)/ruff format hooks tests
-	@PYTHONPATH=src $(MAKE) -C '$(PROJECT)' format VENV=../.venv UV='$(UV_BELOW)'
+	@PYTHONPATH=src:. $(MAKE) -C '$(PROJECT)' format VENV=../.venv UV='$(UV_BELOW)'
 
 .PHONY: lock
 lock: | $(UV) ## Update all lock files

@@ -45,7 +45,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cookiecutter")
     settings = {name: str(folder / name) for name in ("cookiecutters_dir", "replay_dir")}
     path = folder / "config.yaml"
-    path.write_text(json.dumps({**settings, "default_context": {}}), encoding="utf-8")  # JSON is YAML too
+    path.write_text(
+        json.dumps({**settings, "default_context": {}}), encoding="utf-8"
+    )  # JSON is YAML too
     return path
 
 
@@ -67,7 +69,9 @@ def generate(config: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def default_project(generate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def default_project(
+    generate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A project from the default answers; to be read, not changed."""
     return generate(tmp_path_factory.mktemp("default"))
 

@@ -17,19 +17,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launcher import containers, deploy, submit_build, trigger
-from project import cloud, manifest, settings
-from rehearsal import build_steps, cloud_build
-from rehearsal.images import Images
-from rehearsal.kfp_templates import FakeTemplateRegistry
-from rehearsal.pubsub import FakePubSub
-from rehearsal.server import Response
-from rehearsal.storage import FakeStorage
-from rehearsal.vertex import FakeVertex
+from core import manifest
+from gcp import deployment
+from gcp.environment import resolve_environment
+from level_1_pipeline import containers
+from level_2_cicd import submit_build
+from level_2_cicd.rehearsal import build_steps, cloud_build
+from level_2_cicd.rehearsal.images import Images
+from level_2_cicd.rehearsal.kfp_templates import FakeTemplateRegistry
+from level_2_cicd.rehearsal.pubsub import FakePubSub
+from level_2_cicd.rehearsal.server import Response
+from level_2_cicd.rehearsal.storage import FakeStorage
+from level_2_cicd.rehearsal.vertex import FakeVertex
+from level_2_cicd.trigger_function_container import events
+from project.settings import load_settings
 
 REQUEST = "level_2_cicd/trigger_function_container/request.avsc"
 COMMIT = "1a2b3c4d"
-SCHEMA = {"label": "digit", "classes": ["0", "1"], "columns": [{"name": "a", "kind": "numeric", "optional": False, "values": []}]}
+SCHEMA = {
+    "label": "digit",
+    "classes": ["0", "1"],
+    "columns": [{"name": "a", "kind": "numeric", "optional": False, "values": []}],
+}
 REGISTRY = "gs://my-project-digit-reader-storage/registry"
 TEMPLATES = "templates/train-and-register"
 # What stands for programs that cannot be had here, or that other tests run.
@@ -54,17 +63,25 @@ class Cloud:
         self.topics = stack.enter_context(FakePubSub())
         self.ran: list[build_steps.Outcome] = []
         work = cloud_build.build_worker(
-            folder / "buckets", folder / "children", lambda _: self.command(), self.images.push, self._note
+            folder / "buckets",
+            folder / "children",
+            lambda _: self.command(),
+            self.images.push,
+            self._note,
         )
         self.builds = stack.enter_context(cloud_build.FakeCloudBuild(work))
         edit(project / "project.yaml", 'dev: {project: ""', 'dev: {project: "my-project"')
-        edit(project / "project.yaml", 'registry: ""', f'registry: "{self.images.host}/digit-reader"')
+        edit(
+            project / "project.yaml", 'registry: ""', f'registry: "{self.images.host}/digit-reader"'
+        )
         write_program(folder / "fakes" / "docker", DOCKER)
         for bucket in ("storage", "data", "pipelines"):
             self.storage.create_bucket(f"my-project-digit-reader-{bucket}")
         self.vertex.skipped_tasks.add("register")  # as the gate decides, which is not run here
         self.vertex.predictor = lambda *_: Response({"predictions": [{"label": "1"}]})
-        self.vertex.task_outputs["gate"] = {"decision": {"passed": False, "reason": "this run only tests"}}
+        self.vertex.task_outputs["gate"] = {
+            "decision": {"passed": False, "reason": "this run only tests"}
+        }
 
     def _note(self, _: Any, outcome: build_steps.Outcome) -> None:
         self.ran.append(outcome)
@@ -85,11 +102,13 @@ class Cloud:
             "PATH": f"{self.folder / 'fakes'}{os.pathsep}{os.environ['PATH']}",
             "FAKES": str(self.folder / "fakes"),
             "VENV": sys.prefix,
-            "PYTHONPATH": "src",
+            "PYTHONPATH": "src:.",
             "POLL": "0.01",
         }
 
-    def command(self, instead: Mapping[str, list[str]] | None = None) -> Callable[..., build_steps.Command]:
+    def command(
+        self, instead: Mapping[str, list[str]] | None = None
+    ) -> Callable[..., build_steps.Command]:
         """What runs a step here: the toolbox's own making, quality and Terraform have tests of their own."""
         left_out = {name: ["true"] for name in ("toolbox", "setup", "lint", "test", "apply")}
         return build_steps.as_process(self.variables, {**left_out, **(instead or {})})
@@ -102,39 +121,59 @@ class Cloud:
     def pull_request(self) -> build_steps.Outcome:
         """Run cloudbuild.pr.yaml."""
         with within(self.project), settings_of_nobody():
-            chosen = settings.load("")
-            told = submit_build.substitutions_of_pull_request(chosen, cloud.place(chosen, "dev"))
+            settings = load_settings("")
+            told = submit_build.substitutions_of_pull_request(
+                settings, resolve_environment(settings, "dev")
+            )
         instead = {"terraform": ["true"], "plan": ["true"]}
         return build_steps.run(
-            build_steps.read(self.project / submit_build.PULL_REQUEST, told), self.project, self.command(instead)
+            build_steps.read(self.project / submit_build.PULL_REQUEST, told),
+            self.project,
+            self.command(instead),
         )
 
-    def push(self, kill_after: int | None = None, instead: Mapping[str, list[str]] | None = None) -> build_steps.Outcome:
+    def push(
+        self, kill_after: int | None = None, instead: Mapping[str, list[str]] | None = None
+    ) -> build_steps.Outcome:
         """Run cloudbuild.yaml as a push does, in the project's folder as it is now."""
         with within(self.project), settings_of_nobody():
-            chosen = settings.load("")
+            settings = load_settings("")
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("COMMIT", COMMIT)
                 patch.setenv("JOB_SPEC", "cpu")
-                told = submit_build.substitutions(chosen, cloud.place(chosen, "dev"))
-        shutil.rmtree(self.project / "build", ignore_errors=True)  # each build begins with an empty workspace
+                told = submit_build.substitutions(settings, resolve_environment(settings, "dev"))
+        shutil.rmtree(
+            self.project / "build", ignore_errors=True
+        )  # each build begins with an empty workspace
         return build_steps.run(
-            build_steps.read(self.project / submit_build.PUSH, told), self.project, self.command(instead), kill_after
+            build_steps.read(self.project / submit_build.PUSH, told),
+            self.project,
+            self.command(instead),
+            kill_after,
         )
 
     def deliver(self) -> list[int]:
         """Bring every message to the trigger function, as Pub/Sub does: at least once. Its answers."""
-        place = trigger.Place(
-            trigger.Target("my-project", "europe-west4", "gs://my-project-digit-reader-pipelines", "pipeline@my-project"),
+        environment = events.Place(
+            events.Target(
+                "my-project",
+                "europe-west4",
+                "gs://my-project-digit-reader-pipelines",
+                "pipeline@my-project",
+            ),
             "gs://my-project-digit-reader-storage/templates/train-and-register",
             "gs://my-project-digit-reader-data/incoming",
         )
         with within(self.project):
-            fields = trigger.request_message.read_fields(Path(REQUEST))
-        function = trigger.Function(place, fields)
+            fields = events.request_message.read_fields(Path(REQUEST))
+        function = events.Function(environment, fields)
         answers = []
         for number, (_, data, _) in enumerate(self.topics.messages):
-            sent = {"messageId": str(number), "publishTime": "2026-11-30T04:00:00Z", "data": base64.b64encode(data).decode()}
+            sent = {
+                "messageId": str(number),
+                "publishTime": "2026-11-30T04:00:00Z",
+                "data": base64.b64encode(data).decode(),
+            }
             push = {"message": sent}
             answers.append(function.answer("POST", json.dumps(push).encode())[1])
         return answers
@@ -146,7 +185,9 @@ class Cloud:
 
     def current(self) -> str:
         """The version that events start; empty before the first."""
-        path = self.folder / "buckets" / "my-project-digit-reader-storage" / TEMPLATES / "current.json"
+        path = (
+            self.folder / "buckets" / "my-project-digit-reader-storage" / TEMPLATES / "current.json"
+        )
         return str(json.loads(path.read_text())["version"]) if path.is_file() else ""
 
     def templates_of_bucket(self) -> list[str]:
@@ -156,12 +197,21 @@ class Cloud:
 
     def parameters(self) -> dict[str, Any]:
         """Those of the current version."""
-        path = self.folder / "buckets" / "my-project-digit-reader-storage" / TEMPLATES / self.current() / "parameters.json"
+        path = (
+            self.folder
+            / "buckets"
+            / "my-project-digit-reader-storage"
+            / TEMPLATES
+            / self.current()
+            / "parameters.json"
+        )
         return dict(json.loads(path.read_text())["parameters"])
 
     def trainings(self) -> list[Any]:
         """The runs that were started, without functional tests."""
-        return [job for job in self.vertex.calls("pipelineJobs.create") if "purpose" not in job.labels]
+        return [
+            job for job in self.vertex.calls("pipelineJobs.create") if "purpose" not in job.labels
+        ]
 
     def tests(self) -> list[Any]:
         """The functional tests that were started."""
@@ -169,7 +219,9 @@ class Cloud:
 
     def built(self) -> list[str]:
         """The containers that builds were asked for, in order of their names."""
-        return sorted(build.substitutions["_CONTAINER"] for build in self.builds.calls("builds.create"))
+        return sorted(
+            build.substitutions["_CONTAINER"] for build in self.builds.calls("builds.create")
+        )
 
     def forget(self) -> None:
         """Let the fakes forget what they received, and keep what they hold."""
@@ -204,11 +256,15 @@ def effect(cloud: Cloud, **how: Any) -> Effect:
     cloud.forget()
     images, compiled, current = cloud.images.names(), compilations(cloud), cloud.current()
     outcome = cloud.push(**how)
-    assert outcome.status == "SUCCESS", outcome.failures() + "\n".join(child.failures() for child in cloud.ran)
+    assert outcome.status == "SUCCESS", outcome.failures() + "\n".join(
+        child.failures() for child in cloud.ran
+    )
     assert set(cloud.deliver() + cloud.deliver()) <= {200}
     return Effect(
         builds=tuple(cloud.built()),
-        pushed=tuple(sorted(name.split("/")[-1].split(":")[0] for name in cloud.images.names() - images)),
+        pushed=tuple(
+            sorted(name.split("/")[-1].split(":")[0] for name in cloud.images.names() - images)
+        ),
         compiled=compilations(cloud) > compiled,
         published=cloud.current() != current,
         tried=len(cloud.tests()),
@@ -224,16 +280,18 @@ def compilations(cloud: Cloud) -> int:
 
 def make_champion(cloud: Cloud) -> None:
     """A version that is served, as the first run would leave it."""
-    place = "projects/my-project/locations/europe-west4"
+    environment = "projects/my-project/locations/europe-west4"
     asked = {"displayName": "digit-reader"}
-    address = f"{cloud.vertex.address}/v1/{place}/endpoints?endpointId=digit-reader"
-    urllib.request.urlopen(urllib.request.Request(address, json.dumps(asked).encode(), method="POST")).close()
+    address = f"{cloud.vertex.address}/v1/{environment}/endpoints?endpointId=digit-reader"
+    urllib.request.urlopen(
+        urllib.request.Request(address, json.dumps(asked).encode(), method="POST")
+    ).close()
     folder = cloud.folder / "buckets" / "my-project-digit-reader-pipelines" / "run-1" / "model"
     folder.mkdir(parents=True)
     (folder / "model.onnx").write_text("a model")
     manifest.write(folder, {"schema": SCHEMA, "data_sha256": "0" * 64, "code_version": "abc"})
     serving = cloud.parameters()["serving"]
-    told = deploy.deploy(
+    told = deployment.deploy(
         REGISTRY,
         folder,
         {"accuracy": 0.9},
@@ -251,7 +309,11 @@ def running(folder: Path, project: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     """A cloud, to which this process's own calls go too."""
     with ExitStack() as stack:
         made = Cloud(folder, project, stack)
-        for name in ("CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM", "STORAGE_EMULATOR_HOST", "PUBSUB_EMULATOR_HOST"):
+        for name in (
+            "CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM",
+            "STORAGE_EMULATOR_HOST",
+            "PUBSUB_EMULATOR_HOST",
+        ):
             monkeypatch.setenv(name, made.variables[name])
         yield made
 
@@ -270,7 +332,11 @@ def within(folder: Path) -> Iterator[None]:
 @contextmanager
 def settings_of_nobody() -> Iterator[None]:
     """Without variables that whoever runs the tests has set."""
-    kept = {name: os.environ.pop(name) for name in ("SET", "ENVIRONMENT", "COMMIT", "JOB_SPEC") if name in os.environ}
+    kept = {
+        name: os.environ.pop(name)
+        for name in ("SET", "ENVIRONMENT", "COMMIT", "JOB_SPEC")
+        if name in os.environ
+    }
     try:
         yield
     finally:

@@ -26,13 +26,15 @@ class Running:
 
 def our_server(model: Path) -> list[str]:
     """The command that serves a saved model."""
-    return [sys.executable, "-m", "predictor.app", "--model-dir", str(model), "--port", "0"]
+    return [sys.executable, "-m", "predictor.server", "--model-dir", str(model), "--port", "0"]
 
 
 @contextlib.contextmanager
-def running(command: Sequence[str], log: Path, cores: Sequence[int] = (), **variables: str) -> Iterator[Running]:
+def running(
+    command: Sequence[str], log: Path, cores: Sequence[int] = (), **variables: str
+) -> Iterator[Running]:
     """Start a server, wait until it says its address, and end it afterwards."""
-    environment = {**os.environ, "PYTHONPATH": str(PROJECT / "src"), **variables}
+    environment = {**os.environ, "PYTHONPATH": f"{PROJECT / 'src'}:{PROJECT}", **variables}
     with log.open("wb") as stream:
         process = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream)
     try:
@@ -56,8 +58,8 @@ def _port(process: subprocess.Popen[bytes], log: Path) -> int:
 
 def train_model(source: Path, label: str, folder: Path) -> Path:
     """Train for a moment on a CSV file; the saved model's folder."""
+    from trainer.config import Hyperparameters
     from trainer.data import prepare
-    from trainer.hyperparameters import Hyperparameters
     from trainer.train import train
 
     prepare(source, label, folder / "train.parquet", folder / "test.parquet")

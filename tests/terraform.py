@@ -21,7 +21,10 @@ IMAGES = {
 REPOSITORY = {
     "github-actions": {"name": "owner/name", "id": "12345"},
     "gitlab": {"name": "group/name", "id": "67890"},
-    "azure-devops": {"name": "organisation/project/connection", "id": "01234567-89ab-cdef-0123-456789abcdef"},
+    "azure-devops": {
+        "name": "organisation/project/connection",
+        "id": "01234567-89ab-cdef-0123-456789abcdef",
+    },
     "cloud-build": {"name": "connection/repository"},
 }
 EXISTING = {
@@ -29,7 +32,9 @@ EXISTING = {
     "subnetwork": "projects/shared/regions/europe-west4/subnetworks/theirs",
     "build_pool": "projects/shared/locations/europe-west4/workerPools/theirs",
     "key_ring": "projects/shared/locations/europe-west4/keyRings/theirs",
-    "keys": {"storage": "projects/shared/locations/europe-west4/keyRings/theirs/cryptoKeys/buckets"},
+    "keys": {
+        "storage": "projects/shared/locations/europe-west4/keyRings/theirs/cryptoKeys/buckets"
+    },
     "images": "projects/my-project-dev/locations/europe-west4/repositories/theirs",
     "buckets": {"data": "their-data"},
     "accounts": {"trainer": "their-trainer@my-project-dev.iam.gserviceaccount.com"},
@@ -48,7 +53,9 @@ FACTORS: dict[str, list[Any]] = {
 def pairwise(factors: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
     """Return a few combinations that cover every pair of values of two factors."""
     names = list(factors)
-    combinations = [dict(zip(names, values, strict=True)) for values in itertools.product(*factors.values())]
+    combinations = [
+        dict(zip(names, values, strict=True)) for values in itertools.product(*factors.values())
+    ]
     missing = {pair for case in combinations for pair in _pairs(case)}
     selection = []
     while missing:
@@ -70,7 +77,10 @@ def settings_of(base: Mapping[str, Any], case: Mapping[str, Any]) -> dict[str, A
         cloud[key] = case[key]
     cloud["region"] = "europe-west4"
     cloud["repository"] = {**REPOSITORY[case["ci"]], "branch": "main"}
-    cloud["environments"] = {"dev": {"project": PROJECTS["dev"]}, "prod": {"project": PROJECTS["prod"], "promote_from": "dev"}}
+    cloud["environments"] = {
+        "dev": {"project": PROJECTS["dev"]},
+        "prod": {"project": PROJECTS["prod"], "promote_from": "dev"},
+    }
     if case["existing"]:
         cloud["environments"][case["environment"]]["existing"] = EXISTING
     if case["more"]:
@@ -96,11 +106,15 @@ class Configuration:
             version: version constraint of the providers; "": unchanged.
         """
         shutil.copytree(
-            project / "level_2_cicd", copy / "level_2_cicd", ignore=shutil.ignore_patterns("rehearsal", ".terraform*")
+            project / "level_2_cicd",
+            copy / "level_2_cicd",
+            ignore=shutil.ignore_patterns("rehearsal", ".terraform*"),
         )
         shutil.copy(project / "project.yaml", copy)
         configuration = cls(copy / "level_2_cicd" / "terraform" / part)
-        (configuration.folder / "local_override.tf").write_text('terraform {\n  backend "local" {}\n}\n', encoding="utf-8")
+        (configuration.folder / "local_override.tf").write_text(
+            'terraform {\n  backend "local" {}\n}\n', encoding="utf-8"
+        )
         if version:
             versions = configuration.folder / "versions.tf"
             text = versions.read_text(encoding="utf-8")
@@ -111,20 +125,36 @@ class Configuration:
 
     def run(self, *words: str, fails: bool = False) -> str:
         """Run Terraform and return its output."""
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("TF_VAR_")}
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith("TF_VAR_")
+        }
         plain = [] if words[0] == "providers" else ["-no-color"]  # which lacks that option
         done = subprocess.run(
-            ["terraform", words[0], *plain, *words[1:]], cwd=self.folder, env=environment, capture_output=True, text=True
+            ["terraform", words[0], *plain, *words[1:]],
+            cwd=self.folder,
+            env=environment,
+            capture_output=True,
+            text=True,
         )
         assert (done.returncode != 0) == fails, done.stdout + done.stderr
         return done.stdout + done.stderr
 
-    def plan(self, environment: str, document: Mapping[str, Any], images: Mapping[str, str] | None = None) -> "Plan":
+    def plan(
+        self, environment: str, document: Mapping[str, Any], images: Mapping[str, str] | None = None
+    ) -> "Plan":
         """Plan one environment of a project.yaml."""
-        self.run("plan", "-input=false", "-lock=false", "-out=plan.bin", *self.variables(environment, document, images))
+        self.run(
+            "plan",
+            "-input=false",
+            "-lock=false",
+            "-out=plan.bin",
+            *self.variables(environment, document, images),
+        )
         return Plan(json.loads(self.run("show", "-json", "plan.bin")))
 
-    def variables(self, environment: str, document: Mapping[str, Any], images: Mapping[str, str] | None = None) -> list[str]:
+    def variables(
+        self, environment: str, document: Mapping[str, Any], images: Mapping[str, str] | None = None
+    ) -> list[str]:
         """Return the command line options of the variables."""
         path = self.folder / "planned.yaml"
         path.write_text(json.dumps(document), encoding="utf-8")  # JSON is YAML too
@@ -166,5 +196,7 @@ def _managed(module: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
 
 def read_settings(project: Path) -> dict[str, Any]:
     """Read a project's project.yaml."""
-    document: dict[str, Any] = yaml.safe_load((project / "project.yaml").read_text(encoding="utf-8"))
+    document: dict[str, Any] = yaml.safe_load(
+        (project / "project.yaml").read_text(encoding="utf-8")
+    )
     return document

@@ -19,7 +19,7 @@ import pytest
 from cookiecutter.exceptions import FailedHookException
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-from project.settings import load
+from project.settings import load_settings
 
 from tests.projects import (
     RENDERED,
@@ -33,13 +33,32 @@ from tests.projects import (
 
 ROOT = Path(__file__).resolve().parents[1]
 QUESTIONS = json.loads((ROOT / "cookiecutter.json").read_text(encoding="utf-8"))
-CHOICES = {name: value for name, value in QUESTIONS.items() if name[0] != "_" and isinstance(value, list)}
+CHOICES = {
+    name: value for name, value in QUESTIONS.items() if name[0] != "_" and isinstance(value, list)
+}
 
 # ── answers that have to be taken ───────────────────────────────────────────────────────────────────────────
 
 # What YAML, TOML, Markdown, HTML, Jinja or a shell could take for its own; and difficult scripts.
 NASTY = [
-    *('"', "'", '"""', "'''", "\\", "\\n", "\\u0041", '\\"', ": ", " #", "- ", "? ", "& ", "* ", "! ", "| "),
+    *(
+        '"',
+        "'",
+        '"""',
+        "'''",
+        "\\",
+        "\\n",
+        "\\u0041",
+        '\\"',
+        ": ",
+        " #",
+        "- ",
+        "? ",
+        "& ",
+        "* ",
+        "! ",
+        "| ",
+    ),
     *(
         "{",
         "}",
@@ -59,8 +78,32 @@ NASTY = [
         "<b>",
         ">",
     ),
-    *("&amp;", "null", "yes", "1e3", "0x1", "2026-01-01", "...", "---", 'commit: ""', "--no-input", "../"),
-    *("قارئ", "שלום", "数字", "می\u200cخوانم", "👩‍👩‍👧", "🏳️‍🌈", "\u00a0", "\u3000", "e\u0301", "ﬁ", "𝔘"),
+    *(
+        "&amp;",
+        "null",
+        "yes",
+        "1e3",
+        "0x1",
+        "2026-01-01",
+        "...",
+        "---",
+        'commit: ""',
+        "--no-input",
+        "../",
+    ),
+    *(
+        "قارئ",
+        "שלום",
+        "数字",
+        "می\u200cخوانم",
+        "👩‍👩‍👧",
+        "🏳️‍🌈",
+        "\u00a0",
+        "\u3000",
+        "e\u0301",
+        "ﬁ",
+        "𝔘",
+    ),
 ]
 VISIBLE = st.characters(exclude_categories=["C", "Zl", "Zp"])
 LOCAL, DOMAIN = r"[a-zA-Z0-9_%+'-]{1,9}", r"[a-z0-9]{1,9}"
@@ -68,8 +111,12 @@ LOCAL, DOMAIN = r"[a-zA-Z0-9_%+'-]{1,9}", r"[a-z0-9]{1,9}"
 
 def line(limit: int, without: str = "") -> st.SearchStrategy[str]:
     """One line of visible characters, as nasty as it may be."""
-    pieces = st.lists(st.sampled_from(NASTY) | st.text(VISIBLE, max_size=8), min_size=1, max_size=30)
-    text = pieces.map(lambda pieces: "".join(c for c in "".join(pieces) if c not in without)[:limit].strip())
+    pieces = st.lists(
+        st.sampled_from(NASTY) | st.text(VISIBLE, max_size=8), min_size=1, max_size=30
+    )
+    text = pieces.map(
+        lambda pieces: "".join(c for c in "".join(pieces) if c not in without)[:limit].strip()
+    )
     return text.filter(lambda text: text and not re.search("{[{%#]", text))
 
 
@@ -78,7 +125,9 @@ GOOD: dict[str, st.SearchStrategy[str]] = {
     "project_slug": st.from_regex("[a-z][a-z0-9-]{1,18}[0-9]", fullmatch=True),
     "description": line(200),
     "author_name": line(60),
-    "author_email": st.from_regex(rf"{LOCAL}(\.{LOCAL})?@({DOMAIN}\.){{1,3}}[a-z]{{2,9}}", fullmatch=True),
+    "author_email": st.from_regex(
+        rf"{LOCAL}(\.{LOCAL})?@({DOMAIN}\.){{1,3}}[a-z]{{2,9}}", fullmatch=True
+    ),
     **{question: st.sampled_from(choices) for question, choices in CHOICES.items()},
 }
 
@@ -94,10 +143,14 @@ JINJA = [
 ]
 ANY_TEXT = st.one_of(
     st.text(),
-    st.lists(st.sampled_from(HIDDEN + JINJA + NASTY) | st.text(max_size=8), max_size=8).map("".join),
+    st.lists(st.sampled_from(HIDDEN + JINJA + NASTY) | st.text(max_size=8), max_size=8).map(
+        "".join
+    ),
     st.sampled_from(["", " ", " padded ", "x" * 61, "x" * 201, "🙂" * 100_000]),
 )
-BAD_SLUGS = st.sampled_from(["torch", "con", "a-google", "Reader", "9a", "-a", "a-", "a/b", "ab", "a" * 300])
+BAD_SLUGS = st.sampled_from(
+    ["torch", "con", "a-google", "Reader", "9a", "-a", "a-", "a/b", "ab", "a" * 300]
+)
 BAD_CHOICES = st.sampled_from(["", "k80", "L4", "mit", " l4", "gitlab\n", "{{ 1 }}", "l4,t4"])
 
 
@@ -107,7 +160,9 @@ def stays_inside(slug: str) -> bool:
 
 
 ANY: dict[str, st.SearchStrategy[Any]] = {
-    **dict.fromkeys(["project_name", "description", "author_name"], ANY_TEXT | st.none() | st.booleans()),
+    **dict.fromkeys(
+        ["project_name", "description", "author_name"], ANY_TEXT | st.none() | st.booleans()
+    ),
     "project_slug": (ANY_TEXT | BAD_SLUGS).filter(stays_inside),
     "author_email": ANY_TEXT | st.emails(),
     **dict.fromkeys(CHOICES, BAD_CHOICES | st.text(max_size=5)),
@@ -135,7 +190,7 @@ def assert_whole(project: Path, template: Path, answers: dict[str, Any]) -> None
     assert_all_parse(project, RENDERED & files(project))
     assert_given_back(project, answers)
     with contextlib.chdir(project):
-        assert load("").description == answers["description"]
+        assert load_settings("").description == answers["description"]
     lint(project)
 
 
@@ -146,7 +201,9 @@ def lint(project: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def assert_refused(error: Exception, message: str, answers: dict[str, Any], doubtful: set[str]) -> None:
+def assert_refused(
+    error: Exception, message: str, answers: dict[str, Any], doubtful: set[str]
+) -> None:
     """The user is told which answer is bad; and it is one that may be."""
     if isinstance(error, FailedHookException):
         named = set(re.findall(r"^  (\w+): ", message, re.MULTILINE))
@@ -178,7 +235,10 @@ def copied(template: Path, default_project: Path) -> None:
 @pytest.mark.heavy
 @pytest.mark.usefixtures("copied")
 @given(answers())
-@settings(max_examples=500, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(
+    max_examples=500,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 def test_a_project_is_whole_or_refused(
     generate: Callable[..., Path],
     template: Path,
@@ -190,7 +250,9 @@ def test_a_project_is_whole_or_refused(
         folder = Path(name)
         try:
             project = generate(folder, **answers)
-        except Exception as error:  # cookiecutter lets through whatever the operating system or Jinja raises
+        except (
+            Exception
+        ) as error:  # cookiecutter lets through whatever the operating system or Jinja raises
             event("refused")
             assert_refused(error, capfd.readouterr().err, answers, doubtful)
             assert not files(folder)

@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from core.errors import UserError
+from core.onnx_model import Model
+from core.schema import BLANKS, parse_number
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from predictor import contract
-from predictor.predict import Model
-from project.errors import UserError
-from project.schema import BLANKS, parse_number
-from trainer import artifact, csv_file, data, runtime
-from trainer.hyperparameters import Hyperparameters
+from trainer import csv_reader, data, distributed, export
+from trainer.config import Hyperparameters
 from trainer.model import Network
 from trainer.train import fit
 
@@ -52,10 +52,14 @@ AWKWARD = [
 KINDS: dict[str, Callable[[random.Random, int], object]] = {
     "integers": lambda chance, row: chance.randint(-50, 50),
     "floats": lambda chance, row: f"{chance.gauss(0, 3):.17g}",
-    "huge": lambda chance, row: chance.choice(["1e308", "-1e308", "1.7e308", "5e-324", "0", "-0.0"]),
+    "huge": lambda chance, row: chance.choice(
+        ["1e308", "-1e308", "1.7e308", "5e-324", "0", "-0.0"]
+    ),
     "tiny": lambda chance, row: chance.choice(["5e-324", "1e-310", "2e-323"]),
     "one far out": lambda chance, row: "1e300" if row == 3 else chance.random(),
-    "written oddly": lambda chance, row: chance.choice(["+3", ".5", "1.", "1E-3", "00.5", " 7", "8 ", "\t9"]),
+    "written oddly": lambda chance, row: chance.choice(
+        ["+3", ".5", "1.", "1E-3", "00.5", " 7", "8 ", "\t9"]
+    ),
     "codes": lambda chance, row: f"{chance.randint(0, 40):05d}",
     "signed codes": lambda chance, row: chance.choice(["-01", "+02", "5"]),
     "categories": lambda chance, row: chance.choice(["red", " green", "blue ", "light grey"]),
@@ -115,7 +119,9 @@ def tables(draw: st.DrawFn) -> Table:
     chance = random.Random(draw(st.integers(0, 2**32)))
     kinds = draw(st.lists(st.sampled_from(list(KINDS)), min_size=1, max_size=5))
     shares = [draw(st.sampled_from([0, 0, 0, 0.02, 0.1, 0.1, 0.5, 0.5, 0.97, 1])) for _ in kinds]
-    names = draw(st.lists(st.sampled_from(NAMES), min_size=len(kinds), max_size=len(kinds), unique=True))
+    names = draw(
+        st.lists(st.sampled_from(NAMES), min_size=len(kinds), max_size=len(kinds), unique=True)
+    )
     classes = draw(st.sampled_from([2, 2, 2, 3, 5, 10, 100, 1000, 1001]))
     rows = draw(st.integers(0, 250)) + (6 * classes if classes > 5 else 0)
     dominating = draw(st.booleans())
@@ -123,10 +129,13 @@ def tables(draw: st.DrawFn) -> Table:
     table = []
     for row in range(rows):
         cells = [
-            "" if chance.random() < share else str(KINDS[kind](chance, row)) for kind, share in zip(kinds, shares, strict=True)
+            "" if chance.random() < share else str(KINDS[kind](chance, row))
+            for kind, share in zip(kinds, shares, strict=True)
         ]
         number = row % classes if classes > 5 else chance.randrange(classes)
-        table.append([*cells, label_form.format(0 if dominating and row % 3 and classes < 10 else number)])
+        table.append(
+            [*cells, label_form.format(0 if dominating and row % 3 and classes < 10 else number)]
+        )
     if draw(st.booleans()):
         table += table[: len(table) // 2]  # rows that stand twice
     flags = [draw(st.booleans()) for _ in range(3)]
@@ -155,7 +164,9 @@ def _value(cell: str | None, kind: str | None) -> float | str | None:
 
 def found(path: Path, names: list[str]) -> Counter[Any]:
     rows = data.read_rows(path)
-    return Counter(zip(*(map(repr, rows[name.strip(BLANKS)].tolist()) for name in names), strict=True))
+    return Counter(
+        zip(*(map(repr, rows[name.strip(BLANKS)].tolist()) for name in names), strict=True)
+    )
 
 
 def prepare(table: Table, folder: Path) -> dict[str, Any] | None:
@@ -174,11 +185,14 @@ def prepare(table: Table, folder: Path) -> dict[str, Any] | None:
 
 def train(folder: Path) -> tuple[Network, Any]:
     """A network after two epochs, and its schema."""
-    schema, rows = data.read_schema(folder / "train.parquet"), data.read_rows(folder / "train.parquet")
+    schema, rows = (
+        data.read_schema(folder / "train.parquet"),
+        data.read_rows(folder / "train.parquet"),
+    )
     network = Network(schema)
     features, labels = schema.encode(rows), schema.encode_labels(rows[schema.label])
     with contextlib.redirect_stdout(io.StringIO()):  # the progress bar
-        fit(network, features, labels, QUICK, runtime.Runtime(torch.device("cpu")))
+        fit(network, features, labels, QUICK, distributed.Runtime(torch.device("cpu")))
     for name, values in network.state_dict().items():
         assert values.isfinite().all(), name
     return network, schema
@@ -215,7 +229,9 @@ def folder(tmp_path: Path) -> Callable[[], Path]:
 
 def check_answers(network: Network, schema: Any) -> None:
     with torch.inference_mode():
-        row = {name: [value] for name, value in unseen(schema).items()} or {schema.columns[0].name: [None]}
+        row = {name: [value] for name, value in unseen(schema).items()} or {
+            schema.columns[0].name: [None]
+        }
         probabilities = network(torch.from_numpy(schema.encode(row))).softmax(dim=1)
     assert probabilities.isfinite().all()
     for column in schema.columns:
@@ -225,24 +241,30 @@ def check_answers(network: Network, schema: Any) -> None:
             assert f"column '{column.name}'" in str(told.value)
 
 
-settings.register_profile("any", deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+settings.register_profile(
+    "any", deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+)
 RELAXED = settings.get_profile("any")
 
 
-def test_any_file_is_told_or_trained_on(folder: Callable[[], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_file_is_told_or_trained_on(
+    folder: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     outcomes: Counter[str] = Counter()
 
     @settings(RELAXED, max_examples=150)
     @given(tables(), st.sampled_from([0, 20, 10_000]))
     def check(table: Table, first_rows: int) -> None:
-        monkeypatch.setattr(csv_file, "FIRST_ROWS", first_rows)  # a guess that must not matter
+        monkeypatch.setattr(csv_reader, "FIRST_ROWS", first_rows)  # a guess that must not matter
         at = folder()
         summary = prepare(table, at)
         outcomes["told" if summary is None else "trained"] += 1
         if summary is None:
             return
         paths = at / "out" / "train.parquet", at / "out" / "test.parquet"
-        assert tuple(found(path, table.names) for path in paths) == expected(table, summary["kinds"])
+        assert tuple(found(path, table.names) for path in paths) == expected(
+            table, summary["kinds"]
+        )
         try:
             network, schema = train(at / "out")
         except UserError as error:
@@ -268,7 +290,7 @@ def test_any_model_is_saved_and_served_as_it_was_trained(folder: Callable[[], Pa
             network, schema = train(at / "out")
         except UserError:
             return
-        artifact.save(at / "model", network, schema, {}, {})
+        export.save(at / "model", network, schema, {}, {})
         model = Model.load(at / "model")
         rows = data.read_rows(at / "out" / "test.parquet")
         rows = {name: values[:20] for name, values in rows.items()}
@@ -295,7 +317,7 @@ def test_any_model_is_saved_and_served_as_it_was_trained(folder: Callable[[], Pa
 
 def test_a_table_may_be_wide(tmp_path: Path) -> None:
     header = [f"pixel_{row}_{column}" for row in range(28) for column in range(28)]
-    rows = [[(number * place) % 256 for place in range(784)] for number in range(300)]
+    rows = [[(number * environment) % 256 for environment in range(784)] for number in range(300)]
     with (tmp_path / "wide.csv").open("w", newline="", encoding="utf-8") as stream:
         csv.writer(stream).writerows([[*header, "digit"], *([*row, row[7] % 10] for row in rows)])
     sides = tmp_path / "train.parquet", tmp_path / "test.parquet"

@@ -53,7 +53,7 @@ def project(template: Path, bucket: Path) -> Command:
     """Run a module of the project; gs://bucket/… is in the mounted bucket."""
     environment = {
         **os.environ,
-        "PYTHONPATH": str(template / "src"),
+        "PYTHONPATH": f"{template / 'src'}:{template}",
         "GCS_MOUNT": str(bucket.parent),
     }
 
@@ -92,10 +92,10 @@ def test_a_model_is_trained_evaluated_and_served_without_renaming_folders(
     project("trainer.evaluate", "--model-dir", "gs://bucket/model", *datasets[2:], *scores)
     assert json.loads((bucket / "scores.json").read_text())["accuracy"] > 0.9
 
-    command = [sys.executable, "-m", "predictor.app", "--port", "0"]
+    command = [sys.executable, "-m", "predictor.server", "--port", "0"]
     served = {
         **os.environ,
-        "PYTHONPATH": str(template / "src"),
+        "PYTHONPATH": f"{template / 'src'}:{template}",
         "AIP_STORAGE_URI": str(bucket / "model"),
     }
     with subprocess.Popen(command, env=served, stderr=subprocess.PIPE, text=True) as server:

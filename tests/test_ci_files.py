@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 from google.auth import identity_pool
-from launcher import submit_build
+from level_2_cicd import submit_build
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = ROOT / "{{cookiecutter.project_slug}}"
@@ -41,7 +41,11 @@ ENVIRONMENTS = ["dev", "prod"]
 
 
 @pytest.fixture(scope="module", params=FILES)
-def made(request: pytest.FixtureRequest, generate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+def made(
+    request: pytest.FixtureRequest,
+    generate: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Any:
     """An answer and the project generated from it."""
     return request.param, generate(tmp_path_factory.mktemp(request.param), ci=request.param)
 
@@ -54,9 +58,13 @@ def parsed(path: str) -> Any:
     return yaml.safe_load(read(path))
 
 
-def tool(*command: str | Path, cwd: Path = PROJECT, **variables: str) -> "subprocess.CompletedProcess[str]":
+def tool(
+    *command: str | Path, cwd: Path = PROJECT, **variables: str
+) -> "subprocess.CompletedProcess[str]":
     """Run a program and capture its output."""
-    return subprocess.run(command, cwd=cwd, env={**os.environ, **variables}, capture_output=True, text=True)
+    return subprocess.run(
+        command, cwd=cwd, env={**os.environ, **variables}, capture_output=True, text=True
+    )
 
 
 # ── files ──────────────────────────────────────────────────────────────────────────────────────
@@ -66,13 +74,19 @@ def test_a_project_has_the_files_of_its_ci_and_no_other(made: tuple[str, Path]) 
     ci, project = made
     assert [path for path in EVERY if (project / path).exists()] == FILES[ci]
     assert (project / ".github").exists() == (ci == "github-actions")
-    assert yaml.safe_load((project / "project.yaml").read_text(encoding="utf-8"))["cloud"]["ci"] == ci
+    assert (
+        yaml.safe_load((project / "project.yaml").read_text(encoding="utf-8"))["cloud"]["ci"] == ci
+    )
     for path in FILES[ci]:
         assert (project / path).read_bytes() == (PROJECT / path).read_bytes()
 
 
 def test_no_ci_file_is_missing_from_the_list() -> None:
-    found = {path.relative_to(PROJECT).as_posix() for path in PROJECT.glob(".github/**/*") if path.is_file()}
+    found = {
+        path.relative_to(PROJECT).as_posix()
+        for path in PROJECT.glob(".github/**/*")
+        if path.is_file()
+    }
     found |= {path.relative_to(PROJECT).as_posix() for path in PROJECT.glob("level_2_cicd/azure*")}
     assert found | {".gitlab-ci.yml"} == set(EVERY)
 
@@ -82,7 +96,13 @@ def test_no_ci_file_is_missing_from_the_list() -> None:
 SCHEMAS = {
     "github-actions": ["vendor.github-workflows"],
     "gitlab": ["vendor.gitlab-ci", "--data-transform", "gitlab-ci"],
-    "azure-devops": ["vendor.azure-pipelines", "--data-transform", "azure-pipelines", "--regex-variant", "python"],
+    "azure-devops": [
+        "vendor.azure-pipelines",
+        "--data-transform",
+        "azure-pipelines",
+        "--regex-variant",
+        "python",
+    ],
 }
 
 
@@ -118,7 +138,14 @@ def test_schema_rejects_a_misspelt_key(ci: str, old: str, new: str, tmp_path: Pa
 
 def zizmor(folder: Path) -> list[dict[str, Any]]:
     """Return the findings of zizmor in its strictest mode."""
-    command = [BIN / "zizmor", "--offline", "--no-progress", "--strict-collection", "--persona=auditor", "--format=json"]
+    command = [
+        BIN / "zizmor",
+        "--offline",
+        "--no-progress",
+        "--strict-collection",
+        "--persona=auditor",
+        "--format=json",
+    ]
     done = tool(*command, "--no-exit-codes", ".github/workflows", cwd=folder)
     assert done.returncode == 0, done.stderr
     found: list[dict[str, Any]] = json.loads(done.stdout)
@@ -132,13 +159,17 @@ def test_zizmor_reports_nothing(default_project: Path) -> None:
 def test_zizmor_reports_insecure_workflows(tmp_path: Path) -> None:
     shutil.copytree(PROJECT / ".github", tmp_path / ".github")
     for path in (tmp_path / ".github/workflows").iterdir():
-        text = path.read_text(encoding="utf-8").replace("persist-credentials: false", "fetch-depth: 1")
+        text = path.read_text(encoding="utf-8").replace(
+            "persist-credentials: false", "fetch-depth: 1"
+        )
         path.write_text(re.sub(r"@[0-9a-f]{40} .*", "@main", text), encoding="utf-8")
     assert {finding["ident"] for finding in zizmor(tmp_path)} >= {"unpinned-uses", "artipacked"}
 
 
 def test_actions_are_pinned_and_each_has_one_version() -> None:
-    used = [line for path in FILES["github-actions"] for line in re.findall(r"uses: (.*)", read(path))]
+    used = [
+        line for path in FILES["github-actions"] for line in re.findall(r"uses: (.*)", read(path))
+    ]
     assert len(used) == len(re.findall(r"uses:", "".join(map(read, FILES["github-actions"]))))
     pins = {re.fullmatch(r"([\w/-]+)@([0-9a-f]{40})  # v(\d+\.\d+\.\d+)", line) for line in used}
     assert None not in pins
@@ -161,14 +192,27 @@ def test_permissions_are_minimal() -> None:
 
 def test_pull_requests_have_no_cloud_credentials() -> None:
     github = read(FILES["github-actions"][1])
-    assert set(parsed(FILES["github-actions"][1])[True]) == {"pull_request"}  # `on` is YAML's word for true
-    checks = [github, json.dumps(parsed(".gitlab-ci.yml")["checks"]), json.dumps(parsed(FILES["azure-devops"][0])["stages"][0])]
+    assert set(parsed(FILES["github-actions"][1])[True]) == {
+        "pull_request"
+    }  # `on` is YAML's word for true
+    checks = [
+        github,
+        json.dumps(parsed(".gitlab-ci.yml")["checks"]),
+        json.dumps(parsed(FILES["azure-devops"][0])["stages"][0]),
+    ]
     for text in checks:
-        assert not re.search(r"id-token|id_tokens|GCP_|secrets\.|google-github-actions|AzureCLI|\bgroup\"", text)
+        assert not re.search(
+            r"id-token|id_tokens|GCP_|secrets\.|google-github-actions|AzureCLI|\bgroup\"", text
+        )
 
 
 def test_checkouts_do_not_keep_credentials() -> None:
-    fetched = [step for path in FILES["github-actions"] for step in steps_of_github(path) if "checkout@" in step.get("uses", "")]
+    fetched = [
+        step
+        for path in FILES["github-actions"]
+        for step in steps_of_github(path)
+        if "checkout@" in step.get("uses", "")
+    ]
     assert [step["with"]["persist-credentials"] for step in fetched] == [False] * 3
     azure = [step for step in steps_of_azure() if "checkout" in step]
     assert [step["persistCredentials"] for step in azure] == ["false"] * 3
@@ -177,7 +221,11 @@ def test_checkouts_do_not_keep_credentials() -> None:
 def test_login_files_are_outside_the_uploaded_folder() -> None:
     """They are next to the source, not ignored files in it."""
     for job in parsed(FILES["github-actions"][0])["jobs"].values():
-        assert job["steps"][0]["with"]["path"] == job["defaults"]["run"]["working-directory"] == "source"
+        assert (
+            job["steps"][0]["with"]["path"]
+            == job["defaults"]["run"]["working-directory"]
+            == "source"
+        )
     gitlab = parsed(".gitlab-ci.yml")[".submit"]["variables"]
     assert set(gitlab.values()) == {"/tmp/google.json"}
     azure = parsed("level_2_cicd/azure-submit.yml")["steps"][-1]["env"]
@@ -211,7 +259,10 @@ def steps_of_azure(*stages: str) -> list[dict[str, Any]]:
 
 def commands_of_azure(*stages: str) -> list[str]:
     """Return the shell commands of these stages, or of all."""
-    scripts = [step.get("script") or step.get("inputs", {}).get("inlineScript") for step in steps_of_azure(*stages)]
+    scripts = [
+        step.get("script") or step.get("inputs", {}).get("inlineScript")
+        for step in steps_of_azure(*stages)
+    ]
     return [script for script in scripts if script]
 
 
@@ -227,7 +278,11 @@ def called() -> dict[str, dict[str, list[str]]]:
     gitlab = parsed(".gitlab-ci.yml")
     github = {"checks": makes([step["run"] for step in steps_of_github(checks) if "run" in step])}
     for name, job in parsed(deploy)["jobs"].items():
-        commands = [step["run"].replace('"$ENVIRONMENT"', job["env"]["ENVIRONMENT"]) for step in job["steps"] if "run" in step]
+        commands = [
+            step["run"].replace('"$ENVIRONMENT"', job["env"]["ENVIRONMENT"])
+            for step in job["steps"]
+            if "run" in step
+        ]
         github[name] = makes(commands)
     when = ["checks", *ENVIRONMENTS]
     return {
@@ -284,7 +339,9 @@ def test_azure_installs_packages_before_the_login() -> None:
 
 
 def test_make_commands_name_existing_targets() -> None:
-    assert {goal(call) for jobs in called().values() for calls in jobs.values() for call in calls} <= set(rules())
+    assert {
+        goal(call) for jobs in called().values() for calls in jobs.values() for call in calls
+    } <= set(rules())
 
 
 def test_cloud_build_runs_the_same_checks() -> None:
@@ -296,16 +353,22 @@ def test_cloud_build_runs_the_same_checks() -> None:
 
 def test_terraforms_triggers_use_the_same_build_files() -> None:
     """`make submit` sends cloudbuild.yaml, and so do Terraform's triggers."""
-    triggers = "".join(path.read_text(encoding="utf-8") for path in (PROJECT / "level_2_cicd/terraform").rglob("*.tf"))
+    triggers = "".join(
+        path.read_text(encoding="utf-8")
+        for path in (PROJECT / "level_2_cicd/terraform").rglob("*.tf")
+    )
     files = set(re.findall(r'filename\s*=\s*"([^"]+)"', triggers))
     assert files == {submit_build.PUSH, submit_build.PULL_REQUEST}
 
 
 def test_cis_only_install_tools_log_in_and_run_make() -> None:
-    allowed = (
-        r"make |sudo level_2|level_2|apt-get |\(umask 077 && printf %s |gcloud iam workload-identity-pools create-cred-config"
-    )
-    commands = [step["run"] for path in FILES["github-actions"] for step in steps_of_github(path) if "run" in step]
+    allowed = r"make |sudo level_2|level_2|apt-get |\(umask 077 && printf %s |gcloud iam workload-identity-pools create-cred-config"
+    commands = [
+        step["run"]
+        for path in FILES["github-actions"]
+        for step in steps_of_github(path)
+        if "run" in step
+    ]
     gitlab = parsed(".gitlab-ci.yml")
     commands += [line for job in ("checks", ".submit") for line in gitlab[job]["before_script"]]
     commands += [line for job in ("checks", *ENVIRONMENTS) for line in gitlab[job]["script"]]
@@ -315,14 +378,24 @@ def test_cis_only_install_tools_log_in_and_run_make() -> None:
 
 
 def test_tool_versions_match_those_of_the_builds() -> None:
-    toolbox = dict(re.findall(r"^ARG ([A-Z]+)=(\S+)$", read("level_2_cicd/toolbox/Dockerfile"), re.MULTILINE))
+    toolbox = dict(
+        re.findall(r"^ARG ([A-Z]+)=(\S+)$", read("level_2_cicd/toolbox/Dockerfile"), re.MULTILINE)
+    )
     python = read("level_1_pipeline/base_image.txt").partition(":")[2].split("-")[0]
     gcloud = re.sub(r"-slim$", "", toolbox["GCLOUD"])
     gitlab = parsed(".gitlab-ci.yml")
-    github = [step.get("with", {}) for path in FILES["github-actions"] for step in steps_of_github(path)]
+    github = [
+        step.get("with", {}) for path in FILES["github-actions"] for step in steps_of_github(path)
+    ]
     assert {found["python-version"] for found in github if "python-version" in found} == {python}
-    assert {found["version"] for found in github if "version" in found} == {gcloud.rpartition(":")[2]}
-    assert {step["inputs"]["versionSpec"] for step in steps_of_azure() if step.get("task") == "UsePythonVersion@0"} == {python}
+    assert {found["version"] for found in github if "version" in found} == {
+        gcloud.rpartition(":")[2]
+    }
+    assert {
+        step["inputs"]["versionSpec"]
+        for step in steps_of_azure()
+        if step.get("task") == "UsePythonVersion@0"
+    } == {python}
     assert gitlab["checks"]["image"] == f"python:{python}-bookworm"
     assert gitlab["checks"]["services"][0]["name"] == toolbox["DOCKER"].replace("-cli", "-dind")
     assert gitlab[".submit"]["image"] == gcloud
@@ -333,9 +406,14 @@ def test_tool_versions_match_those_of_the_builds() -> None:
 def test_ci_timeouts_exceed_that_of_the_build() -> None:
     build = int(parsed(submit_build.PUSH)["timeout"].removesuffix("s"))
     limits = {
-        "github-actions": [job["timeout-minutes"] for job in parsed(FILES["github-actions"][0])["jobs"].values()],
+        "github-actions": [
+            job["timeout-minutes"] for job in parsed(FILES["github-actions"][0])["jobs"].values()
+        ],
         "gitlab": [int(parsed(".gitlab-ci.yml")[".submit"]["timeout"].removesuffix("h")) * 60] * 2,
-        "azure-devops": [int(stage["jobs"][0]["timeoutInMinutes"]) for stage in parsed(FILES["azure-devops"][0])["stages"][1:]],
+        "azure-devops": [
+            int(stage["jobs"][0]["timeoutInMinutes"])
+            for stage in parsed(FILES["azure-devops"][0])["stages"][1:]
+        ],
     }
     for ci, minutes in limits.items():
         assert len(minutes) == len(ENVIRONMENTS)
@@ -349,16 +427,44 @@ def matches(path: str, pattern: str) -> bool:
     """Return whether a CI's pattern matches the path."""
     parts = re.split(r"(\*\*/|\*|\[\^.\])", pattern)
     means = {"**/": "(.*/)?", "*": "[^/]*"}
-    return bool(re.fullmatch("".join(means.get(part) or (part if part[:2] == "[^" else re.escape(part)) for part in parts), path))
+    return bool(
+        re.fullmatch(
+            "".join(
+                means.get(part) or (part if part[:2] == "[^" else re.escape(part)) for part in parts
+            ),
+            path,
+        )
+    )
 
 
 @pytest.mark.parametrize(
     ("path", "started"),
     [
-        *(("README.md", False), ("level_2_cicd/README.md", False), (".github/x.md", False), ("a/b/c/.md", False)),
-        *(("project.yaml", True), ("Makefile", True), (".gitignore", True), ("requirements/train.txt", True)),
-        *(("src/trainer/model.py", True), ("level_1_pipeline/train_container/Dockerfile", True), ("src/x.md/y.py", True)),
-        *(("a/readme.MD5", True), ("a/amd", True), ("a/cmd", True), ("word", True), ("notes.ad", True), ("LICENSE", True)),
+        *(
+            ("README.md", False),
+            ("level_2_cicd/README.md", False),
+            (".github/x.md", False),
+            ("a/b/c/.md", False),
+        ),
+        *(
+            ("project.yaml", True),
+            ("Makefile", True),
+            (".gitignore", True),
+            ("requirements/train.txt", True),
+        ),
+        *(
+            ("src/trainer/model.py", True),
+            ("level_1_pipeline/train_container/Dockerfile", True),
+            ("src/x.md/y.py", True),
+        ),
+        *(
+            ("a/readme.MD5", True),
+            ("a/amd", True),
+            ("a/cmd", True),
+            ("word", True),
+            ("notes.ad", True),
+            ("LICENSE", True),
+        ),
     ],
 )
 def test_documentation_changes_start_no_build(path: str, started: bool) -> None:
@@ -382,7 +488,11 @@ def test_prod_needs_dev_and_an_approval() -> None:
         assert gitlab[environment]["environment"] == environment
         assert azure[environment]["jobs"][0]["environment"] == environment
         assert azure[environment]["variables"] == [{"group": environment}]
-        for condition in (github[environment]["if"], gitlab[environment]["rules"][0]["if"], azure[environment]["condition"]):
+        for condition in (
+            github[environment]["if"],
+            gitlab[environment]["rules"][0]["if"],
+            azure[environment]["condition"],
+        ):
             assert "DEPLOY_TO" in condition
             assert environment in condition
     assert github["prod"]["needs"] == azure["prod"]["dependsOn"] == "dev"
@@ -422,32 +532,57 @@ def test_ci_files_contain_no_settings(generate: Callable[..., Path], tmp_path: P
     project = generate(tmp_path)
     settings = yaml.safe_load((project / "project.yaml").read_text(encoding="utf-8"))
     cloud = settings["cloud"]
-    assert cloud["repository"].pop("branch") == "main"  # a trigger must name it; the files refer to project.yaml
-    for key in ("ci", "data_ingestion", "environments"):  # choices; and IDs, which are empty: see below
+    assert (
+        cloud["repository"].pop("branch") == "main"
+    )  # a trigger must name it; the files refer to project.yaml
+    for key in (
+        "ci",
+        "data_ingestion",
+        "environments",
+    ):  # choices; and IDs, which are empty: see below
         cloud.pop(key)
-    values = {value for part in ("name", "description", "cloud") for value in strings(settings[part]) if len(value) > 2}
+    values = {
+        value
+        for part in ("name", "description", "cloud")
+        for value in strings(settings[part])
+        if len(value) > 2
+    }
     assert {"digit-reader", "europe-west4", "you@example.com", "n2-standard-2", "l4-spot"} <= values
     for path in EVERY:
         assert not [value for value in values if value in code(path)], path
-        assert not re.search(r"gs://|gserviceaccount|docker\.pkg\.dev|projects/|[a-z]-[a-z]+\d\b", code(path)), path
+        assert not re.search(
+            r"gs://|gserviceaccount|docker\.pkg\.dev|projects/|[a-z]-[a-z]+\d\b", code(path)
+        ), path
 
 
 def test_main_branch_matches_project_yaml(default_project: Path) -> None:
-    branch = yaml.safe_load((default_project / "project.yaml").read_text(encoding="utf-8"))["cloud"]["repository"]["branch"]
+    branch = yaml.safe_load((default_project / "project.yaml").read_text(encoding="utf-8"))[
+        "cloud"
+    ]["repository"]["branch"]
     assert parsed(FILES["github-actions"][0])[True]["push"]["branches"] == [branch]
-    assert f"github.ref == 'refs/heads/{branch}'" in parsed(FILES["github-actions"][0])["jobs"]["dev"]["if"]
+    assert (
+        f"github.ref == 'refs/heads/{branch}'"
+        in parsed(FILES["github-actions"][0])["jobs"]["dev"]["if"]
+    )
     azure = parsed(FILES["azure-devops"][0])
     assert azure["trigger"]["branches"]["include"] == [branch]
     assert f"'refs/heads/{branch}'" in azure["stages"][1]["condition"]
     assert "$CI_COMMIT_BRANCH == $CI_DEFAULT_BRANCH" in read(".gitlab-ci.yml")
     for ci in ("github-actions", "azure-devops"):
-        assert "cloud.repository.branch" in " ".join(re.sub(r"\n# ?", " ", read(FILES[ci][0])).split())
+        assert "cloud.repository.branch" in " ".join(
+            re.sub(r"\n# ?", " ", read(FILES[ci][0])).split()
+        )
 
 
 USER_VARIABLES = {
     "github-actions": {"DEPLOY_TO", "GCP_WORKLOAD_IDENTITY_PROVIDER", "GCP_DEPLOYER"},
     "gitlab": {"DEPLOY_TO", "GCP_WORKLOAD_IDENTITY_PROVIDER", "GCP_DEPLOYER"},
-    "azure-devops": {"DEPLOY_TO", "GCP_WORKLOAD_IDENTITY_PROVIDER", "GCP_DEPLOYER", "GCP_SERVICE_CONNECTION"},
+    "azure-devops": {
+        "DEPLOY_TO",
+        "GCP_WORKLOAD_IDENTITY_PROVIDER",
+        "GCP_DEPLOYER",
+        "GCP_SERVICE_CONNECTION",
+    },
 }
 # Set by the CI or the file itself.
 PREDEFINED = re.compile(
@@ -463,7 +598,9 @@ USES = {
 
 @pytest.mark.parametrize("ci", HAVE_FILES)
 def test_first_file_explains_every_variable(ci: str) -> None:
-    used = {name for path in FILES[ci] for names in re.findall(USES[ci], code(path)) for name in names}
+    used = {
+        name for path in FILES[ci] for names in re.findall(USES[ci], code(path)) for name in names
+    }
     if ci == "gitlab":
         used = {name for path in FILES[ci] for name in re.findall(USES[ci], code(path))}
     assert {name for name in used if name and not PREDEFINED.fullmatch(name)} == USER_VARIABLES[ci]
@@ -473,7 +610,11 @@ def test_first_file_explains_every_variable(ci: str) -> None:
 
 
 def test_terraform_prints_the_ci_variables() -> None:
-    printed = re.search(r'output "ci_variables" \{(.*?)^\}', read("level_2_cicd/terraform/foundation/outputs.tf"), re.M | re.S)
+    printed = re.search(
+        r'output "ci_variables" \{(.*?)^\}',
+        read("level_2_cicd/terraform/foundation/outputs.tf"),
+        re.M | re.S,
+    )
     assert printed
     assert set(re.findall(r"\bGCP_\w+", printed[1])) == USER_VARIABLES["gitlab"] - {"DEPLOY_TO"}
 
@@ -489,7 +630,11 @@ VARIABLES = {
 def login(ci: str) -> str:
     """Return the login commands of GitLab or Azure only."""
     if ci == "gitlab":
-        return "\n".join(line for line in parsed(".gitlab-ci.yml")[".submit"]["before_script"] if "apt-get" not in line)
+        return "\n".join(
+            line
+            for line in parsed(".gitlab-ci.yml")[".submit"]["before_script"]
+            if "apt-get" not in line
+        )
     script, follows, _ = commands_of_azure("dev")[-1].partition("renew() (")
     assert follows
     return script
@@ -505,8 +650,16 @@ def log_in(ci: str, folder: Path, **variables: str) -> "subprocess.CompletedProc
     }
     script = login(ci).replace("/tmp/", f"{folder}/")
     file = str(folder / "google.json")
-    given[ci] |= {"GOOGLE_APPLICATION_CREDENTIALS": file, "CLOUDSDK_AUTH_CREDENTIAL_FILE_OVERRIDE": file}
-    environment = {"CLOUDSDK_CONFIG": str(folder / "gcloud"), "CLOUDSDK_CORE_DISABLE_PROMPTS": "1", **given[ci], **variables}
+    given[ci] |= {
+        "GOOGLE_APPLICATION_CREDENTIALS": file,
+        "CLOUDSDK_AUTH_CREDENTIAL_FILE_OVERRIDE": file,
+    }
+    environment = {
+        "CLOUDSDK_CONFIG": str(folder / "gcloud"),
+        "CLOUDSDK_CORE_DISABLE_PROMPTS": "1",
+        **given[ci],
+        **variables,
+    }
     return tool("bash", "-e", "-o", "pipefail", "-c", script, cwd=folder, **environment)
 
 
@@ -519,7 +672,9 @@ def test_login_writes_credentials_for_googles_library(ci: str, tmp_path: Path) -
     assert token.read_text(encoding="utf-8") == "a.b.c"
     assert token.stat().st_mode & 0o077 == 0
     written = json.loads((tmp_path / "google.json").read_text(encoding="utf-8"))
-    assert written["audience"] == f"//iam.googleapis.com/{VARIABLES['GCP_WORKLOAD_IDENTITY_PROVIDER']}"
+    assert (
+        written["audience"] == f"//iam.googleapis.com/{VARIABLES['GCP_WORKLOAD_IDENTITY_PROVIDER']}"
+    )
     credentials = identity_pool.Credentials.from_file(str(tmp_path / "google.json"))
     assert credentials.service_account_email == VARIABLES["GCP_DEPLOYER"]
     assert credentials.retrieve_subject_token(None) == "a.b.c"
@@ -537,7 +692,10 @@ def test_login_names_a_missing_variable(ci: str, missing: str, tmp_path: Path) -
 def test_login_reports_a_missing_azure_token(tmp_path: Path) -> None:
     done = log_in("azure-devops", tmp_path, **VARIABLES, idToken="")
     assert done.returncode != 0
-    assert "idToken: is not set; the service connection must use workload identity federation" in done.stderr
+    assert (
+        "idToken: is not set; the service connection must use workload identity federation"
+        in done.stderr
+    )
 
 
 # Fakes of the programs in Azure's step; make fails after the third token.
@@ -563,7 +721,9 @@ def test_azure_renews_the_token_during_the_build(tmp_path: Path) -> None:
     class Azure(SimpleHTTPRequestHandler):
         def do_POST(self) -> None:
             asked.append((self.path, self.headers["Authorization"]))
-            answer = [b'{"oidcToken": "the.first"}', None, b'{"oidcToken": "the.third"}'][min(len(asked), 3) - 1]
+            answer = [b'{"oidcToken": "the.first"}', None, b'{"oidcToken": "the.third"}'][
+                min(len(asked), 3) - 1
+            ]
             self.send_response(200 if answer else 403)
             self.end_headers()
             self.wfile.write(answer or b"not now")
@@ -592,9 +752,14 @@ def test_azure_renews_the_token_during_the_build(tmp_path: Path) -> None:
         server.shutdown()
     assert done.returncode == 3, done.stderr
     made = (tmp_path / "made").read_text(encoding="utf-8").splitlines()
-    assert made == ["submit ENVIRONMENT=prod; no token of the job; no token of the connection", "the.third 600"]
+    assert made == [
+        "submit ENVIRONMENT=prod; no token of the job; no token of the connection",
+        "the.third 600",
+    ]
     assert set((tmp_path / "slept").read_text(encoding="utf-8").splitlines()) == {"300"}
-    assert set(asked) == {("/oidctoken?api-version=7.1&serviceConnectionId=1234-5678", "Bearer of-the-job")}
+    assert set(asked) == {
+        ("/oidctoken?api-version=7.1&serviceConnectionId=1234-5678", "Bearer of-the-job")
+    }
     assert "Azure returned no token; next attempt in five minutes." in done.stderr
     assert not re.search(r"the\.(first|third)|of-the-job|a\.b\.c", done.stdout + done.stderr)
 
@@ -623,7 +788,9 @@ def releases(tmp_path: Path) -> Iterator[tuple[Path, str]]:
 
 def release(folder: Path) -> bytes:
     """Create an archive of the toolbox's version."""
-    (version,) = re.findall(r"^ARG TERRAFORM=.*:([\d.]+)$", read("level_2_cicd/toolbox/Dockerfile"), re.MULTILINE)
+    (version,) = re.findall(
+        r"^ARG TERRAFORM=.*:([\d.]+)$", read("level_2_cicd/toolbox/Dockerfile"), re.MULTILINE
+    )
     archive = folder / version / f"terraform_{version}_linux_amd64.zip"
     archive.parent.mkdir()
     with zipfile.ZipFile(archive, "w") as content:
@@ -644,19 +811,25 @@ def test_get_terraform_rejects_a_wrong_checksum(releases: tuple[Path, str], tmp_
     assert not (tmp_path / "terraform").exists()
 
 
-def test_get_terraform_installs_a_verified_archive(releases: tuple[Path, str], tmp_path: Path) -> None:
+def test_get_terraform_installs_a_verified_archive(
+    releases: tuple[Path, str], tmp_path: Path
+) -> None:
     folder, address = releases
     right = sha256(release(folder)).hexdigest()
     root = tmp_path / "project"
     (root / "level_2_cicd/toolbox").mkdir(parents=True)
     shutil.copy(PROJECT / "level_2_cicd/toolbox/Dockerfile", root / "level_2_cicd/toolbox")
-    (root / GET_TERRAFORM).write_text(re.sub(r"(?m)^sum=[0-9a-f]{64}$", f"sum={right}", read(GET_TERRAFORM)), encoding="utf-8")
+    (root / GET_TERRAFORM).write_text(
+        re.sub(r"(?m)^sum=[0-9a-f]{64}$", f"sum={right}", read(GET_TERRAFORM)), encoding="utf-8"
+    )
     done = get_terraform(root, tmp_path, address)
     assert done.returncode == 0, done.stderr
     assert tool(tmp_path / "terraform", cwd=tmp_path).stdout == "it runs\n"
 
 
-def test_get_terraform_reports_a_missing_folder_or_download(releases: tuple[Path, str], tmp_path: Path) -> None:
+def test_get_terraform_reports_a_missing_folder_or_download(
+    releases: tuple[Path, str], tmp_path: Path
+) -> None:
     _, address = releases
     done = get_terraform(PROJECT, tmp_path, address)
     assert done.returncode == 2

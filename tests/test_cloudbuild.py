@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import yaml
-from launcher import containers, submit_build
-from project import cloud, settings
-from rehearsal import build_steps
-from rehearsal.cloud_build import BuildFailed, FakeCloudBuild
-from rehearsal.storage import FakeStorage
+from gcp.environment import resolve_environment
+from level_1_pipeline import containers
+from level_2_cicd import submit_build
+from level_2_cicd.rehearsal import build_steps
+from level_2_cicd.rehearsal.cloud_build import BuildFailed, FakeCloudBuild
+from level_2_cicd.rehearsal.storage import FakeStorage
+from project.settings import load_settings
 
 from tests.push import edit, settings_of_nobody, within
 
@@ -50,13 +52,25 @@ def here(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 # ── schema ─────────────────────────────────────────────────────────────────────────────────────
 def test_all_files_are_listed() -> None:
-    assert NAMES == ["cloudbuild.container.yaml", "cloudbuild.image.yaml", "cloudbuild.pr.yaml", "cloudbuild.yaml"]
+    assert NAMES == [
+        "cloudbuild.container.yaml",
+        "cloudbuild.image.yaml",
+        "cloudbuild.pr.yaml",
+        "cloudbuild.yaml",
+    ]
 
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
 def test_files_match_cloud_builds_schema(path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.cloudbuild", str(path)],
+        [
+            sys.executable,
+            "-m",
+            "check_jsonschema",
+            "--builtin-schema",
+            "vendor.cloudbuild",
+            str(path),
+        ],
         capture_output=True,
         text=True,
     )
@@ -68,9 +82,14 @@ def test_builds_have_timeouts_logs_and_tags(name: str) -> None:
     build = document(name)
     assert build["options"]["logging"] == "CLOUD_LOGGING_ONLY"
     assert all("timeout" in step for step in build["steps"])
-    assert max(build_steps.seconds(step["timeout"]) for step in build["steps"]) <= build_steps.seconds(build["timeout"])
+    assert max(
+        build_steps.seconds(step["timeout"]) for step in build["steps"]
+    ) <= build_steps.seconds(build["timeout"])
     limits = [build_steps.seconds(step["timeout"]) for step in build["steps"]]
-    assert build_steps.critical_path(build["steps"], limits) <= build_steps.seconds(build["timeout"]) * 1.2
+    assert (
+        build_steps.critical_path(build["steps"], limits)
+        <= build_steps.seconds(build["timeout"]) * 1.2
+    )
     assert "substitutions" not in build, "a default would hide a missing substitution"
     assert build["tags"][0] == "$_ENVIRONMENT"
 
@@ -90,14 +109,18 @@ def test_pushed_images_have_provenance_and_pull_requests_push_nothing() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_steps_get_no_secrets(name: str) -> None:
     text = (PROJECT / "level_2_cicd" / name).read_text(encoding="utf-8")
-    assert not re.search(r"secretEnv|availableSecrets|password|token|private_key", text, re.IGNORECASE)
+    assert not re.search(
+        r"secretEnv|availableSecrets|password|token|private_key", text, re.IGNORECASE
+    )
 
 
 # ── steps ──────────────────────────────────────────────────────────────────────────────────────
 def targets() -> set[str]:
     """The targets of the project's Makefile."""
     text = (PROJECT / "Makefile").read_text(encoding="utf-8")
-    return {name for line in re.findall(r"^\.PHONY: (.*)$", text, re.MULTILINE) for name in line.split()}
+    return {
+        name for line in re.findall(r"^\.PHONY: (.*)$", text, re.MULTILINE) for name in line.split()
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -131,8 +154,12 @@ def test_steps_wait_only_for_what_they_need() -> None:
     }
     before = {name: needed for name, needed in waits.items()}
     for name in waits:  # transitively
-        before[name] = before[name].union(*(before[other] for other in before[name] if other != "-"))
-    assert {"lint", "test", "images", "apply", "publish", "sbom", "functional-test"} <= before["release"]
+        before[name] = before[name].union(
+            *(before[other] for other in before[name] if other != "-")
+        )
+    assert {"lint", "test", "images", "apply", "publish", "sbom", "functional-test"} <= before[
+        "release"
+    ]
     assert {"lint", "test"} <= before["apply"]
 
 
@@ -143,13 +170,19 @@ def used(name: str) -> set[str]:
 
 
 def test_callers_set_exactly_the_substitutions_in_use(here: Path) -> None:
-    chosen = settings.load("")
-    place = cloud.place(chosen)
+    settings = load_settings("")
+    environment = resolve_environment(settings)
     train = containers.find(here, ["train"])[0]
-    assert set(submit_build.substitutions(chosen, place)) == used("cloudbuild.yaml")
-    assert set(submit_build.substitutions_of_pull_request(chosen, place)) == used("cloudbuild.pr.yaml")
-    assert set(submit_build.substitutions_of_image(place, train)) == used("cloudbuild.image.yaml")
-    assert set(submit_build.substitutions_of_container(chosen, place, train)) == used("cloudbuild.container.yaml")
+    assert set(submit_build.substitutions(settings, environment)) == used("cloudbuild.yaml")
+    assert set(submit_build.substitutions_of_pull_request(settings, environment)) == used(
+        "cloudbuild.pr.yaml"
+    )
+    assert set(submit_build.substitutions_of_image(environment, train)) == used(
+        "cloudbuild.image.yaml"
+    )
+    assert set(submit_build.substitutions_of_container(settings, environment, train)) == used(
+        "cloudbuild.container.yaml"
+    )
 
 
 def test_missing_or_unknown_substitutions_are_rejected() -> None:
@@ -169,7 +202,9 @@ def test_values_with_commas_are_escaped_for_gcloud() -> None:
 
 # ── gcloud builds submit, over HTTP ────────────────────────────────────────────────────────────
 @pytest.fixture
-def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[FakeCloudBuild, FakeStorage]]:
+def fakes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[FakeCloudBuild, FakeStorage]]:
     """Cloud Build and Cloud Storage, to which the real gcloud talks."""
     if shutil.which("gcloud") is None:
         (pytest.fail if os.environ.get("REQUIRE_DOCKER") else pytest.skip)("this test needs gcloud")
@@ -189,7 +224,7 @@ def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Fak
 
 def make(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a make target in the current folder."""
-    environment = {**os.environ, "VENV": sys.prefix, "PYTHONPATH": "src", **variables}
+    environment = {**os.environ, "VENV": sys.prefix, "PYTHONPATH": "src:.", **variables}
     return subprocess.run(["make", *words], env=environment, capture_output=True, text=True)
 
 
@@ -213,7 +248,9 @@ SECRETS = {
 }
 
 
-def test_submit_sends_cloudbuild_yaml_and_no_secrets(here: Path, fakes: tuple[FakeCloudBuild, FakeStorage]) -> None:
+def test_submit_sends_cloudbuild_yaml_and_no_secrets(
+    here: Path, fakes: tuple[FakeCloudBuild, FakeStorage]
+) -> None:
     builds, storage = fakes
     for name, text in SECRETS.items():
         (here / name).parent.mkdir(parents=True, exist_ok=True)
@@ -237,7 +274,10 @@ def test_submit_sends_cloudbuild_yaml_and_no_secrets(here: Path, fakes: tuple[Fa
     assert sent["options"]["logging"] == "CLOUD_LOGGING_ONLY"
     assert sent["options"]["requested_verify_option"] == "VERIFIED"
     assert sent["options"]["env"] == written["options"]["env"]
-    assert sent["service_account"] == "projects/my-project/serviceAccounts/digit-reader-build@my-project.iam.gserviceaccount.com"
+    assert (
+        sent["service_account"]
+        == "projects/my-project/serviceAccounts/digit-reader-build@my-project.iam.gserviceaccount.com"
+    )
     assert sent["substitutions"] == {
         "_ENVIRONMENT": "dev",
         "_REGISTRY": "europe-west4-docker.pkg.dev/my-project/digit-reader",
@@ -255,12 +295,18 @@ def test_submit_sends_cloudbuild_yaml_and_no_secrets(here: Path, fakes: tuple[Fa
     assert source["object_"].startswith("builds/source/")
     archive = storage.root / source["bucket"] / source["object_"]
     with tarfile.open(fileobj=io.BytesIO(archive.read_bytes())) as files:
-        names = {name.removeprefix("./") for name in files.getnames() if files.getmember(name).isfile()}
-        mode = files.getmember(next(name for name in files.getnames() if name.endswith("toolbox.sh"))).mode
+        names = {
+            name.removeprefix("./") for name in files.getnames() if files.getmember(name).isfile()
+        }
+        mode = files.getmember(
+            next(name for name in files.getnames() if name.endswith("toolbox.sh"))
+        ).mode
     assert not names & set(SECRETS)
     with within(here):
         listed = subprocess.run(
-            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], capture_output=True, text=True
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            capture_output=True,
+            text=True,
         )
     known = set(listed.stdout.split("\0")) - {""} if listed.returncode == 0 else set()
     wanted = {
@@ -287,15 +333,25 @@ def test_sources_of_every_container_are_uploaded(here: Path) -> None:
     assert done.returncode == 0, done.stderr
     sent = set(done.stdout.split("\n"))
     for container in containers.find(here):
-        needed = {str(container.dockerfile), f"{container.dockerfile}.dockerignore", *map(str, container.inputs())}
+        needed = {
+            str(container.dockerfile),
+            f"{container.dockerfile}.dockerignore",
+            *map(str, container.inputs()),
+        }
         assert needed <= sent, container.name
 
 
-def test_submit_uses_the_pool_and_account_of_the_environment(here: Path, fakes: tuple[FakeCloudBuild, FakeStorage]) -> None:
+def test_submit_uses_the_pool_and_account_of_the_environment(
+    here: Path, fakes: tuple[FakeCloudBuild, FakeStorage]
+) -> None:
     builds, storage = fakes
     storage.create_bucket("my-prod-digit-reader-storage")
     pool = "projects/my-prod/locations/europe-west4/workerPools/private"
-    done = make("submit", ENVIRONMENT="prod", SET=f'"cloud.environments.prod.existing={{build_pool: {pool}}}"')
+    done = make(
+        "submit",
+        ENVIRONMENT="prod",
+        SET=f'"cloud.environments.prod.existing={{build_pool: {pool}}}"',
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     [build] = builds.calls("builds.create")
     assert build.options.pool.name == pool
@@ -304,10 +360,14 @@ def test_submit_uses_the_pool_and_account_of_the_environment(here: Path, fakes: 
     assert build.source.storage_source.bucket == "my-prod-digit-reader-storage"
 
 
-def test_dry_run_prints_the_command_and_sends_nothing(here: Path, fakes: tuple[FakeCloudBuild, FakeStorage]) -> None:
+def test_dry_run_prints_the_command_and_sends_nothing(
+    here: Path, fakes: tuple[FakeCloudBuild, FakeStorage]
+) -> None:
     done = make("submit", DRY_RUN="1")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("gcloud builds submit . --config=level_2_cicd/cloudbuild.yaml --project=my-project")
+    assert done.stdout.startswith(
+        "gcloud builds submit . --config=level_2_cicd/cloudbuild.yaml --project=my-project"
+    )
     assert not any(fake.received for fake in fakes)
 
 
@@ -344,14 +404,18 @@ def test_fake_rejects_invalid_builds(here: Path, fakes: tuple[FakeCloudBuild, Fa
     step = "steps: [{name: x, args: [$_A]}]\n"
     assert "_A" in submit(step)
     assert "_B" in submit(step, "--substitutions=_A=1,_B=2")
-    account = "--service-account=projects/my-project/serviceAccounts/a@my-project.iam.gserviceaccount.com"
+    account = (
+        "--service-account=projects/my-project/serviceAccounts/a@my-project.iam.gserviceaccount.com"
+    )
     assert "CLOUD_LOGGING_ONLY" in submit(step, "--substitutions=_A=1", account)
     assert "no earlier step" in submit("steps: [{name: x, waitFor: [later]}]\n")
     assert "two steps" in submit("steps: [{name: x, id: a}, {name: x, id: a}]\n")
     assert not fakes[0].calls("builds.create")
 
 
-def test_setup_triggers_is_idempotent_and_names_files(here: Path, fakes: tuple[FakeCloudBuild, FakeStorage]) -> None:
+def test_setup_triggers_is_idempotent_and_names_files(
+    here: Path, fakes: tuple[FakeCloudBuild, FakeStorage]
+) -> None:
     linked = "cloud.ci=cloud-build cloud.repository.name=connection/code"
     for turn in ("created", "updated"):
         done = make("setup-triggers", SET=linked)
@@ -360,17 +424,26 @@ def test_setup_triggers_is_idempotent_and_names_files(here: Path, fakes: tuple[F
     assert len(builds.triggers) == len(containers.find(here))
     assert len(builds.calls("triggers.create")) == len(builds.triggers)  # not created twice
     predict = builds.triggers["digit-reader-predict"]
-    repository = "projects/my-project/locations/europe-west4/connections/connection/repositories/code"
+    repository = (
+        "projects/my-project/locations/europe-west4/connections/connection/repositories/code"
+    )
     assert predict.repository_event_config.repository == repository
     assert predict.repository_event_config.push.branch == "^main$"
     assert predict.filename == "level_2_cicd/cloudbuild.container.yaml"
-    assert predict.service_account == "projects/my-project/serviceAccounts/digit-reader-build@my-project.iam.gserviceaccount.com"
+    assert (
+        predict.service_account
+        == "projects/my-project/serviceAccounts/digit-reader-build@my-project.iam.gserviceaccount.com"
+    )
     assert predict.substitutions["_CONTAINER"] == "predict"
-    assert {"src/predictor/app.py", "level_1_pipeline/predict_container/Dockerfile"} <= set(predict.included_files)
+    assert {"src/predictor/server.py", "level_1_pipeline/predict_container/Dockerfile"} <= set(
+        predict.included_files
+    )
     assert not any(name.startswith("src/trainer") for name in predict.included_files)
 
 
-def test_setup_triggers_requires_a_linked_repository(here: Path, fakes: tuple[FakeCloudBuild, FakeStorage]) -> None:
+def test_setup_triggers_requires_a_linked_repository(
+    here: Path, fakes: tuple[FakeCloudBuild, FakeStorage]
+) -> None:
     for options, message in (
         ("", "cloud.ci in project.yaml is github-actions"),
         ("cloud.ci=cloud-build", "cloud.repository.name in"),
@@ -384,7 +457,10 @@ def test_setup_triggers_requires_a_linked_repository(here: Path, fakes: tuple[Fa
 # ── step runner ────────────────────────────────────────────────────────────────────────────────
 def build(*written: dict[str, Any], **more: Any) -> dict[str, Any]:
     """Return a build whose steps are shell commands."""
-    shells = [{"name": "x", "entrypoint": "sh", "args": ["-c", step.pop("run")], **step} for step in written]
+    shells = [
+        {"name": "x", "entrypoint": "sh", "args": ["-c", step.pop("run")], **step}
+        for step in written
+    ]
     return build_steps.resolve({"steps": shells, **more}, {"PROJECT_ID": "p"})
 
 
@@ -416,23 +492,35 @@ def test_failed_step_cancels_the_build(tmp_path: Path) -> None:
 
 
 def test_allow_failure_continues_the_build(tmp_path: Path) -> None:
-    made = build({"id": "bad", "run": "exit 3", "allowFailure": True}, {"id": "after", "run": "touch after"})
+    made = build(
+        {"id": "bad", "run": "exit 3", "allowFailure": True}, {"id": "after", "run": "touch after"}
+    )
     outcome = build_steps.run(made, tmp_path, build_steps.as_process({}))
     assert [step.status for step in outcome.steps] == ["FAILURE", "SUCCESS"]
     assert outcome.status == "SUCCESS"
 
 
 def test_timeouts_and_kills_are_reported(tmp_path: Path) -> None:
-    late = build_steps.run(build({"id": "a", "run": "sleep 60", "timeout": "1s"}), tmp_path, build_steps.as_process({}))
+    late = build_steps.run(
+        build({"id": "a", "run": "sleep 60", "timeout": "1s"}), tmp_path, build_steps.as_process({})
+    )
     assert (late.status, late.step("a").status) == ("TIMEOUT", "TIMEOUT")
-    late = build_steps.run(build({"id": "a", "run": "sleep 60"}, timeout="1s"), tmp_path, build_steps.as_process({}))
+    late = build_steps.run(
+        build({"id": "a", "run": "sleep 60"}, timeout="1s"), tmp_path, build_steps.as_process({})
+    )
     assert late.status == "TIMEOUT"
     made = build({"id": "a", "run": "true"}, {"id": "b", "run": "touch b"})
-    assert build_steps.run(made, tmp_path, build_steps.as_process({}), kill_after=1).status == "KILLED"
+    assert (
+        build_steps.run(made, tmp_path, build_steps.as_process({}), kill_after=1).status == "KILLED"
+    )
     assert not (tmp_path / "b").exists()
 
 
 def test_critical_path_is_the_longest_chain() -> None:
-    made = build({"id": "a", "run": ""}, {"id": "b", "run": "", "waitFor": ["-"]}, {"id": "c", "run": "", "waitFor": ["a"]})
+    made = build(
+        {"id": "a", "run": ""},
+        {"id": "b", "run": "", "waitFor": ["-"]},
+        {"id": "c", "run": "", "waitFor": ["a"]},
+    )
     assert build_steps.critical_path(made["steps"], [1, 5, 2]) == 5
     assert build_steps.critical_path(made["steps"], [4, 5, 2]) == 6

@@ -21,13 +21,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from launcher import containers, image_contents
+from core import manifest
+from core.errors import UserError
+from level_1_pipeline import containers
+from level_2_cicd import image_contents
+from level_2_cicd.rehearsal.storage import FakeStorage
 from packaging.requirements import Requirement
-from project import manifest
-from project.errors import UserError
-from rehearsal.storage import FakeStorage
 from trainer.data import find_csv, prepare
-from trainer.runtime import load_checkpoint
+from trainer.distributed import load_checkpoint
 
 pytestmark = pytest.mark.heavy
 
@@ -82,7 +83,12 @@ class Project:
 
     def environment(self, **variables: str) -> dict[str, str]:
         """This environment takes the place of the project's own .venv."""
-        return {**os.environ, "RUN_PYTHON": sys.executable, "PYTHONPATH": str(self.folder / "src"), **variables}
+        return {
+            **os.environ,
+            "RUN_PYTHON": sys.executable,
+            "PYTHONPATH": f"{self.folder / 'src'}:{self.folder}",
+            **variables,
+        }
 
     def build(self, *arguments: str, **variables: str) -> Done:
         """build_containers.sh."""
@@ -107,7 +113,9 @@ class Project:
 
     def copy(self, name: str, target: Path) -> "Project":
         """Another project of the same files, under another name."""
-        ignored = shutil.ignore_patterns("__pycache__", "data", "runs", "scratch", "registry", "build")
+        ignored = shutil.ignore_patterns(
+            "__pycache__", "data", "runs", "scratch", "registry", "build"
+        )
         folder = shutil.copytree(self.folder, target / name, ignore=ignored)
         settings = folder / "project.yaml"
         before = settings.read_text(encoding="utf-8")
@@ -134,7 +142,9 @@ def slug(docker: str) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def project(slug: str, generate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Project:
+def project(
+    slug: str, generate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Project:
     """A project from the default answers, with its data; no image is built yet."""
     folder = generate(tmp_path_factory.mktemp("containers"), project_slug=slug)
     find_csv("sample:digits", folder / "data")
@@ -171,7 +181,9 @@ def test_all_are_built_and_a_second_time_none(project: Project, first_build: str
     assert project.images() == before
 
 
-def test_a_change_of_the_trainer_builds_its_image_alone_and_installs_nothing(project: Project, first_build: str) -> None:
+def test_a_change_of_the_trainer_builds_its_image_alone_and_installs_nothing(
+    project: Project, first_build: str
+) -> None:
     before = project.images()
     module = project.folder / "src" / "trainer" / "model.py"
     text = module.read_text(encoding="utf-8")
@@ -182,7 +194,9 @@ def test_a_change_of_the_trainer_builds_its_image_alone_and_installs_nothing(pro
         assert new == {project.image("train")}
     finally:
         module.write_text(text, encoding="utf-8")
-    assert re.findall(r"^([=✓]) (\w+)", told, re.MULTILINE) == [("✓" if name == "train" else "=", name) for name in NAMES]
+    assert re.findall(r"^([=✓]) (\w+)", told, re.MULTILINE) == [
+        ("✓" if name == "train" else "=", name) for name in NAMES
+    ]
     log = (project.folder / "build" / "containers" / "train.log").read_text(encoding="utf-8")
     install = re.search(r"^#(\d+) .*install_packages\.sh", log, re.MULTILINE)
     assert install
@@ -190,7 +204,9 @@ def test_a_change_of_the_trainer_builds_its_image_alone_and_installs_nothing(pro
     engine("image", "rm", *new)
 
 
-def test_named_ones_are_built_alone_and_an_unknown_name_builds_nothing(project: Project, first_build: str) -> None:
+def test_named_ones_are_built_alone_and_an_unknown_name_builds_nothing(
+    project: Project, first_build: str
+) -> None:
     before = project.images()
     module = project.folder / "src" / "project" / "errors.py"
     text = module.read_text(encoding="utf-8")
@@ -211,7 +227,9 @@ def test_named_ones_are_built_alone_and_an_unknown_name_builds_nothing(project: 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_docker_sends_just_the_files_that_the_tag_is_made_of(project: Project, name: str, tmp_path: Path) -> None:
+def test_docker_sends_just_the_files_that_the_tag_is_made_of(
+    project: Project, name: str, tmp_path: Path
+) -> None:
     strays = [
         "src/trainer/__pycache__/x.pyc",
         "src/project/__pycache__/x.pyc",
@@ -229,7 +247,11 @@ def test_docker_sends_just_the_files_that_the_tag_is_made_of(project: Project, n
     command = ["docker", "build", "--file", dockerfile, "--output", tmp_path / "out", copy.folder]
     done = run(*command, env={**os.environ, "DOCKER_BUILDKIT": "1"})
     assert done.returncode == 0, done.stderr
-    sent = [path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    sent = [
+        path.relative_to(tmp_path / "out")
+        for path in (tmp_path / "out").rglob("*")
+        if path.is_file()
+    ]
     assert sorted(sent) == container.inputs()
     for path in sent:
         assert (tmp_path / "out" / path).read_bytes() == (copy.folder / path).read_bytes()
@@ -237,11 +259,15 @@ def test_docker_sends_just_the_files_that_the_tag_is_made_of(project: Project, n
 
 # ── what is in an image ─────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("name", NAMES)
-def test_an_image_runs_under_any_user_and_says_what_it_is(images: dict[str, str], slug: str, name: str) -> None:
+def test_an_image_runs_under_any_user_and_says_what_it_is(
+    images: dict[str, str], slug: str, name: str
+) -> None:
     image = images[name]
     user = str(inspect(image, ".Config.User"))
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user)
-    assert inspect(image, ".Config.Entrypoint") is None  # it would swallow a pipeline step's command
+    assert (
+        inspect(image, ".Config.Entrypoint") is None
+    )  # it would swallow a pipeline step's command
     labels = inspect(image, ".Config.Labels")
     assert isinstance(labels, dict)
     own = {
@@ -258,7 +284,9 @@ def test_an_image_runs_under_any_user_and_says_what_it_is(images: dict[str, str]
         assert "AIP_STORAGE_URI" in one_line(done)
     elif name == "trigger_function":
         assert done.returncode == 1
-        assert done.stderr.startswith("error: the function's environment variables are wrong:\n  PROJECT=")
+        assert done.stderr.startswith(
+            "error: the function's environment variables are wrong:\n  PROJECT="
+        )
     else:
         assert done.returncode == 0, done.stderr
         assert "usage: python -m" in done.stdout
@@ -267,7 +295,9 @@ def test_an_image_runs_under_any_user_and_says_what_it_is(images: dict[str, str]
 def test_the_predictor_is_small_and_holds_nothing_to_train_with(images: dict[str, str]) -> None:
     packages = ["torch", "trainer", "kfp", "launcher", "predictor", "onnxruntime"]
     code = f"from importlib.util import find_spec; print(*[n for n in {packages} if find_spec(n)])"
-    held = {name: engine("run", "--rm", image, "python", "-c", code) for name, image in images.items()}
+    held = {
+        name: engine("run", "--rm", image, "python", "-c", code) for name, image in images.items()
+    }
     assert held == {
         "predict": "predictor onnxruntime",
         "deploy": "kfp launcher",
@@ -281,16 +311,28 @@ def test_the_predictor_is_small_and_holds_nothing_to_train_with(images: dict[str
     assert 50 * MEGABYTE < size - base <= 220 * MEGABYTE
 
 
-@pytest.mark.parametrize(("name", "locks"), [("predict", ["predict"]), ("train", ["train", "kfp", "torch"])])
+@pytest.mark.parametrize(
+    ("name", "locks"), [("predict", ["predict"]), ("train", ["train", "kfp", "torch"])]
+)
 def test_the_list_of_what_an_image_holds_is_what_its_locks_say(
     project: Project, images: dict[str, str], name: str, locks: list[str]
 ) -> None:
-    text = "".join((project.folder / "requirements" / f"{lock}.txt").read_text(encoding="utf-8") for lock in locks)
+    text = "".join(
+        (project.folder / "requirements" / f"{lock}.txt").read_text(encoding="utf-8")
+        for lock in locks
+    )
     wanted = [Requirement(line.rstrip(" \\")) for line in re.findall(r"^\w.*$", text, re.MULTILINE)]
-    here = {(one.name, str(one.specifier)) for one in wanted if one.marker is None or one.marker.evaluate()}
+    here = {
+        (one.name, str(one.specifier))
+        for one in wanted
+        if one.marker is None or one.marker.evaluate()
+    }
     held = image_contents.ask(images[name])
     python = [one for one in held if one.kind == "pypi"]
-    found = {(re.sub(r"[-_.]+", "-", one.name).lower(), f"=={one.version.partition('+')[0]}") for one in python}
+    found = {
+        (re.sub(r"[-_.]+", "-", one.name).lower(), f"=={one.version.partition('+')[0]}")
+        for one in python
+    }
     assert found == here
     assert {"libc6", "dpkg"} <= {one.name for one in held if one.kind == "deb"}
 
@@ -323,7 +365,9 @@ def empty_index(asked: list[str]) -> Iterator[int]:
             thread.join()
 
 
-def test_a_password_of_the_python_index_is_used_and_nowhere_kept(project: Project, tmp_path: Path) -> None:
+def test_a_password_of_the_python_index_is_used_and_nowhere_kept(
+    project: Project, tmp_path: Path
+) -> None:
     password = "hunter2-hunter2"
     copy = project.copy(f"{project.folder.name}-index", tmp_path)
     script = copy.folder / "level_1_pipeline" / "install_packages.sh"
@@ -341,7 +385,18 @@ def test_a_password_of_the_python_index_is_used_and_nowhere_kept(project: Projec
     search = ["grep", "-r", "-l", "-e", password, "/", "--exclude-dir=proc", "--exclude-dir=sys"]
     found = run("docker", "run", "--rm", "--user", "0:0", image, *search)
     assert (found.returncode, found.stdout) == (1, "")  # grep found nothing
-    positive = run("docker", "run", "--rm", "--user", "0:0", image, *search[:4], "hunter2|^import", "-E", "/app")
+    positive = run(
+        "docker",
+        "run",
+        "--rm",
+        "--user",
+        "0:0",
+        image,
+        *search[:4],
+        "hunter2|^import",
+        "-E",
+        "/app",
+    )
     assert "/app/launcher/deploy.py" in positive.stdout  # it can find something
 
 
@@ -349,13 +404,17 @@ def test_a_password_of_the_python_index_is_used_and_nowhere_kept(project: Projec
 def readme_block(project: Project, name: str, number: int = 0) -> str:
     """A block of commands in a container's README."""
     readme = project.folder / "level_1_pipeline" / f"{name}_container" / "README.md"
-    found: list[str] = re.findall(r"^```bash\n(.*?)^```", readme.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    found: list[str] = re.findall(
+        r"^```bash\n(.*?)^```", readme.read_text("utf-8"), re.MULTILINE | re.DOTALL
+    )
     return found[number]
 
 
 def bash(project: Project, commands: str) -> Done:
     """Run commands of a README in the project's folder; the first that fails ends them."""
-    return run("bash", "-euo", "pipefail", "-c", commands, cwd=project.folder, env=project.environment())
+    return run(
+        "bash", "-euo", "pipefail", "-c", commands, cwd=project.folder, env=project.environment()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -381,7 +440,12 @@ def test_a_model_is_trained_by_hand_as_the_readme_says(project: Project, by_hand
     assert scores["accuracy"] > 0.95
     made = {path: path.stat().st_uid for path in (project.folder / "scratch").rglob("*")}
     assert set(made.values()) == {os.getuid()}
-    assert {path.name for path in made} >= {"train.parquet", "test.parquet", "model.json", "model.onnx"}
+    assert {path.name for path in made} >= {
+        "train.parquet",
+        "test.parquet",
+        "model.json",
+        "model.onnx",
+    }
 
 
 def test_a_model_is_registered_by_hand_as_the_readme_says(project: Project, model: Path) -> None:
@@ -423,7 +487,9 @@ def serving(model: Path, *options: object) -> tuple[object, ...]:
     return (*options, "--volume", f"{model}:/model:ro", "--env", "AIP_STORAGE_URI=/model")
 
 
-def test_the_predictor_fetches_its_model_from_a_bucket(images: dict[str, str], model: Path, tmp_path: Path) -> None:
+def test_the_predictor_fetches_its_model_from_a_bucket(
+    images: dict[str, str], model: Path, tmp_path: Path
+) -> None:
     saved = shutil.copytree(model, tmp_path / "cloud" / "models" / "1" / "model")
     with FakeStorage(tmp_path / "cloud") as bucket:
         told = {
@@ -431,14 +497,23 @@ def test_the_predictor_fetches_its_model_from_a_bucket(images: dict[str, str], m
             "AIP_STORAGE_URI": "gs://models/1/model/",
             "AIP_HTTP_PORT": str(free_port()),
         }
-        options = [*ANY_USER, "--network", "host", *(word for pair in told.items() for word in ("--env", "=".join(pair)))]
+        options = [
+            *ANY_USER,
+            "--network",
+            "host",
+            *(word for pair in told.items() for word in ("--env", "=".join(pair))),
+        ]
         bucket.fail("objects.get", after=1)  # one answer is lost
         with started(images["predict"], *options) as container:
             eventually(lambda: "serving a model at" in output(container))
-            answer = urllib.request.urlopen(f"http://127.0.0.1:{told['AIP_HTTP_PORT']}/health", timeout=30)
+            answer = urllib.request.urlopen(
+                f"http://127.0.0.1:{told['AIP_HTTP_PORT']}/health", timeout=30
+            )
             assert json.load(answer)["manifest_sha256"] == manifest.sha256(model / manifest.NAME)
         (saved / "model.onnx").write_bytes(b"half")
-        assert "damaged: model.onnx has 4 bytes" in one_line(run("docker", "run", "--rm", *options, images["predict"]))
+        assert "damaged: model.onnx has 4 bytes" in one_line(
+            run("docker", "run", "--rm", *options, images["predict"])
+        )
 
 
 def test_the_predictor_answers_as_the_readme_says(project: Project, model: Path) -> None:
@@ -470,7 +545,9 @@ def test_the_predictor_answers_as_the_readme_says(project: Project, model: Path)
         health, description = map(json.loads, done.stdout.splitlines())
         assert health["status"] == "ok"
         assert set(description["paths"]) == {"/health", "/predict"}
-        answer = bash(project, here(line.partition("try: ")[2]))  # the line that the server itself proposes
+        answer = bash(
+            project, here(line.partition("try: ")[2])
+        )  # the line that the server itself proposes
         assert answer.returncode == 0, answer.stderr
         assert len(json.loads(answer.stdout)["predictions"]) == 1
     finally:
@@ -479,7 +556,9 @@ def test_the_predictor_answers_as_the_readme_says(project: Project, model: Path)
     assert (server.returncode, rest) == (0, "")
 
 
-def test_the_predictor_becomes_healthy_under_any_user_and_ends_well(images: dict[str, str], model: Path) -> None:
+def test_the_predictor_becomes_healthy_under_any_user_and_ends_well(
+    images: dict[str, str], model: Path
+) -> None:
     with started(images["predict"], *serving(model, *ANY_USER)) as container:
         eventually(lambda: inspect(container, ".State.Health.Status") == "healthy")
         engine("kill", "--signal", "TERM", container)
@@ -487,7 +566,9 @@ def test_the_predictor_becomes_healthy_under_any_user_and_ends_well(images: dict
         assert output(container).count("\n") == 1  # its greeting
 
 
-def test_a_predictor_whose_routes_are_others_is_healthy_too(images: dict[str, str], model: Path) -> None:
+def test_a_predictor_whose_routes_are_others_is_healthy_too(
+    images: dict[str, str], model: Path
+) -> None:
     # A company's laptop hands its proxy to every container.
     proxy = ["--env", "http_proxy=http://127.0.0.1:9"]
     others = ["--env", "AIP_HEALTH_ROUTE=/up", "--env", "AIP_HTTP_PORT=9000", *proxy]
@@ -567,7 +648,9 @@ class Asking:
                 return
 
 
-def test_a_predictor_that_is_stopped_under_load_answers_every_request(images: dict[str, str], model: Path) -> None:
+def test_a_predictor_that_is_stopped_under_load_answers_every_request(
+    images: dict[str, str], model: Path
+) -> None:
     with started(images["predict"], *serving(model)) as container:
         eventually(lambda: "try: " in output(container))
         body = re.search(r"-d '(.*)'", output(container))
@@ -601,7 +684,13 @@ def work(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def training(work: Path, name: str, epochs: int, *more: object) -> dict[str, tuple[object, ...]]:
     """Options and command of a container that trains into a folder of that name, with checkpoints."""
-    hyperparameters = {"seed": 0, "threads": 1, "epochs": epochs, "batch_size": 128, "learning_rate": 0.003}
+    hyperparameters = {
+        "seed": 0,
+        "threads": 1,
+        "epochs": epochs,
+        "batch_size": 128,
+        "learning_rate": 0.003,
+    }
     options = json.dumps({**hyperparameters, "patience": epochs})
     folders = ["--model-dir", f"{name}/model", "--checkpoint-dir", f"{name}/checkpoints"]
     command = [
@@ -634,7 +723,9 @@ def train_to_the_end(image: str, work: Path, name: str) -> str:
     return engine("run", "--rm", *how["options"], image, *how["command"])
 
 
-def test_a_training_killed_ten_times_ends_with_the_weights_of_an_undisturbed_one(images: dict[str, str], work: Path) -> None:
+def test_a_training_killed_ten_times_ends_with_the_weights_of_an_undisturbed_one(
+    images: dict[str, str], work: Path
+) -> None:
     train_to_the_end(images["train"], work, "undisturbed")
     chance = random.Random(0)
     # Just started, eight times on the way, and while the model is saved.
@@ -648,7 +739,11 @@ def test_a_training_killed_ten_times_ends_with_the_weights_of_an_undisturbed_one
             time.sleep(chance.random() * 0.3)
             engine("kill", "--signal", "KILL", container)
             assert engine("wait", container) == "137"
-            assert before == 0 or moment <= before or f"Resuming after epoch {before} " in output(container)
+            assert (
+                before == 0
+                or moment <= before
+                or f"Resuming after epoch {before} " in output(container)
+            )
         with pytest.raises(UserError):  # what is half-written is no model
             manifest.read(model if model.is_dir() else work)
     assert "Resuming after epoch 60" in train_to_the_end(images["train"], work, "killed")
@@ -657,7 +752,9 @@ def test_a_training_killed_ten_times_ends_with_the_weights_of_an_undisturbed_one
     manifest.read(model)
 
 
-def test_a_training_that_is_stopped_ends_by_itself_and_says_how_to_go_on(images: dict[str, str], work: Path) -> None:
+def test_a_training_that_is_stopped_ends_by_itself_and_says_how_to_go_on(
+    images: dict[str, str], work: Path
+) -> None:
     how = training(work, "stopped", 100_000)
     checkpoints = work / "stopped" / "checkpoints"
     for beginning in ("", "Resuming after epoch "):
@@ -673,7 +770,9 @@ def test_a_training_that_is_stopped_ends_by_itself_and_says_how_to_go_on(images:
         assert not any("Traceback" in line for line in last)
 
 
-def test_a_training_on_two_machines_is_stopped_too(images: dict[str, str], work: Path, slug: str) -> None:
+def test_a_training_on_two_machines_is_stopped_too(
+    images: dict[str, str], work: Path, slug: str
+) -> None:
     engine("network", "create", slug)
     cluster = {"workerpool0": ["node0:29500"], "workerpool1": ["node1:29500"]}
     try:
@@ -690,7 +789,9 @@ def test_a_training_on_two_machines_is_stopped_too(images: dict[str, str], work:
 
 
 @contextmanager
-def node(image: str, work: Path, network: str, cluster: dict[str, list[str]], index: int) -> Iterator[str]:
+def node(
+    image: str, work: Path, network: str, cluster: dict[str, list[str]], index: int
+) -> Iterator[str]:
     """One of the machines that train together, as the cloud announces them."""
     spec = json.dumps({"cluster": cluster, "task": {"type": f"workerpool{index}", "index": 0}})
     there = ["--network", network, "--hostname", f"node{index}", "--network-alias", f"node{index}"]
@@ -704,11 +805,15 @@ def node(image: str, work: Path, network: str, cluster: dict[str, list[str]], in
 def registry(folder: Path, **more: object) -> Iterator[str]:
     """A registry of images on a free port of this machine; its address."""
     if not shutil.which("docker-registry"):
-        (pytest.fail if os.environ.get("REQUIRE_DOCKER") else pytest.skip)("this test needs docker-registry")
+        (pytest.fail if os.environ.get("REQUIRE_DOCKER") else pytest.skip)(
+            "this test needs docker-registry"
+        )
     address = f"127.0.0.1:{free_port()}"
     options = {"storage": {"filesystem": {"rootdirectory": str(folder)}}, "http": {"addr": address}}
     config = folder / "config.yml"
-    config.write_text(json.dumps({"version": 0.1, "log": {"level": "error"}, **options, **more}))  # JSON is YAML too
+    config.write_text(
+        json.dumps({"version": 0.1, "log": {"level": "error"}, **options, **more})
+    )  # JSON is YAML too
     with (folder / "log").open("w") as log:
         server = subprocess.Popen(["docker-registry", "serve", str(config)], stdout=log, stderr=log)
     try:
@@ -761,7 +866,9 @@ def test_push_sends_all_and_prints_digests_that_can_be_pulled(
         engine("image", "rm", digest)
 
 
-def test_the_base_image_is_pinned_to_the_mirrors_and_built_upon(project: Project, open_registry: str, tmp_path: Path) -> None:
+def test_the_base_image_is_pinned_to_the_mirrors_and_built_upon(
+    project: Project, open_registry: str, tmp_path: Path
+) -> None:
     mirrored = f"{open_registry}/{BASE}"
     engine("tag", BASE, mirrored)
     engine("push", "--quiet", mirrored)
@@ -775,7 +882,7 @@ def test_the_base_image_is_pinned_to_the_mirrors_and_built_upon(project: Project
     log = (copy.folder / "build" / "containers" / "deploy.log").read_text()
     assert f"FROM {open_registry}/{pinned}" in log
     image = copy.image("deploy")
-    assert "usage: python -m launcher.deploy" in engine("run", "--rm", image)
+    assert "usage: python -m level_1_pipeline.deploy_container.main" in engine("run", "--rm", image)
     assert copy.built("deploy", "--pin-base").splitlines()[-1].startswith("= deploy")
     engine("image", "rm", image, mirrored)
 
@@ -789,7 +896,10 @@ def test_a_registry_that_does_not_answer_or_refuses_is_told_in_one_line(
     nobody = folder / "htpasswd"
     nobody.write_text("")
     with registry(folder, auth={"htpasswd": {"realm": "here", "path": str(nobody)}}) as refusing:
-        for address, message in ((dead, f"{dead} does not answer"), (refusing, "the registry refuses you")):
+        for address, message in (
+            (dead, f"{dead} does not answer"),
+            (refusing, "the registry refuses you"),
+        ):
             project.set('registry: ""', f'registry: "{address}/{project.folder.name}"')
             try:
                 assert message in one_line(project.build("deploy", "--push"))
@@ -805,7 +915,11 @@ def test_a_base_image_or_an_index_that_cannot_be_reached_is_told_for_what_it_is(
     copy = project.copy(f"{project.folder.name}-dead", tmp_path)
     script = copy.folder / "level_1_pipeline" / "install_packages.sh"
     script.write_text(f"{script.read_text()}# {copy.folder}\n")
-    told = one_line(copy.build("deploy", PIP_INDEX_URL=f"http://{dead}/simple", BUILD_NETWORK="host", PIP_RETRIES="0"))
+    told = one_line(
+        copy.build(
+            "deploy", PIP_INDEX_URL=f"http://{dead}/simple", BUILD_NETWORK="host", PIP_RETRIES="0"
+        )
+    )
     assert "the Python packages cannot be had" in told
     copy.set("mirrors: {}", f'mirrors: {{base_images: "{dead}"}}')
     assert f"{dead} does not answer" in one_line(copy.build("deploy"))

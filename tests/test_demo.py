@@ -20,13 +20,18 @@ def free_port() -> int:
 
 
 def run_demo(root: Path, folder: Path, port: int) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")
+    }
     command = ["make", "demo", f"DEMO={folder}", f"PORT={port}"]
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
 
 
 def test_demo_runs_level_1_and_ends_with_a_prediction(root: Path, tmp_path: Path) -> None:
-    with_docker = bool(shutil.which("docker")) and subprocess.run(["docker", "info"], capture_output=True).returncode == 0
+    with_docker = (
+        bool(shutil.which("docker"))
+        and subprocess.run(["docker", "info"], capture_output=True).returncode == 0
+    )
     port = free_port()
     done = run_demo(root, tmp_path / "demo", port)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from core import manifest
+from core.errors import UserError
+from gcp import client as api
+from gcp import deployment, endpoint, model_registry
+from gcp.model_registry import open_registry
 from google.api_core.future import polling
-from launcher import api, deploy, endpoint, vertex_registry
-from project import manifest
-from project.errors import UserError
-from project.registry import open_registry
-from rehearsal.server import Response
-from rehearsal.storage import FakeStorage
-from rehearsal.vertex import FakeVertex
+from level_2_cicd.rehearsal.server import Response
+from level_2_cicd.rehearsal.storage import FakeStorage
+from level_2_cicd.rehearsal.vertex import FakeVertex
 
 pytestmark = pytest.mark.heavy
 
@@ -39,7 +40,11 @@ SERVING: dict[str, Any] = {
     "service_account": "",
     "key": "",
 }
-SCHEMA = {"label": "digit", "classes": ["0", "1"], "columns": [{"name": "a", "kind": "numeric", "optional": False, "values": []}]}
+SCHEMA = {
+    "label": "digit",
+    "classes": ["0", "1"],
+    "columns": [{"name": "a", "kind": "numeric", "optional": False, "values": []}],
+}
 
 
 class Cloud:
@@ -55,12 +60,16 @@ class Cloud:
         if not folder.is_dir():
             folder.mkdir(parents=True)
             (folder / "model.onnx").write_text(run)
-            manifest.write(folder, {"schema": SCHEMA, "data_sha256": "0" * 64, "code_version": "abc"})
+            manifest.write(
+                folder, {"schema": SCHEMA, "data_sha256": "0" * 64, "code_version": "abc"}
+            )
         return folder
 
     def deploy(self, run: str, replaces: int | None) -> dict[str, Any]:
         """What the pipeline's last step does."""
-        return deploy.deploy(REGISTRY, self.model(run), {"accuracy": 0.9}, run, "better", replaces, SERVING)
+        return deployment.deploy(
+            REGISTRY, self.model(run), {"accuracy": 0.9}, run, "better", replaces, SERVING
+        )
 
     def champion(self) -> int | None:
         """Of the registry."""
@@ -69,8 +78,14 @@ class Cloud:
     def share_of_others(self) -> int:
         """The requests that versions get which are not the champion, in per cent."""
         [served] = self.vertex.endpoints.by_name.values()
-        version = {deployed.id: int(deployed.model_version_id) for deployed in served.deployed_models}
-        return sum(share for deployed, share in served.traffic_split.items() if version[deployed] != self.champion())
+        version = {
+            deployed.id: int(deployed.model_version_id) for deployed in served.deployed_models
+        }
+        return sum(
+            share
+            for deployed, share in served.traffic_split.items()
+            if version[deployed] != self.champion()
+        )
 
     def assert_consistent(self, *runs: str) -> None:
         """These runs have one version each, one is the champion, and nothing else is served."""
@@ -81,14 +96,19 @@ class Cloud:
             version.number: version.run for version in registry.versions()
         }
         champion = registry.champion_number()
-        assert [int(number) for number, model in versions.items() if "champion" in model.version_aliases] == [champion]
+        assert [
+            int(number) for number, model in versions.items() if "champion" in model.version_aliases
+        ] == [champion]
         [served] = self.vertex.endpoints.by_name.values()
         [deployed] = served.deployed_models
         assert int(deployed.model_version_id) == champion
         assert dict(served.traffic_split) == {deployed.id: 100}
         history = registry.history()
         assert history[-1]["version"] == champion
-        assert [change["replaces"] for change in history] == [None, *(change["version"] for change in history[:-1])]
+        assert [change["replaces"] for change in history] == [
+            None,
+            *(change["version"] for change in history[:-1]),
+        ]
 
 
 @pytest.fixture
@@ -97,7 +117,7 @@ def cloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
     monkeypatch.setattr(api, "FIRST_WAIT", 0.01)
     monkeypatch.setattr(endpoint, "PAUSE", 0.01)
     monkeypatch.setattr(polling.DEFAULT_POLLING, "_initial", 0.01)
-    monkeypatch.setattr(vertex_registry, "LONGEST_LOOK", 0.02)
+    monkeypatch.setattr(model_registry, "LONGEST_LOOK", 0.02)
     mount = tmp_path / "gcs"
     with FakeVertex() as vertex, FakeStorage(mount) as store:
         store.create_bucket("bucket")
@@ -111,10 +131,10 @@ def cloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
 def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Lets so much time pass that no lease holds any more."""
     passed = [0.0]
-    monkeypatch.setattr(vertex_registry, "clock", lambda: time.time() + passed[0])
+    monkeypatch.setattr(model_registry, "clock", lambda: time.time() + passed[0])
 
     def pass_time() -> None:
-        passed[0] += 2 * vertex_registry.LEASE_SECONDS
+        passed[0] += 2 * model_registry.LEASE_SECONDS
 
     return pass_time
 
@@ -125,11 +145,17 @@ ANSWER_LOST = {"status": 0, "done": True}
 
 
 FAULTS = {"refused": REFUSED, "unavailable": UNAVAILABLE, "answer lost": ANSWER_LOST}
-TURNS = [("vertex", name, 0) for name in FAULTS] + [("store", name, 0) for name in FAULTS] + [("vertex", "answer lost", 3)]
+TURNS = (
+    [("vertex", name, 0) for name in FAULTS]
+    + [("store", name, 0) for name in FAULTS]
+    + [("vertex", "answer lost", 3)]
+)
 
 
 @pytest.mark.parametrize(("which", "what", "slow"), TURNS)
-def test_an_error_at_every_call_in_turn(cloud: Cloud, later: Callable[[], None], which: str, what: str, slow: int) -> None:
+def test_an_error_at_every_call_in_turn(
+    cloud: Cloud, later: Callable[[], None], which: str, what: str, slow: int
+) -> None:
     fault = FAULTS[what]
     fake, failed, met = getattr(cloud, which), 0, True
     cloud.vertex.slow_operations = slow
@@ -192,7 +218,11 @@ def deployer(cloud: Cloud) -> Iterator[Callable[..., int]]:
     path = os.pathsep.join(path for path in sys.path if "cookiecutter.project_slug" in path)
     command = [sys.executable, "-c", DEPLOYS_UNTIL_KILLED]
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
     ) as process:
         assert process.stdin
         assert process.stdout
@@ -209,18 +239,22 @@ def deployer(cloud: Cloud) -> Iterator[Callable[..., int]]:
 
 
 @pytest.mark.parametrize("slow", [0, 3])
-def test_a_death_before_every_call_in_turn(cloud: Cloud, deployer: Callable[..., int], slow: int) -> None:
+def test_a_death_before_every_call_in_turn(
+    cloud: Cloud, deployer: Callable[..., int], slow: int
+) -> None:
     cloud.vertex.slow_operations = slow
     runs: list[str] = []
     code = -9
     while code == -9:
         runs.append(f"run-{len(runs)}")
-        before, passed = cloud.champion(), len(runs) * 10 * vertex_registry.LEASE_SECONDS
+        before, passed = cloud.champion(), len(runs) * 10 * model_registry.LEASE_SECONDS
         code = deployer(runs[-1], before, len(runs) - 1, passed)
         if len(runs) > 1:
-            assert cloud.share_of_others() <= SERVING["canary_percent"]  # the decision comes before the traffic
+            assert (
+                cloud.share_of_others() <= SERVING["canary_percent"]
+            )  # the decision comes before the traffic
         if code == -9:
-            assert deployer(runs[-1], before, -1, passed + 5 * vertex_registry.LEASE_SECONDS) == 0
+            assert deployer(runs[-1], before, -1, passed + 5 * model_registry.LEASE_SECONDS) == 0
         cloud.assert_consistent(*runs)
     assert code == 0
     assert len(runs) > 30
@@ -269,32 +303,79 @@ def test_a_slow_cloud_is_waited_for(cloud: Cloud) -> None:
 
 # ── the container ───────────────────────────────────────────────────────────────────────────────────────────────────
 @pytest.fixture(scope="module")
-def image(docker: str, generate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> str:
+def image(
+    docker: str, generate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> str:
     """deploy_container's image; it is built unless it is there."""
     project = generate(tmp_path_factory.mktemp("deploy"))
-    environment = {**os.environ, "RUN_PYTHON": sys.executable, "PYTHONPATH": str(project / "src")}
+    environment = {
+        **os.environ,
+        "RUN_PYTHON": sys.executable,
+        "PYTHONPATH": f"{project / 'src'}:{project}",
+    }
     script = [str(project / "level_1_pipeline" / "build_containers.sh")]
     for options in ([], ["--print"]):
-        done = subprocess.run([*script, *options, "deploy"], cwd=project, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [*script, *options, "deploy"],
+            cwd=project,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.strip()
 
 
-def test_the_container_deploys_and_takes_back_what_does_not_answer(cloud: Cloud, image: str) -> None:
+def test_the_container_deploys_and_takes_back_what_does_not_answer(
+    cloud: Cloud, image: str
+) -> None:
     def run(name: str) -> subprocess.CompletedProcess[str]:
         cloud.model(name)
         names = ("CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM", "STORAGE_EMULATOR_HOST")
-        variables = [word for variable in names for word in ("--env", f"{variable}={os.environ[variable]}")]
-        options = ["--rm", "--init", "--read-only", "--tmpfs", "/tmp", "--user", "12345:12345", "--network", "host"]
-        what = ["--model-dir", f"gs://bucket/{name}/model", "--metrics", '{"accuracy": 0.9}', "--run", name]
+        variables = [
+            word for variable in names for word in ("--env", f"{variable}={os.environ[variable]}")
+        ]
+        options = [
+            "--rm",
+            "--init",
+            "--read-only",
+            "--tmpfs",
+            "/tmp",
+            "--user",
+            "12345:12345",
+            "--network",
+            "host",
+        ]
+        what = [
+            "--model-dir",
+            f"gs://bucket/{name}/model",
+            "--metrics",
+            '{"accuracy": 0.9}',
+            "--run",
+            name,
+        ]
         where = ["--registry", REGISTRY, "--serving", json.dumps(SERVING)]
-        command = ["docker", "run", *options, *variables, "--volume", f"{cloud.mount}:/gcs:ro", image]
-        return subprocess.run([*command, "python", "-m", "launcher.deploy", *what, *where], capture_output=True, text=True)
+        command = [
+            "docker",
+            "run",
+            *options,
+            *variables,
+            "--volume",
+            f"{cloud.mount}:/gcs:ro",
+            image,
+        ]
+        return subprocess.run(
+            [*command, "python", "-m", "level_1_pipeline.deploy_container.main", *what, *where],
+            capture_output=True,
+            text=True,
+        )
 
     done = run("run-0")
     assert done.returncode == 0, done.stderr
     assert done.stdout == "version 1; it is the champion\n"
-    cloud.vertex.predictor = lambda deployed, _: Response({"error": "no"}, 500 if deployed.model_version_id == "2" else 200)
+    cloud.vertex.predictor = lambda deployed, _: Response(
+        {"error": "no"}, 500 if deployed.model_version_id == "2" else 200
+    )
     done = run("run-1")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: asking the new version failed: ")

@@ -18,11 +18,11 @@ from typing import Any
 
 import duckdb
 import pytest
-from project import manifest
-from project.errors import UserError
-from project.schema import Column, Schema
-from trainer import artifact, data
-from trainer.hyperparameters import Hyperparameters
+from core import manifest
+from core.errors import UserError
+from core.schema import Column, Schema
+from trainer import data, export
+from trainer.config import Hyperparameters
 from trainer.model import Network
 from trainer.train import train
 
@@ -36,7 +36,9 @@ NOBODY = 65534
 def write_csv(path: Path, rows: int, kind: str) -> Path:
     """Rows of numbers and text; files of two kinds have no row in common."""
     columns = f"i AS number, i * i / 7 AS other, '{kind}' || i % 50 AS word, i % 3 AS label"
-    duckdb.execute(f"COPY (SELECT {columns} FROM range({rows}) t(i)) TO '{path}' (FORMAT csv, HEADER)")
+    duckdb.execute(
+        f"COPY (SELECT {columns} FROM range({rows}) t(i)) TO '{path}' (FORMAT csv, HEADER)"
+    )
     return path
 
 
@@ -51,14 +53,20 @@ def prepare(path: Path, folder: Path) -> None:
 def state(folder: Path) -> list[tuple[str, int] | None]:
     """Of both sides the hash of their CSV file and the number of rows; None where there is no file."""
     return [
-        (data.read_origin(path)["sha256"], len(data.read_rows(path)["label"])) if path.exists() else None for path in pair(folder)
+        (data.read_origin(path)["sha256"], len(data.read_rows(path)["label"]))
+        if path.exists()
+        else None
+        for path in pair(folder)
     ]
 
 
 @pytest.fixture
 def files(tmp_path: Path) -> tuple[Path, Path, Path]:
     """An old CSV file, whose rows are prepared, a new one, and the folder of the rows."""
-    old, new = write_csv(tmp_path / "old.csv", 3000, "old"), write_csv(tmp_path / "new.csv", 60_000, "new")
+    old, new = (
+        write_csv(tmp_path / "old.csv", 3000, "old"),
+        write_csv(tmp_path / "new.csv", 60_000, "new"),
+    )
     prepare(old, tmp_path / "run")
     return old, new, tmp_path / "run"
 
@@ -111,7 +119,9 @@ def whole(files: tuple[Path, Path, Path]) -> dict[Path, list[Any]]:
     return {old: state(folder), new: of_new}
 
 
-def test_rows_are_whole_when_a_run_is_killed_at_any_moment(files: tuple[Path, Path, Path], whole: dict[Path, list[Any]]) -> None:
+def test_rows_are_whole_when_a_run_is_killed_at_any_moment(
+    files: tuple[Path, Path, Path], whole: dict[Path, list[Any]]
+) -> None:
     _, new, folder = files
     process, started = start_prepare(new, folder), time.monotonic()
     tell(process)
@@ -166,7 +176,9 @@ def networks() -> dict[int, tuple[Network, Schema]]:
     """Two networks that differ in their schemas."""
     made = {}
     for size in (2, 3):
-        schema = Schema("label", tuple(Column(f"c{number}", "numeric") for number in range(size)), (0, 1))
+        schema = Schema(
+            "label", tuple(Column(f"c{number}", "numeric") for number in range(size)), (0, 1)
+        )
         made[size] = (Network(schema), schema)
     return made
 
@@ -175,11 +187,11 @@ def test_a_model_is_whole_when_its_saving_is_killed_at_any_moment(
     networks: dict[int, tuple[Network, Schema]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The export works in a folder of its own and returns bytes; here it need not be done twenty times.
-    monkeypatch.setattr(artifact, "to_onnx", lambda network, columns: bytes(columns * 300_000))
+    monkeypatch.setattr(export, "to_onnx", lambda network, columns: bytes(columns * 300_000))
     fork = multiprocessing.get_context("fork")
 
     def save(size: int) -> None:
-        artifact.save(tmp_path, *networks[size], {"columns": size}, {})
+        export.save(tmp_path, *networks[size], {"columns": size}, {})
 
     started = time.monotonic()
     save(2)
@@ -196,18 +208,18 @@ def test_a_model_is_whole_when_its_saving_is_killed_at_any_moment(
         except UserError as error:
             assert "holds no saved model" in str(error)
         else:
-            assert json.loads((tmp_path / artifact.METRICS).read_text()) == {"columns": columns}
+            assert json.loads((tmp_path / export.METRICS).read_text()) == {"columns": columns}
         save(2)
-        assert len(artifact.load(tmp_path)[1].columns) == 2
+        assert len(export.load(tmp_path)[1].columns) == 2
 
 
 def test_a_half_written_manifest_is_in_nobodys_way(
     networks: dict[int, tuple[Network, Schema]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(artifact, "to_onnx", lambda network, columns: b"network")
+    monkeypatch.setattr(export, "to_onnx", lambda network, columns: b"network")
     (tmp_path / "model.json.partial").write_text("{")  # what a killed run may leave
-    artifact.save(tmp_path, *networks[2], {}, {})
-    assert artifact.load(tmp_path)[1] == networks[2][1]
+    export.save(tmp_path, *networks[2], {}, {})
+    assert export.load(tmp_path)[1] == networks[2][1]
 
 
 def run_with_small_disk(code: str, limit: int) -> subprocess.CompletedProcess[str]:
@@ -216,9 +228,15 @@ def run_with_small_disk(code: str, limit: int) -> subprocess.CompletedProcess[st
     def shrink() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    code = f"from pathlib import Path\nfrom project.errors import run_command\n{code}"
+    code = f"from pathlib import Path\nfrom core.errors import run_command\n{code}"
     # -B: compiled modules are files too
-    return subprocess.run([sys.executable, "-B", "-c", code], env=ENVIRONMENT, capture_output=True, text=True, preexec_fn=shrink)
+    return subprocess.run(
+        [sys.executable, "-B", "-c", code],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        preexec_fn=shrink,
+    )
 
 
 def check_told(done: subprocess.CompletedProcess[str]) -> None:
@@ -229,11 +247,15 @@ def check_told(done: subprocess.CompletedProcess[str]) -> None:
 
 
 @pytest.mark.parametrize("limit", [0, 200_000])
-def test_a_full_disk_keeps_the_old_rows(limit: int, files: tuple[Path, Path, Path], whole: dict[Path, list[Any]]) -> None:
+def test_a_full_disk_keeps_the_old_rows(
+    limit: int, files: tuple[Path, Path, Path], whole: dict[Path, list[Any]]
+) -> None:
     old, new, folder = files
     paths = [str(path) for path in (new, *pair(folder))]
     code = f"from trainer import data\nsource, *sides = map(Path, {paths!r})\n"
-    done = run_with_small_disk(code + "run_command(lambda: data.prepare(source, 'label', *sides))", limit)
+    done = run_with_small_disk(
+        code + "run_command(lambda: data.prepare(source, 'label', *sides))", limit
+    )
     check_told(done)
     assert "MB are needed" in done.stderr
     assert state(folder) == whole[old]
@@ -254,7 +276,7 @@ def test_a_full_disk_leaves_no_half_model(files: tuple[Path, Path, Path]) -> Non
     options = Hyperparameters(seed=0, threads=1, epochs=1, batch_size=64, learning_rate=0.01)
     code = f"""
 from trainer.train import train
-from trainer.hyperparameters import Hyperparameters
+from trainer.config import Hyperparameters
 options = Hyperparameters.from_json({options.to_json()!r})
 folder = Path({str(folder)!r})
 run_command(lambda: train(folder / "train.parquet", folder / "model", options))
@@ -262,9 +284,9 @@ run_command(lambda: train(folder / "train.parquet", folder / "model", options))
     done = run_with_small_disk(code, 3000)
     check_told(done)
     with pytest.raises(UserError, match="holds no saved model"):
-        artifact.load(folder / "model")
+        export.load(folder / "model")
     train(folder / "train.parquet", folder / "model", options)
-    artifact.load(folder / "model")
+    export.load(folder / "model")
 
 
 @contextmanager
@@ -316,7 +338,10 @@ SPOILT: dict[str, tuple[Callable[[Path], None], str]] = {
     "a folder": (become_folder, r"any\.csv is a folder.*data\.source"),
     "a pipe": (become_pipe, r"any\.csv is no ordinary file.*data\.source"),
     "not there": (lambda path: path.unlink(), r"there is no file .*any\.csv.*data\.source"),
-    "output not to be written": (lambda path: path.parent.chmod(0o555), r"written to .*Permission denied"),
+    "output not to be written": (
+        lambda path: path.parent.chmod(0o555),
+        r"written to .*Permission denied",
+    ),
     "output below a file": (lambda path: (path.parent / "out").touch(), r"written to .*out"),
 }
 
@@ -335,7 +360,10 @@ def test_files_that_cannot_be_used_are_told(case: str, open_folder: Path) -> Non
 
 @pytest.mark.parametrize("step", ["is_test", "sha256"])
 def test_a_file_that_vanishes_is_told(
-    step: str, files: tuple[Path, Path, Path], whole: dict[Path, list[Any]], monkeypatch: pytest.MonkeyPatch
+    step: str,
+    files: tuple[Path, Path, Path],
+    whole: dict[Path, list[Any]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     old, new, folder = files
     real = getattr(data, step)

@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 import yaml
-from launcher import gpu_jobs
+from level_1_pipeline.vertex import gpu_jobs
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = ROOT / "{{cookiecutter.project_slug}}"
@@ -52,13 +52,22 @@ def spans(page: Path) -> list[str]:
 
 def section(page: Path, title: str) -> str:
     """The text below a heading of the second level."""
-    return re.split(r"^## ", read(page).split(f"\n## {title}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
+    return re.split(
+        r"^## ", read(page).split(f"\n## {title}\n", 1)[1], maxsplit=1, flags=re.MULTILINE
+    )[0]
 
 
 # ── commands ────────────────────────────────────────────────────────────────────────────────────────────────
 
 # Where the commands of a page's sentences are typed.
-BOTH = {"README.md", "docs/index.md", "docs/decisions.md", "docs/gotchas.md", "docs/benchmarks.md", "CHANGELOG.md"}
+BOTH = {
+    "README.md",
+    "docs/index.md",
+    "docs/decisions.md",
+    "docs/gotchas.md",
+    "docs/benchmarks.md",
+    "CHANGELOG.md",
+}
 IN_TEMPLATE = {"CONTRIBUTING.md", "AGENTS.md"}
 
 
@@ -80,7 +89,9 @@ def calls(code: str) -> Iterator[set[str]]:
 
 @pages
 def test_every_target_is_there(page: Path) -> None:
-    offered = targets(ROOT / "Makefile") if name(page) in IN_TEMPLATE else targets(PROJECT / "Makefile")
+    offered = (
+        targets(ROOT / "Makefile") if name(page) in IN_TEMPLATE else targets(PROJECT / "Makefile")
+    )
     if name(page) in BOTH:
         offered |= targets(ROOT / "Makefile")
     for code in spans(page):
@@ -108,7 +119,9 @@ def make(folder: Path, *words: str) -> str:
     own = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "VIRTUAL_ENV", "PYTHONPATH")
     environment = {key: value for key, value in os.environ.items() if key not in own}
     command = ["make", *words]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, f"make {' '.join(words)} in {folder}\n{done.stdout}{done.stderr}"
     return done.stdout
 
@@ -142,8 +155,11 @@ def test_make_works_inside_a_levels_folder(level: str, default_project: Path) ->
     assert make(folder) == make(folder, "help") == make(default_project, "help")
     assert f"CSV='{level}/new.csv'" in make(folder, "-n", "predict", "CSV=new.csv")
     assert level not in make(folder, "-n", "predict", "CSV=/elsewhere/new.csv")
-    assert make(folder, "-n", "level0", "SET=train.epochs=50") == "".join(
-        ["make -C .. level0 \n", make(default_project, "-n", "level0", "SET=train.epochs=50")]
+    assert make(folder, "-n", "level0", "SET=hyperparameters.epochs=50") == "".join(
+        [
+            "make -C .. level0 \n",
+            make(default_project, "-n", "level0", "SET=hyperparameters.epochs=50"),
+        ]
     )
 
 
@@ -215,7 +231,9 @@ def test_levels_are_promised_only_while_they_are_not_there() -> None:
     """When a level comes, these sentences and the picture have to change."""
     texts = [read(path) for path in (ROOT / "README.md", PROJECT / "README.md", *PICTURES)]
     for level, folder in ((1, "level_1_pipeline"), (2, "level_2_cicd")):
-        there = f"level{level}" in targets(PROJECT / "Makefile")  # of level 2, the folder comes before the command
+        there = f"level{level}" in targets(
+            PROJECT / "Makefile"
+        )  # of level 2, the folder comes before the command
         row = re.search(rf"^\| .*{level} · .*$", texts[1], re.MULTILINE)
         assert row and ("later version" in row[0]) != there
         assert (f"`{folder}/`" in texts[0]) != there
@@ -225,9 +243,13 @@ def test_levels_are_promised_only_while_they_are_not_there() -> None:
 # ── questions, packages, settings ───────────────────────────────────────────────────────────────────────────
 
 
-def test_every_question_every_choice_and_every_default(questions: dict[str, Any], default_project: Path) -> None:
+def test_every_question_every_choice_and_every_default(
+    questions: dict[str, Any], default_project: Path
+) -> None:
     page = ROOT / "docs" / "questions.md"
-    asked = {variable: value for variable, value in questions.items() if not variable.startswith("_")}
+    asked = {
+        variable: value for variable, value in questions.items() if not variable.startswith("_")
+    }
     assert re.findall(r"^## ([a-z_]+)$", read(page), re.MULTILINE) == list(asked)
     for variable, value in asked.items():
         text = section(page, variable)
@@ -236,11 +258,15 @@ def test_every_question_every_choice_and_every_default(questions: dict[str, Any]
             default = default_project.name
         assert re.search(rf"\*\*Default:\*\* [^\n]*`{re.escape(default)}`", text), variable
         assert isinstance(value, list) or "**Rules:**" in text
-        assert re.findall(r"^\| `([^`]+)`", text, re.MULTILINE) == (value if isinstance(value, list) else [])
+        assert re.findall(r"^\| `([^`]+)`", text, re.MULTILINE) == (
+            value if isinstance(value, list) else []
+        )
 
 
 def test_the_jobs_of_each_gpu(questions: dict[str, Any]) -> None:
-    rows = re.findall(r"^\| `([^`]+)` \|.*\| (.*) \|$", section(ROOT / "docs/questions.md", "gpu"), re.MULTILINE)
+    rows = re.findall(
+        r"^\| `([^`]+)` \|.*\| (.*) \|$", section(ROOT / "docs/questions.md", "gpu"), re.MULTILINE
+    )
     assert {gpu: re.findall(r"`([^`]+)`", jobs) for gpu, jobs in rows} == questions["_train_jobs"]
 
 
@@ -265,7 +291,9 @@ def test_every_setting_is_one_of_project_yaml(page: Path) -> None:
     settings = yaml.safe_load(read(PROJECT / "project.yaml"))
     lines = [line for line in read(page).splitlines() if "no such key" not in line]
     blocks_of_settings = "|".join(key for key, value in settings.items() if isinstance(value, dict))
-    for path in re.findall(rf"(?<![\w./-])((?:{blocks_of_settings})(?:\.[a-z_0-9]+)+)", "\n".join(lines)):
+    for path in re.findall(
+        rf"(?<![\w./-])((?:{blocks_of_settings})(?:\.[a-z_0-9]+)+)", "\n".join(lines)
+    ):
         if path.split(".")[1] in FILES:
             continue
         found: Any = settings
@@ -284,19 +312,30 @@ def test_every_yaml_example_is_a_part_of_project_yaml(page: Path) -> None:
 
 
 def test_the_newest_version_is_this_one(questions: dict[str, Any]) -> None:
-    versions = re.findall(r"^## \[(\d+\.\d+\.\d+)\] - (?:unreleased|\d{4}-\d\d-\d\d)$", read(ROOT / "CHANGELOG.md"), re.M)
+    versions = re.findall(
+        r"^## \[(\d+\.\d+\.\d+)\] - (?:unreleased|\d{4}-\d\d-\d\d)$",
+        read(ROOT / "CHANGELOG.md"),
+        re.M,
+    )
     assert versions[0] == questions["_template_version"]
-    assert versions == sorted(versions, key=lambda version: [*map(int, version.split("."))], reverse=True)
+    assert versions == sorted(
+        versions, key=lambda version: [*map(int, version.split("."))], reverse=True
+    )
 
 
 def test_the_prices_of_jobs_are_those_of_the_table() -> None:
     found: dict[str, str] = {}
     for page in (ROOT / "docs" / "level-1-cloud.md", *LEVELS):
-        found |= {job: price for price, job in re.findall(r"([\d.]+)(?: an hour)? for `([a-z0-9-]+)`", read(page))}
+        found |= {
+            job: price
+            for price, job in re.findall(r"([\d.]+)(?: an hour)? for `([a-z0-9-]+)`", read(page))
+        }
     assert set(found) == {"cpu", "l4", "h100x8"}
     for job, price in found.items():
         digits = len(price.partition(".")[2])
-        assert f"{float(gpu_jobs.describe(job, PROJECT, 'europe-west4').price):.{digits}f}" == price, job
+        assert (
+            f"{float(gpu_jobs.describe(job, PROJECT, 'europe-west4').price):.{digits}f}" == price
+        ), job
 
 
 # ── messages ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -304,10 +343,18 @@ def test_the_prices_of_jobs_are_those_of_the_table() -> None:
 # A file, the label, and the beginning of what is said about it; the whole of it stands in docs/level-0.md.
 BAD_FILES = [
     ("", "y", "there is no file"),
-    ("customer,age,plan,post_code,spend,left\n" + "C,1,a,1,1,x\n" * 2, "digit", "there is no label column"),
+    (
+        "customer,age,plan,post_code,spend,left\n" + "C,1,a,1,1,x\n" * 2,
+        "digit",
+        "there is no label column",
+    ),
     ("x;y\n1;a\n", "y", "data/bad.csv: the columns seem"),
     ("x,y\n1,a\n2,a,3\n3,b\n", "y", "data/bad.csv: line 3"),
-    ("x,y\n" + "".join(f"{n}{'o' * (n == 7)},{'ab'[n % 2]}\n" for n in range(1, 31)), "y", "row 7, column"),
+    (
+        "x,y\n" + "".join(f"{n}{'o' * (n == 7)},{'ab'[n % 2]}\n" for n in range(1, 31)),
+        "y",
+        "row 7, column",
+    ),
     ("x,y\n1,a\n2,\n3,b\n", "y", "row 2, label"),
     ("x,y\n1,a\n2,a\n", "y", "label 'y': every row"),
     ("x,y\n1,a\n2,a\n3,b\n", "y", "row 3, label"),
@@ -317,8 +364,8 @@ BAD_SETTINGS = ["train.epoch=50", "gate.threshold=1.5"]
 SAY = """
 import json, sys
 from pathlib import Path
-from project import settings
-from project.errors import UserError
+from project.settings import load_settings
+from core.errors import UserError
 from trainer.data import prepare
 files, overrides = json.load(sys.stdin)
 messages = []
@@ -331,7 +378,7 @@ for content, label in files:
         messages.append(f"error: {error}")
 for override in overrides:
     try:
-        settings.load(override)
+        load_settings(override)
     except UserError as error:
         messages.append(str(error).splitlines()[-1].strip())
 json.dump(messages, sys.stdout)
@@ -345,7 +392,7 @@ def test_messages_are_the_real_ones(default_project: Path, tmp_path: Path) -> No
         [sys.executable, "-B", "-c", SAY],
         input=json.dumps([[(content, label) for content, label, _ in BAD_FILES], BAD_SETTINGS]),
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(PROJECT / "src")},
+        env={**os.environ, "PYTHONPATH": f"{PROJECT / 'src'}:{PROJECT}"},
         capture_output=True,
         text=True,
     )
@@ -370,15 +417,24 @@ DEVCONTAINER_KEYS = {
 def test_the_dev_container() -> None:
     container = json.loads(read(PROJECT / ".devcontainer" / "devcontainer.json"))
     assert set(container) <= DEVCONTAINER_KEYS
-    assert re.fullmatch(r"mcr\.microsoft\.com/devcontainers/python:\d+-3\.\d+-[a-z]+", container["image"])
+    assert re.fullmatch(
+        r"mcr\.microsoft\.com/devcontainers/python:\d+-3\.\d+-[a-z]+", container["image"]
+    )
     assert tuple(map(int, container["image"].split("-")[1].split("."))) >= (3, 11)
     assert container["features"]
-    assert all(re.fullmatch(r"ghcr\.io/devcontainers/features/[a-z-]+:\d+", name) for name in container["features"])
+    assert all(
+        re.fullmatch(r"ghcr\.io/devcontainers/features/[a-z-]+:\d+", name)
+        for name in container["features"]
+    )
     assert container["remoteUser"] == "vscode"
     assert list(calls(container["postCreateCommand"])) == [{"setup"}]
     assert container["forwardPorts"] == [8888]
     editor = container["customizations"]["vscode"]
-    assert set(editor["extensions"]) == {"ms-python.python", "ms-toolsai.jupyter", "charliermarsh.ruff"}
+    assert set(editor["extensions"]) == {
+        "ms-python.python",
+        "ms-toolsai.jupyter",
+        "charliermarsh.ruff",
+    }
     assert editor["settings"]["python.defaultInterpreterPath"].endswith("/.venv/bin/python")
 
 
@@ -410,5 +466,12 @@ def test_nothing_is_left_over(path: Path) -> None:
 def test_each_levels_page_has_the_same_headings(page: Path) -> None:
     """Others may stand between them."""
     titles = re.findall(r"^## (.+)$", read(page), re.MULTILINE)
-    same = ["Goal", "What is new", "Run it", "What you have now", "When to move on", "What it costs"]
+    same = [
+        "Goal",
+        "What is new",
+        "Run it",
+        "What you have now",
+        "When to move on",
+        "What it costs",
+    ]
     assert [title for title in titles if title in same] == same

@@ -24,10 +24,16 @@ from typing import Any
 import pytest
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import storage as google_storage
-from launcher import containers, request_run
-from rehearsal.pubsub_emulator import EmulatorError, PubSubEmulator, TriggerFunction, eventually
-from rehearsal.storage import FakeStorage
-from rehearsal.vertex import FakeVertex
+from level_1_pipeline import containers
+from level_2_cicd import request as request_run
+from level_2_cicd.rehearsal.pubsub_emulator import (
+    EmulatorError,
+    PubSubEmulator,
+    TriggerFunction,
+    eventually,
+)
+from level_2_cicd.rehearsal.storage import FakeStorage
+from level_2_cicd.rehearsal.vertex import FakeVertex
 
 from tests import published
 from tests.published import ROWS, Cloud
@@ -38,7 +44,9 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @pytest.fixture(scope="module")
-def project(generate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def project(
+    generate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
     """A project, as the current folder."""
     folder = generate(tmp_path_factory.mktemp("project"))
     with pytest.MonkeyPatch.context() as patch:
@@ -79,16 +87,22 @@ class Events:
     function: TriggerFunction
 
     def topic(self, kind: str) -> str:
-        return self.cloud.place.topic(kind)
+        return self.cloud.environment.topic(kind)
 
     def runs(self) -> dict[str, dict[str, Any]]:
         """Run → the values of its parameters."""
-        jobs = [json.loads(type(job).to_json(job)) for job in self.vertex.calls("pipelineJobs.create")]
+        jobs = [
+            json.loads(type(job).to_json(job)) for job in self.vertex.calls("pipelineJobs.create")
+        ]
         return {job["name"].split("/")[-1]: job["runtimeConfig"]["parameterValues"] for job in jobs}
 
     def events(self) -> list[str]:
         """The events for which the function said that it started a run."""
-        return [line["event"] for line in self.function.lines() if line["message"].startswith("started ")]
+        return [
+            line["event"]
+            for line in self.function.lines()
+            if line["message"].startswith("started ")
+        ]
 
     def said(self, text: str) -> list[dict[str, Any]]:
         return [line for line in self.function.lines() if text in line["message"]]
@@ -96,29 +110,51 @@ class Events:
 
 @pytest.fixture
 def make_events(
-    emulator: PubSubEmulator, cloud: Cloud, spec: dict[str, Any], project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    emulator: PubSubEmulator,
+    cloud: Cloud,
+    spec: dict[str, Any],
+    project: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Callable[..., Events]]:
     """Start all of it: topics, subscriptions, fakes, function."""
-    with FakeVertex() as vertex, FakeStorage(tmp_path / "buckets", pubsub=emulator.address) as storage:
+    with (
+        FakeVertex() as vertex,
+        FakeStorage(tmp_path / "buckets", pubsub=emulator.address) as storage,
+    ):
         started: list[TriggerFunction] = []
-        topics = {kind: cloud.place.topic(kind) for kind in ("requests", "data", "dead-letters")}
+        topics = {
+            kind: cloud.environment.topic(kind) for kind in ("requests", "data", "dead-letters")
+        }
 
         def make_events(
-            csv: str = ROWS, attempts: int = 5, kind: type[TriggerFunction] = TriggerFunction, **variables: str
+            csv: str = ROWS,
+            attempts: int = 5,
+            kind: type[TriggerFunction] = TriggerFunction,
+            **variables: str,
         ) -> Events:
             published.publish(storage, cloud, spec, csv)
             leading = {
                 "CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM": vertex.address,
                 "STORAGE_EMULATOR_HOST": storage.address,
             }
-            function = kind(project, {**cloud.variables, **leading, **variables}, tmp_path / "function.log")
+            function = kind(
+                project, {**cloud.variables, **leading, **variables}, tmp_path / "function.log"
+            )
             function.start()
             started.append(function)
-            emulator.create_topic(topics["requests"], (project / request_run.SCHEMA).read_text(encoding="utf-8"))
+            emulator.create_topic(
+                topics["requests"], (project / request_run.SCHEMA).read_text(encoding="utf-8")
+            )
             emulator.create_topic(topics["data"])
             emulator.create_topic(topics["dead-letters"])
             for name in ("requests", "data"):
-                emulator.subscribe(topics[name], f"{function.address}/{topics[name]}", topics["dead-letters"], attempts)
+                emulator.subscribe(
+                    topics[name],
+                    f"{function.address}/{topics[name]}",
+                    topics["dead-letters"],
+                    attempts,
+                )
             emulator.subscribe(topics["dead-letters"])
             monkeypatch.setenv("PUBSUB_EMULATOR_HOST", emulator.host)
             monkeypatch.setenv("STORAGE_EMULATOR_HOST", storage.address)
@@ -135,10 +171,12 @@ def make_events(
 
 def watch(events: Events) -> Any:
     """Let the bucket tell the topic what happens below `incoming`, as Terraform does; returns the bucket."""
-    name = events.cloud.bucket(events.cloud.place.data)
+    name = events.cloud.bucket(events.cloud.environment.data)
     events.storage.create_bucket(name)
     client = google_storage.Client(
-        project="my-project", credentials=AnonymousCredentials(), client_options={"api_endpoint": events.storage.address}
+        project="my-project",
+        credentials=AnonymousCredentials(),
+        client_options={"api_endpoint": events.storage.address},
     )
     bucket = client.bucket(name)
     bucket.notification(
@@ -153,8 +191,8 @@ def watch(events: Events) -> Any:
 
 def ask(project: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """The command, as a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(project / "src"), "USER": "me"}
-    command = [sys.executable, "-m", "launcher.request_run", *options]
+    environment = {**os.environ, "PYTHONPATH": f"{project / 'src'}:{project}", "USER": "me"}
+    command = [sys.executable, "-m", "level_2_cicd.request", *options]
     return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
 
 
@@ -169,7 +207,7 @@ def test_a_request_by_hand_becomes_a_run(make_events: Callable[..., Events], pro
     assert values["run"] == identity
     (job,) = events.vertex.calls("pipelineJobs.create")
     assert {"event": "m-rz", "actor": "me", "commit": "1a2b"}.items() <= dict(job.labels).items()
-    assert job.service_account == events.cloud.place.account("pipeline")
+    assert job.service_account == events.cloud.environment.account("pipeline")
     eventually(events.events)
     (line,) = events.function.lines()
     assert (line["severity"], line["event"], line["status"]) == ("NOTICE", "März", 200)
@@ -185,7 +223,13 @@ def test_the_topic_refuses_what_is_no_request(make_events: Callable[..., Events]
     """The schema of the topic is the function's."""
     events = make_events()
     good = request_run.compose("x")
-    wrong = [{**good, "attempt": "1"}, {**good, "event": 5}, {name: it for name, it in good.items() if name != "actor"}, {}, []]
+    wrong = [
+        {**good, "attempt": "1"},
+        {**good, "event": 5},
+        {name: it for name, it in good.items() if name != "actor"},
+        {},
+        [],
+    ]
     for message in wrong:
         with pytest.raises(EmulatorError) as caught:
             events.pubsub.publish(events.topic("requests"), json.dumps(message).encode())
@@ -194,7 +238,9 @@ def test_the_topic_refuses_what_is_no_request(make_events: Callable[..., Events]
     eventually(events.runs)
 
 
-def test_poison_is_told_and_ends_in_the_dead_letter_topic(make_events: Callable[..., Events]) -> None:
+def test_poison_is_told_and_ends_in_the_dead_letter_topic(
+    make_events: Callable[..., Events],
+) -> None:
     events = make_events()
     poison = request_run.compose("poison", {"treshold": 1})
     events.pubsub.publish(events.topic("requests"), json.dumps(poison).encode())
@@ -210,7 +256,9 @@ def test_poison_is_told_and_ends_in_the_dead_letter_topic(make_events: Callable[
     assert len(events.function.lines()) == len(refused)
 
 
-def test_the_scheduler_s_message_starts_a_run_of_its_minute(make_events: Callable[..., Events]) -> None:
+def test_the_scheduler_s_message_starts_a_run_of_its_minute(
+    make_events: Callable[..., Events],
+) -> None:
     events = make_events()
     message = json.dumps(request_run.compose("schedule", actor="schedule")).encode()
     before = f"schedule {datetime.now(UTC):%Y-%m-%dT%H:%MZ}"
@@ -224,7 +272,9 @@ def test_the_scheduler_s_message_starts_a_run_of_its_minute(make_events: Callabl
 def test_files_that_come_change_and_go(make_events: Callable[..., Events], versioned: bool) -> None:
     """Where project.yaml names rows in a bucket, each change is a run on those, and an overwrite is one change."""
     events = make_events(DATA_SOURCE=ROWS)
-    events.storage.create_bucket(events.cloud.bucket(events.cloud.place.data), versioning={"enabled": versioned})
+    events.storage.create_bucket(
+        events.cloud.bucket(events.cloud.environment.data), versioning={"enabled": versioned}
+    )
     bucket = watch(events)
     bucket.blob("incoming/a.csv").upload_from_string("a,b\n")
     bucket.blob("incoming/a.txt").upload_from_string("no rows")
@@ -239,14 +289,16 @@ def test_files_that_come_change_and_go(make_events: Callable[..., Events], versi
     assert len(events.said("it was overwritten")) == len(events.said("does not end in .csv")) == 1
 
 
-def test_where_no_rows_are_in_a_bucket_each_new_file_is_trained_on(make_events: Callable[..., Events]) -> None:
+def test_where_no_rows_are_in_a_bucket_each_new_file_is_trained_on(
+    make_events: Callable[..., Events],
+) -> None:
     events = make_events()
     bucket = watch(events)
     for name in ("incoming/a.csv", "incoming/b c.csv"):
         bucket.blob(name).upload_from_string("a,b\n")
     bucket.blob("incoming/a.csv").delete()
     eventually(lambda: len(events.function.lines()) == 3)
-    addresses = {f"{events.cloud.place.data}/incoming/{name}.csv" for name in ("a", "b c")}
+    addresses = {f"{events.cloud.environment.data}/incoming/{name}.csv" for name in ("a", "b c")}
     assert {values["csv"] for values in events.runs().values()} == addresses
     assert len(events.said("nothing to train on")) == 1
 
@@ -290,12 +342,19 @@ def test_what_it_was_told_before_it_ended_is_answered(make_events: Callable[...,
     assert len(events.runs()) == 1
 
 
-def test_a_wrong_environment_is_told_in_one_message(cloud: Cloud, project: Path, tmp_path: Path) -> None:
-    function = TriggerFunction(project, {**cloud.variables, "TEMPLATES": "", "FOLD_MINUTES": "soon"}, tmp_path / "log")
+def test_a_wrong_environment_is_told_in_one_message(
+    cloud: Cloud, project: Path, tmp_path: Path
+) -> None:
+    function = TriggerFunction(
+        project, {**cloud.variables, "TEMPLATES": "", "FOLD_MINUTES": "soon"}, tmp_path / "log"
+    )
     with pytest.raises(RuntimeError) as caught:
         function.start()
     told = str(caught.value)
-    assert "error: the function's environment variables are wrong:\n  TEMPLATES='': wants a gs:// address" in told
+    assert (
+        "error: the function's environment variables are wrong:\n  TEMPLATES='': wants a gs:// address"
+        in told
+    )
     assert "FOLD_MINUTES='soon'" in told
     assert "Traceback" not in told
 
@@ -308,7 +367,18 @@ class Contained(TriggerFunction):
     def command(self) -> tuple[list[str], dict[str, str]]:
         """The image's own command."""
         variables = {**self.variables, "PORT": str(self.port)}
-        how = ["--rm", "--read-only", "--tmpfs", "/tmp", "--user", "12345:12345", "--network", "host", "--name", self.name]
+        how = [
+            "--rm",
+            "--read-only",
+            "--tmpfs",
+            "/tmp",
+            "--user",
+            "12345:12345",
+            "--network",
+            "host",
+            "--name",
+            self.name,
+        ]
         given = [word for name, value in variables.items() for word in ("--env", f"{name}={value}")]
         return ["docker", "run", *how, *given, self.image], dict(os.environ)
 
@@ -327,7 +397,11 @@ class Contained(TriggerFunction):
 @pytest.fixture(scope="module")
 def image(docker: str, project: Path) -> str:
     """The function's image, built unless it is there."""
-    environment = {**os.environ, "RUN_PYTHON": sys.executable, "PYTHONPATH": str(project / "src")}
+    environment = {
+        **os.environ,
+        "RUN_PYTHON": sys.executable,
+        "PYTHONPATH": f"{project / 'src'}:{project}",
+    }
     command = [str(project / "level_1_pipeline" / "build_containers.sh"), "trigger_function"]
     done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -343,19 +417,31 @@ def test_the_image_serves_it_and_ends_when_it_is_told_to(
     events.pubsub.publish(events.topic("requests"), json.dumps(request_run.compose("x")).encode())
     eventually(events.events)
     assert len(events.runs()) == 1
-    held = subprocess.run(["docker", "top", events.function.name, "-o", "pid,uid"], capture_output=True, text=True, check=True)
+    held = subprocess.run(
+        ["docker", "top", events.function.name, "-o", "pid,uid"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert {line.split()[1] for line in held.stdout.splitlines()[1:]} == {"12345"}
     began = time.monotonic()
-    subprocess.run(["docker", "stop", "--time", "60", events.function.name], check=True, capture_output=True)
+    subprocess.run(
+        ["docker", "stop", "--time", "60", events.function.name], check=True, capture_output=True
+    )
     assert time.monotonic() - began < 30  # it was not killed
     assert "Traceback" not in events.function.log.read_text(encoding="utf-8")
 
 
 def test_the_image_is_small_and_holds_what_it_needs(image: str) -> None:
     def ask(*words: str) -> str:
-        return subprocess.run(["docker", *words], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["docker", *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
-    sizes = [int(ask("image", "inspect", "--format", "{{.Size}}", name)) for name in (image, "python:3.11-slim")]
+    sizes = [
+        int(ask("image", "inspect", "--format", "{{.Size}}", name))
+        for name in (image, "python:3.11-slim")
+    ]
     assert sizes[0] - sizes[1] <= 320_000_000, sizes
     code = "from importlib.util import find_spec; print(*[n for n in ('torch', 'kfp', 'pydantic', 'trainer') if find_spec(n)])"
     assert ask("run", "--rm", image, "python", "-c", code) == "pydantic trainer"
@@ -374,15 +460,22 @@ def test_a_thousand_events_with_all_that_can_go_wrong(
     failing = [break_calls(events.vertex, chance), break_calls(events.storage, chance)]
     requests = [f"event {index}" for index in range(EVENTS // 2)]
     generations = list(range(1, EVENTS - len(requests) + 1))
-    rows, bucket = {"csv": "gs://rows/a.csv"}, events.cloud.bucket(events.cloud.place.data)
+    rows, bucket = {"csv": "gs://rows/a.csv"}, events.cloud.bucket(events.cloud.environment.data)
     sent: list[tuple[str, bytes, dict[str, str]]] = []
     for event in requests:
         sent.append(("requests", json.dumps(request_run.compose(event, rows)).encode(), {}))
     for generation in generations:
-        told = {"bucketId": bucket, "objectId": "incoming/a.csv", "objectGeneration": str(generation), "payloadFormat": "NONE"}
+        told = {
+            "bucketId": bucket,
+            "objectId": "incoming/a.csv",
+            "objectGeneration": str(generation),
+            "payloadFormat": "NONE",
+        }
         sent.append(("data", b"", {"eventType": "OBJECT_FINALIZE", **told}))
     sent += chance.sample(sent, int(EVENTS * TWICE))
-    poison = [request_run.compose(f"poison {index}", {**rows, "treshold": 1}) for index in range(POISON)]
+    poison = [
+        request_run.compose(f"poison {index}", {**rows, "treshold": 1}) for index in range(POISON)
+    ]
     sent += [("requests", json.dumps(message).encode(), {}) for message in poison]
     chance.shuffle(sent)
 
@@ -390,7 +483,9 @@ def test_a_thousand_events_with_all_that_can_go_wrong(
     killer = threading.Thread(target=kill_again_and_again, args=(events, killed))
     killer.start()
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda one: events.pubsub.publish(events.topic(one[0]), one[1], one[2]), sent))
+        list(
+            pool.map(lambda one: events.pubsub.publish(events.topic(one[0]), one[1], one[2]), sent)
+        )
     dead: list[Any] = []
     subscription = events.topic("dead-letters").replace("/topics/", "/subscriptions/")
 
@@ -407,8 +502,13 @@ def test_a_thousand_events_with_all_that_can_go_wrong(
 
     started = [dict(job.labels)["event"] for job in events.vertex.calls("pipelineJobs.create")]
     expected = [event.replace(" ", "-") for event in requests]
-    expected += [f"data-{bucket}-incoming-a-csv-{generation}-object_finalize"[:63] for generation in generations]
-    assert collections.Counter(started) == collections.Counter(expected)  # one run for each, and none lost
+    expected += [
+        f"data-{bucket}-incoming-a-csv-{generation}-object_finalize"[:63]
+        for generation in generations
+    ]
+    assert collections.Counter(started) == collections.Counter(
+        expected
+    )  # one run for each, and none lost
     assert len(events.runs()) == EVENTS
     lost = [json.loads(decode(message))["event"] for message in dead]
     assert sorted(set(lost)) == sorted(message["event"] for message in poison)
@@ -419,7 +519,9 @@ def test_a_thousand_events_with_all_that_can_go_wrong(
     assert all(0.15 < failed / calls < 0.25 for failed, calls in counted), counted
     with capsys.disabled():
         statuses = collections.Counter(line["status"] for line in lines)
-        print(f"\n{len(sent)} messages, {len(lines)} answers {dict(statuses)}; (failed, calls): {counted}; dead: {len(dead)}")
+        print(
+            f"\n{len(sent)} messages, {len(lines)} answers {dict(statuses)}; (failed, calls): {counted}; dead: {len(dead)}"
+        )
 
 
 def decode(message: dict[str, Any]) -> bytes:
@@ -429,7 +531,9 @@ def decode(message: dict[str, Any]) -> bytes:
 def kill_again_and_again(events: Events, done: threading.Event) -> None:
     """Kill the function when a quarter, a half and three quarters of the runs are there, and start it again."""
     for part in range(1, KILLS + 1):
-        eventually(lambda part=part: len(events.vertex.runs.by_name) >= part * EVENTS // (KILLS + 1), 600)  # type: ignore[misc]
+        eventually(
+            lambda part=part: len(events.vertex.runs.by_name) >= part * EVENTS // (KILLS + 1), 600
+        )  # type: ignore[misc]
         events.function.kill()
         time.sleep(1)
         events.function.start()
@@ -438,7 +542,12 @@ def kill_again_and_again(events: Events, done: threading.Event) -> None:
 
 def break_calls(fake: Any, chance: random.Random) -> Callable[[], tuple[int, int]]:
     """Let one call in five fail, in one of four ways; tells how many did, of how many."""
-    ways: list[dict[str, Any]] = [{"status": 503}, {"status": 0}, {"status": 503, "done": True}, {"status": 0, "done": True}]
+    ways: list[dict[str, Any]] = [
+        {"status": 503},
+        {"status": 0},
+        {"status": 503, "done": True},
+        {"status": 0, "done": True},
+    ]
     calls, failed = 0, 0
     find = fake._fault
 

@@ -14,16 +14,17 @@ from typing import Any
 
 import functions_framework
 import pytest
+from core.errors import UserError
+from gcp import pipeline_run, pipeline_template, pipeline_version
+from gcp.pipeline_run import Started
+from gcp.pipeline_version import NotPublished, Published
 from google.cloud.aiplatform_v1 import types
 from google.protobuf import json_format
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launcher import kfp_submit, kfp_template, request_run, trigger
-from launcher import published as versions
-from launcher.kfp_submit import Started
-from launcher.published import NotPublished, Published
-from project.errors import UserError
-from trainer.hyperparameters import Hyperparameters
+from level_2_cicd import request as request_run
+from level_2_cicd.trigger_function_container import events
+from trainer.config import Hyperparameters
 
 from tests import published
 from tests.published import VERSION, Cloud
@@ -36,7 +37,23 @@ for _ in range(60):
     DEEP = [DEEP]
 # What a careless or a hostile sender puts in the place of a value.
 STRANGE: list[Any] = [
-    *(None, True, False, 0, -1, 1.5, 2**31, 2**63, 10**400, 1e308, -0.0, math.nan, math.inf, -math.inf, DEEP),
+    *(
+        None,
+        True,
+        False,
+        0,
+        -1,
+        1.5,
+        2**31,
+        2**63,
+        10**400,
+        1e308,
+        -0.0,
+        math.nan,
+        math.inf,
+        -math.inf,
+        DEEP,
+    ),
     *(
         "",
         " ",
@@ -54,7 +71,16 @@ STRANGE: list[Any] = [
         "NaN",
         "1e999",
     ),
-    *("gs://", "gs:///x", "gs://b", "gs://rows/../x.csv", "gs://rows/a.csv", "gs://rows//a.csv", "/etc/passwd", "file:///x"),
+    *(
+        "gs://",
+        "gs:///x",
+        "gs://b",
+        "gs://rows/../x.csv",
+        "gs://rows/a.csv",
+        "gs://rows//a.csv",
+        "/etc/passwd",
+        "file:///x",
+    ),
     *(
         "{{$.inputs.parameters['csv']}}",
         "{{channel:x}}",
@@ -66,21 +92,79 @@ STRANGE: list[Any] = [
         "%s%n",
         "\u202e",
     ),
-    *("2026-11-30T04:00:00Z", "9999-12-31T23:59:59Z", "0001-01-01T00:00:00+14:00", "2026-11-30", "now", VERSION, "f" * 16),
-    *([], {}, [[]], {"": ""}, {"a": {"b": {"c": 1}}}, [None], {"__class__": "x"}, {"seed": 0}, [1, "2", {}], b""),
+    *(
+        "2026-11-30T04:00:00Z",
+        "9999-12-31T23:59:59Z",
+        "0001-01-01T00:00:00+14:00",
+        "2026-11-30",
+        "now",
+        VERSION,
+        "f" * 16,
+    ),
+    *(
+        [],
+        {},
+        [[]],
+        {"": ""},
+        {"a": {"b": {"c": 1}}},
+        [None],
+        {"__class__": "x"},
+        {"seed": 0},
+        [1, "2", {}],
+        b"",
+    ),
 ]
 KEYS = [
-    *("csv", "label", "ignore", "categorical", "test_share", "split_seed", "hyperparameters", "metric", "threshold", "margin"),
-    *("jobs", "registry", "serving", "run", "register", "hyperparameters.epochs", "hyperparameters.seed", "hyperparameters.x"),
-    *("serving.image", "jobs.0", "threshold.x", "", ".", "a.b.c", "__proto__", "csv=x", "hyperparameters.", "\ud800", "x" * 5000),
-    *("hyperparameters.learning_rate", "hyperparameters.dropout", "hyperparameters.threads", "HYPERPARAMETERS.epochs"),
+    *(
+        "csv",
+        "label",
+        "ignore",
+        "categorical",
+        "test_share",
+        "split_seed",
+        "hyperparameters",
+        "metric",
+        "threshold",
+        "margin",
+    ),
+    *(
+        "jobs",
+        "registry",
+        "serving",
+        "run",
+        "register",
+        "hyperparameters.epochs",
+        "hyperparameters.seed",
+        "hyperparameters.x",
+    ),
+    *(
+        "serving.image",
+        "jobs.0",
+        "threshold.x",
+        "",
+        ".",
+        "a.b.c",
+        "__proto__",
+        "csv=x",
+        "hyperparameters.",
+        "\ud800",
+        "x" * 5000,
+    ),
+    *(
+        "hyperparameters.learning_rate",
+        "hyperparameters.dropout",
+        "hyperparameters.threads",
+        "HYPERPARAMETERS.epochs",
+    ),
 ]
 # Values that fit, so that much of what is tried gets far.
 FITTING = [1, 5, 0.5, "rows", "gs://rows/a.csv", [], ["id"], {"epochs": 5}, True, 0.9, 3.0]
 
 
 @pytest.fixture(scope="module")
-def project(generate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def project(
+    generate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
     """A project, as the current folder."""
     folder = generate(tmp_path_factory.mktemp("project"))
     with pytest.MonkeyPatch.context() as patch:
@@ -105,13 +189,21 @@ class Judge:
         """In the place of the bucket: one version is there."""
         if version not in ("", VERSION):
             raise NotPublished("there is none")
-        values = {name: value for name, value in self.published.items() if self.csv or name != "csv"}
-        return Published(VERSION, "gs://x", self.spec, json.loads(json.dumps(values)), {"commit": "1a2b"})
+        values = {
+            name: value for name, value in self.published.items() if self.csv or name != "csv"
+        }
+        return Published(
+            VERSION, "gs://x", self.spec, json.loads(json.dumps(values)), {"commit": "1a2b"}
+        )
 
     def submit(self, sent: dict[str, Any], _: float | None = None) -> Started:
         """In the place of Vertex AI: what arrives is parsed as there, and judged by rules that are written here anew."""
-        message = types.CreatePipelineJobRequest(parent=sent["parent"], pipeline_job_id=sent["pipelineJobId"])
-        json_format.ParseDict(sent["pipelineJob"], types.CreatePipelineJobRequest.pb(message).pipeline_job)
+        message = types.CreatePipelineJobRequest(
+            parent=sent["parent"], pipeline_job_id=sent["pipelineJobId"]
+        )
+        json_format.ParseDict(
+            sent["pipelineJob"], types.CreatePipelineJobRequest.pb(message).pipeline_job
+        )
         types.CreatePipelineJobRequest.to_json(message).encode()
         assert re.fullmatch(r"[a-z][-a-z0-9]{0,127}", sent["pipelineJobId"])
         job = sent["pipelineJob"]
@@ -127,7 +219,7 @@ class Judge:
 
     def judge(self, values: dict[str, Any]) -> None:
         """Every parameter is there, and of its kind; what nobody may choose is what was published."""
-        declared = kfp_template.signature(self.spec)
+        declared = pipeline_template.signature(self.spec)
         assert set(values) <= set(declared)
         assert {name for name, one in declared.items() if "defaultValue" not in one} <= set(values)
         kinds = {"STRING": str, "LIST": list, "STRUCT": dict, "BOOLEAN": bool}
@@ -142,7 +234,9 @@ class Judge:
                 assert value == int(value)
         for name in ("jobs", "registry", "serving"):
             assert values[name] == self.published[name]
-        whole = {name: int(it) if it == int(it) else it for name, it in values["hyperparameters"].items()}  # 3.0 is 3 as JSON
+        whole = {
+            name: int(it) if it == int(it) else it for name, it in values["hyperparameters"].items()
+        }  # 3.0 is 3 as JSON
         assert Hyperparameters(**whole).epochs >= 1
         assert re.fullmatch(r"gs://[a-z0-9._-]{3,}/\S.*", values["csv"])
         assert ".." not in values["csv"].split("/")
@@ -164,16 +258,23 @@ def judge(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Jud
     for name, value in cloud.variables.items():
         monkeypatch.setenv(name, value)
     judge = Judge(cloud, published.compiled(tmp_path), project)
-    monkeypatch.setattr(versions, "read", judge.read)
-    monkeypatch.setattr(kfp_submit, "submit", judge.submit)
+    monkeypatch.setattr(pipeline_version, "read", judge.read)
+    monkeypatch.setattr(pipeline_run, "submit", judge.submit)
     return judge
 
 
 def wrapped(data: Any, attributes: Any = None) -> dict[str, Any]:
     """A push of Pub/Sub's."""
     content = data if isinstance(data, bytes) else json.dumps(data).encode()
-    message = {"data": base64.b64encode(content).decode(), "messageId": "1", "publishTime": "2026-11-30T04:00:00.123Z"}
-    return {"message": {**message, "attributes": attributes or {}}, "subscription": "projects/p/subscriptions/s"}
+    message = {
+        "data": base64.b64encode(content).decode(),
+        "messageId": "1",
+        "publishTime": "2026-11-30T04:00:00.123Z",
+    }
+    return {
+        "message": {**message, "attributes": attributes or {}},
+        "subscription": "projects/p/subscriptions/s",
+    }
 
 
 def changed(document: dict[str, Any], chance: random.Random, names: list[str]) -> dict[str, Any]:
@@ -196,11 +297,23 @@ def parameters(chance: random.Random) -> str:
     if chance.random() < 0.15:
         return str(
             chance.choice(
-                ["", "{", "[]", "null", "[" * 5000, '{"a":' * 5000, '{"threshold": 1e999}', '{"a": NaN}', "\ud800", "5"]
+                [
+                    "",
+                    "{",
+                    "[]",
+                    "null",
+                    "[" * 5000,
+                    '{"a":' * 5000,
+                    '{"threshold": 1e999}',
+                    '{"a": NaN}',
+                    "\ud800",
+                    "5",
+                ]
             )
         )
     asked = {
-        chance.choice(KEYS): chance.choice(STRANGE if chance.random() < 0.5 else FITTING) for _ in range(chance.randrange(3))
+        chance.choice(KEYS): chance.choice(STRANGE if chance.random() < 0.5 else FITTING)
+        for _ in range(chance.randrange(3))
     }
     return json.dumps(asked, default=str)
 
@@ -208,11 +321,21 @@ def parameters(chance: random.Random) -> str:
 def delivery(chance: random.Random, bucket: str) -> bytes:
     """A body, made of a good one."""
     if chance.random() < 0.5:
-        request = {**request_run.compose(f"event {chance.random()}"), "parameters": parameters(chance)}
+        request = {
+            **request_run.compose(f"event {chance.random()}"),
+            "parameters": parameters(chance),
+        }
         push = wrapped(json.dumps(changed(request, chance, list(request)), default=str).encode())
     else:
         kind = chance.choice(
-            ["OBJECT_FINALIZE", "OBJECT_FINALIZE", "OBJECT_ARCHIVE", "OBJECT_DELETE", "OBJECT_METADATA_UPDATE", "X"]
+            [
+                "OBJECT_FINALIZE",
+                "OBJECT_FINALIZE",
+                "OBJECT_ARCHIVE",
+                "OBJECT_DELETE",
+                "OBJECT_METADATA_UPDATE",
+                "X",
+            ]
         )
         told = {
             "bucketId": bucket,
@@ -221,9 +344,18 @@ def delivery(chance: random.Random, bucket: str) -> bytes:
             "eventTime": "2026-11-30T04:00:00Z",
         }
         notification = {"eventType": kind, **told}
-        push = wrapped(b"", changed(notification, chance, [*notification, "overwrittenByGeneration", "overwroteGeneration"]))
+        push = wrapped(
+            b"",
+            changed(
+                notification,
+                chance,
+                [*notification, "overwrittenByGeneration", "overwroteGeneration"],
+            ),
+        )
         if chance.random() < 0.2:
-            push["message"]["attributes"]["objectId"] = "incoming/" + str(chance.choice(STRANGE)) + ".csv"
+            push["message"]["attributes"]["objectId"] = (
+                "incoming/" + str(chance.choice(STRANGE)) + ".csv"
+            )
     if chance.random() < 0.2:
         push["message"] = changed(push["message"], chance, list(push["message"]))
     if chance.random() < 0.05:
@@ -239,7 +371,7 @@ def delivery(chance: random.Random, bucket: str) -> bytes:
 
 def test_ten_thousand_hostile_deliveries(judge: Judge, capsys: pytest.CaptureFixture[str]) -> None:
     chance = random.Random(0)
-    bucket = judge.cloud.bucket(judge.cloud.place.data)
+    bucket = judge.cloud.bucket(judge.cloud.environment.data)
     for _ in range(COUNT):
         judge.csv = chance.random() < 0.5
         judge.send(delivery(chance, bucket))
@@ -249,12 +381,17 @@ def test_ten_thousand_hostile_deliveries(judge: Judge, capsys: pytest.CaptureFix
     assert {line["severity"] for line in lines} <= {"INFO", "NOTICE", "ERROR"}
     with capsys.disabled():
         print(f"\n{dict(judge.answers)}")
-    assert all(judge.answers[way] > COUNT / 20 for way in ((200, True), (200, False), (400, False)))  # each is really met
+    assert all(
+        judge.answers[way] > COUNT / 20 for way in ((200, True), (200, False), (400, False))
+    )  # each is really met
 
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=10) | st.sampled_from(KEYS), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=10) | st.sampled_from(KEYS), inner, max_size=3)
+    ),
     max_leaves=10,
 )
 
@@ -270,16 +407,21 @@ def test_deliveries_of_any_shape(judge: Judge) -> None:
         st.binary(max_size=60)
         | JSON.map(dumped)
         | JSON.map(lambda it: dumped({"message": it}))
-        | st.dictionaries(st.sampled_from(["data", "attributes", "messageId", "publishTime"]), JSON).map(
-            lambda it: dumped({"message": it})
-        )
+        | st.dictionaries(
+            st.sampled_from(["data", "attributes", "messageId", "publishTime"]), JSON
+        ).map(lambda it: dumped({"message": it}))
         | JSON.map(lambda it: dumped(wrapped(it)))
         | st.binary(max_size=60).map(lambda it: dumped(wrapped(it)))
-        | JSON.map(lambda it: dumped(wrapped({**request_run.compose("x"), "parameters": json.dumps(it)})))
-        | st.dictionaries(st.sampled_from(KEYS), JSON, max_size=2).map(lambda it: dumped(wrapped(request_run.compose("x", it))))
-        | st.dictionaries(st.sampled_from(["eventType", "bucketId", "objectId", "objectGeneration"]), st.text(max_size=30)).map(
-            lambda it: dumped(wrapped(b"", {"eventType": "OBJECT_FINALIZE", **it}))
+        | JSON.map(
+            lambda it: dumped(wrapped({**request_run.compose("x"), "parameters": json.dumps(it)}))
         )
+        | st.dictionaries(st.sampled_from(KEYS), JSON, max_size=2).map(
+            lambda it: dumped(wrapped(request_run.compose("x", it)))
+        )
+        | st.dictionaries(
+            st.sampled_from(["eventType", "bucketId", "objectId", "objectGeneration"]),
+            st.text(max_size=30),
+        ).map(lambda it: dumped(wrapped(b"", {"eventType": "OBJECT_FINALIZE", **it})))
     )
     def any_shape(body: bytes) -> None:
         judge.send(body)
@@ -291,7 +433,7 @@ def test_deliveries_of_any_shape(judge: Judge) -> None:
 def test_any_text_is_a_name_a_file_may_have_or_starts_nothing(judge: Judge) -> None:
     """Whatever a file is called: the run that its arrival starts reads that file, or there is none."""
     judge.csv = False
-    bucket = judge.cloud.bucket(judge.cloud.place.data)
+    bucket = judge.cloud.bucket(judge.cloud.environment.data)
 
     @settings(max_examples=1000)
     @given(st.text(min_size=1, max_size=40))
@@ -320,6 +462,6 @@ def test_the_judge_would_notice(judge: Judge) -> None:
         with pytest.raises((AssertionError, UserError, ValueError)):
             judge.judge({**good, **wrong})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trigger, "decide", lambda *_: 1 / 0)
+        patch.setattr(events, "decide", lambda *_: 1 / 0)
         with pytest.raises(AssertionError):
             judge.send(json.dumps(wrapped(request_run.compose("x"))).encode())

@@ -8,7 +8,7 @@ import pytest
 import requests
 from kfp import compiler, dsl
 from kfp.registry import RegistryClient
-from rehearsal.kfp_templates import FakeTemplateRegistry
+from level_2_cicd.rehearsal.kfp_templates import FakeTemplateRegistry
 
 HOSTS = r"https://(artifactregistry\.googleapis\.com|europe-west4-kfp\.pkg\.dev)"
 

@@ -19,8 +19,8 @@ import requests
 from google.api_core.exceptions import BadRequest, NotFound, PreconditionFailed
 from google.cloud import storage
 from google.cloud.storage.retry import DEFAULT_RETRY
-from rehearsal.server import FakeServer, Json, Request, route
-from rehearsal.storage import FakeStorage
+from level_2_cicd.rehearsal.server import FakeServer, Json, Request, route
+from level_2_cicd.rehearsal.storage import FakeStorage
 
 RETRY = DEFAULT_RETRY.with_delay(initial=0.05)
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from google.api_core import exceptions
 from google.cloud import aiplatform_v1 as api
-from rehearsal.containers import Containers
-from rehearsal.storage import FakeStorage
-from rehearsal.vertex import FakeVertex
+from level_2_cicd.rehearsal.containers import Containers
+from level_2_cicd.rehearsal.storage import FakeStorage
+from level_2_cicd.rehearsal.vertex import FakeVertex
 from trainer.data import find_csv, prepare
 
 from tests.vertex_calls import (
@@ -192,7 +192,7 @@ def images(
     environment = {
         **os.environ,
         "RUN_PYTHON": sys.executable,
-        "PYTHONPATH": str(project / "src"),
+        "PYTHONPATH": f"{project / 'src'}:{project}",
     }
     script = [project / "level_1_pipeline" / "build_containers.sh"]
 

@@ -18,9 +18,9 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from rehearsal import protojson
-from rehearsal.server import Response
-from rehearsal.vertex import FakeVertex
+from level_2_cicd.rehearsal import protojson
+from level_2_cicd.rehearsal.server import Response
+from level_2_cicd.rehearsal.vertex import FakeVertex
 
 from tests.vertex_calls import (
     PLACE,

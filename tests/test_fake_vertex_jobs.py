@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import requests
 from google.api_core import exceptions
-from rehearsal.server import Response
-from rehearsal.vertex import FakeVertex
+from level_2_cicd.rehearsal.server import Response
+from level_2_cicd.rehearsal.vertex import FakeVertex
 
 from tests.vertex_calls import (
     PLACE,

@@ -126,7 +126,16 @@ def test_answers_are_in_the_project(case: tuple[Path, dict[str, str]]) -> None:
     project, answers = case
     assert_given_back(project, {**answers, "project_slug": project.name})
     settings = yaml.safe_load((project / "project.yaml").read_text(encoding="utf-8"))
-    assert list(settings) == ["name", "description", "data", "train", "gate", "containers", "cloud", "template"]
+    assert list(settings) == [
+        "name",
+        "description",
+        "data",
+        "train",
+        "gate",
+        "containers",
+        "cloud",
+        "template",
+    ]
 
 
 def test_tables_name_existing_files(template: Path) -> None:

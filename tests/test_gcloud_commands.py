@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from launcher import doctor
-from project.cloud import Place
+from gcp.environment import Environment
+from level_1_pipeline.vertex import doctor as vertex_doctor
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = ROOT / "{{cookiecutter.project_slug}}"
@@ -20,7 +20,8 @@ SOURCES = sorted(PROJECT.glob("src/**/*.py")) + sorted(PROJECT.glob("level_*/**/
 OTHERS = [
     path
     for path in (ROOT / "Makefile", PROJECT / "Makefile", *sorted(PROJECT.glob("level_*/**/*")))
-    if path.name.startswith(("Makefile", "Dockerfile")) or path.suffix in (".sh", ".yaml", ".yml", ".tf")
+    if path.name.startswith(("Makefile", "Dockerfile"))
+    or path.suffix in (".sh", ".yaml", ".yml", ".tf")
 ]
 
 FENCE = re.compile(r"^```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -77,7 +78,12 @@ def messages(tree: ast.AST) -> Iterator[str]:
 def commands() -> dict[str, str]:
     """Command → the file that contains it."""
     found: dict[str, str] = {}
-    for paths, reader in ((PAGES, in_page), (SOURCES, in_source), (OTHERS, in_lines), (OTHERS, in_backticks)):
+    for paths, reader in (
+        (PAGES, in_page),
+        (SOURCES, in_source),
+        (OTHERS, in_lines),
+        (OTHERS, in_backticks),
+    ):
         for path in paths:
             for command in reader(path.read_text(encoding="utf-8")):
                 found.setdefault(command, path.relative_to(ROOT).as_posix())
@@ -86,7 +92,9 @@ def commands() -> dict[str, str]:
 
 def normalize(command: str) -> str:
     """Insert a project ID, and move --recursive to the end: the linter takes the next word for its value."""
-    command = re.sub(r"--project=(?:X|[A-Z]+|\$\{local\.project\})(?=\s|$)", "--project=my-project", command)
+    command = re.sub(
+        r"--project=(?:X|[A-Z]+|\$\{local\.project\})(?=\s|$)", "--project=my-project", command
+    )
     return re.sub(r"(.*) --recursive( .*)", r"\1\2 --recursive", command)
 
 
@@ -95,17 +103,27 @@ def problems(written: list[str], folder: Path) -> dict[str, str]:
     if shutil.which("gcloud") is None:
         (pytest.fail if os.environ.get("REQUIRE_DOCKER") else pytest.skip)("this test needs gcloud")
     file = folder / "commands.json"
-    file.write_text(json.dumps([{"command_string": normalize(command)} for command in written]), encoding="utf-8")
+    file.write_text(
+        json.dumps([{"command_string": normalize(command)} for command in written]),
+        encoding="utf-8",
+    )
     done = subprocess.run(
         ["gcloud", "meta", "lint-gcloud-commands", f"--commands-file={file}"],
-        env={**os.environ, "CLOUDSDK_CONFIG": str(folder / "gcloud"), "CLOUDSDK_CORE_DISABLE_PROMPTS": "1"},
+        env={
+            **os.environ,
+            "CLOUDSDK_CONFIG": str(folder / "gcloud"),
+            "CLOUDSDK_CORE_DISABLE_PROMPTS": "1",
+        },
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
     judged = json.loads(done.stdout)
     assert len(judged) == len(written)
-    said = {command: judgement["error_message"] for command, judgement in zip(written, judged, strict=True)}
+    said = {
+        command: judgement["error_message"]
+        for command, judgement in zip(written, judged, strict=True)
+    }
     # A bare command name, or one that ends in =, is only mentioned.
     return {
         command: error
@@ -117,13 +135,13 @@ def problems(written: list[str], folder: Path) -> dict[str, str]:
 def test_documented_commands_are_valid(tmp_path: Path) -> None:
     found = commands()
     wrong = problems(list(found), tmp_path)
-    assert not wrong, "\n".join(f"{found[command]}: {command}\n    {error}" for command, error in wrong.items())
+    assert not wrong, "\n".join(
+        f"{found[command]}: {command}\n    {error}" for command, error in wrong.items()
+    )
 
 
 def test_invalid_commands_are_found(tmp_path: Path) -> None:
-    page = (
-        "Type `gcloud storage buckets creat gs://B`.\n\n```bash\ngcloud ai endpoints list \\\n    --region=R --bogus  # no\n```\n"
-    )
+    page = "Type `gcloud storage buckets creat gs://B`.\n\n```bash\ngcloud ai endpoints list \\\n    --region=R --bogus  # no\n```\n"
     source = 'raise E(f"it failed. Type: gcloud services enabel {api}; then again")\nmend = "gcloud projects lst" "s, and more"\n'
     makefile = "# `gcloud auth logon` and so on\nrun:\n\t@gcloud builds submitt .\n"
     written = [*in_page(page), *in_source(source), *in_backticks(makefile), *in_lines(makefile)]
@@ -140,7 +158,10 @@ def test_invalid_commands_are_found(tmp_path: Path) -> None:
 
 def test_documentation_and_make_doctor_show_the_same_commands() -> None:
     """The commands that create the bucket and the repository."""
-    where = Place("dev", "NAME", "PROJECT", "REGION", "", "", "", "", "", "", by_hand=True)
-    wanted = {doctor.create_bucket(where, "BUCKET"), doctor.create_repository(where, "NAME")}
+    where = Environment("dev", "NAME", "PROJECT", "REGION", "", "", "", "", "", "", by_hand=True)
+    wanted = {
+        vertex_doctor.create_bucket(where, "BUCKET"),
+        vertex_doctor.create_repository(where, "NAME"),
+    }
     for page in (ROOT / "docs" / "level-1-cloud.md", PROJECT / "level_1_pipeline" / "README.md"):
         assert wanted <= set(in_page(page.read_text(encoding="utf-8"))), page

@@ -16,18 +16,18 @@ from typing import Any
 
 import pytest
 import yaml
+from core.errors import UserError
+from gcp.environment import resolve_environment
+from gcp.training_job import Request
 from google.cloud.aiplatform_v1 import types
 from google.protobuf import json_format
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-from launcher import gpu_jobs
-from launcher.job_checks import check
-from launcher.machines import GPUS, MACHINES
-from launcher.vertex_train import Request
-from project.cloud import place
-from project.errors import UserError
-from project.settings import load
-from rehearsal.vertex import FakeVertex
+from level_1_pipeline.vertex import gpu_jobs
+from level_1_pipeline.vertex.job_checks import check
+from level_1_pipeline.vertex.machines import GPUS, MACHINES
+from level_2_cicd.rehearsal.vertex import FakeVertex
+from project.settings import load_settings
 
 PROJECT = Path(__file__).resolve().parents[1] / "{{cookiecutter.project_slug}}"
 NAMES = gpu_jobs.names(PROJECT)
@@ -53,7 +53,9 @@ def test_the_documented_message_is_the_real_one(root: Path) -> None:
     job["workerPoolSpecs"][0]["machineSpec"]["acceleratorCount"] = 2
     with pytest.raises(UserError) as refused:
         check(job, "", "level_1_pipeline/gpu_jobs/l4x2.yaml")
-    assert f"error: {refused.value}\n" in (root / "docs" / "gpu-jobs.md").read_text(encoding="utf-8")
+    assert f"error: {refused.value}\n" in (root / "docs" / "gpu-jobs.md").read_text(
+        encoding="utf-8"
+    )
 
 
 # ── any field ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -61,8 +63,18 @@ def test_the_documented_message_is_the_real_one(root: Path) -> None:
 
 def paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Every place in a job: of fields, of lists' elements, of what they hold."""
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [place for key, content in inner for place in ((*path, key), *paths(content, (*path, key)))]
+    inner = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
+    return [
+        environment
+        for key, content in inner
+        for environment in ((*path, key), *paths(content, (*path, key)))
+    ]
 
 
 # What a person could write there, and what nobody would.
@@ -71,15 +83,51 @@ PLAUSIBLE = st.sampled_from(
         *MACHINES,
         *ACCELERATORS,
         *STRATEGIES,
-        *(-1, 0, 1, 2, 3, 4, 8, 16, 99, 100, 64_000, 64_001, 2**31, 2**63, 10**30, 1.0, 1.5, float("inf"), float("nan")),
-        *("0s", "1s", "1.5s", "3600s", "604800s", "604801s", "99999999999s", "-1s", "1e3s", "6h", "s", ""),
+        *(
+            -1,
+            0,
+            1,
+            2,
+            3,
+            4,
+            8,
+            16,
+            99,
+            100,
+            64_000,
+            64_001,
+            2**31,
+            2**63,
+            10**30,
+            1.0,
+            1.5,
+            float("inf"),
+            float("nan"),
+        ),
+        *(
+            "0s",
+            "1s",
+            "1.5s",
+            "3600s",
+            "604800s",
+            "604801s",
+            "99999999999s",
+            "-1s",
+            "1e3s",
+            "6h",
+            "s",
+            "",
+        ),
         *("pd-ssd", "pd-standard", "hyperdisk-balanced", "pd-balanced", "SSD"),
         *(None, True, False, [], {}, [{}], [None], "1", "true", "\x00", "\ud800", "ü"),
     ]
 )
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9) | st.integers(), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=9) | st.integers(), inner, max_size=3)
+    ),
     max_leaves=5,
 )
 TYPOS = ("drop", "double", "swap", "case", "snake")
@@ -105,7 +153,9 @@ def mutate(job: dict[str, Any], data: st.DataObject) -> str:
     for part in parents:
         block = block[part]
     name = next(part for part in reversed(path) if isinstance(part, str))
-    how = data.draw(st.sampled_from(("remove", "misspell", "replace", "replace", "anything", "add")))
+    how = data.draw(
+        st.sampled_from(("remove", "misspell", "replace", "replace", "anything", "add"))
+    )
     if how == "remove":
         del block[last]
     elif how == "misspell" and isinstance(last, str):
@@ -114,7 +164,17 @@ def mutate(job: dict[str, Any], data: st.DataObject) -> str:
         name = "" if name == last else name
     elif how == "add" and isinstance(block, dict):
         name = data.draw(
-            st.sampled_from(["acceleratorType", "timeout", "bootDiskType", "tpuTopology", "network", "labels", "machine"])
+            st.sampled_from(
+                [
+                    "acceleratorType",
+                    "timeout",
+                    "bootDiskType",
+                    "tpuTopology",
+                    "network",
+                    "labels",
+                    "machine",
+                ]
+            )
         )
         block[name] = data.draw(PLAUSIBLE)
     else:
@@ -124,12 +184,18 @@ def mutate(job: dict[str, Any], data: st.DataObject) -> str:
 
 def assert_valid(job: dict[str, Any]) -> None:
     """By the API's message, and by what the machines of the table take; written apart from the checks."""
-    spec = types.CustomJobSpec(json_format.ParseDict(job, types.CustomJobSpec.pb(types.CustomJobSpec())))
+    spec = types.CustomJobSpec(
+        json_format.ParseDict(job, types.CustomJobSpec.pb(types.CustomJobSpec()))
+    )
     pools, scheduling = spec.worker_pool_specs, spec.scheduling
     strategy = scheduling.strategy.name if scheduling.strategy else "STANDARD"
     assert strategy in {"STANDARD", "SPOT", "FLEX_START"}
     assert [pool.replica_count for pool in pools[:1]] == [1]
-    assert len(pools) == 1 or (len(pools) == 2 and pools[1].replica_count > 0 and pools[0].machine_spec == pools[1].machine_spec)
+    assert len(pools) == 1 or (
+        len(pools) == 2
+        and pools[1].replica_count > 0
+        and pools[0].machine_spec == pools[1].machine_spec
+    )
     for pool in pools:
         machine = MACHINES[pool.machine_spec.machine_type]
         gpu = pool.machine_spec.accelerator_type
@@ -141,7 +207,10 @@ def assert_valid(job: dict[str, Any]) -> None:
         assert strategy in machine.strategies
         assert strategy != "FLEX_START" or GPUS[gpu.name].flex_start
         assert (pool.disk_spec.boot_disk_type or "pd-ssd") in machine.disks
-        assert pool.disk_spec.boot_disk_size_gb == 0 or 100 <= pool.disk_spec.boot_disk_size_gb <= 64_000
+        assert (
+            pool.disk_spec.boot_disk_size_gb == 0
+            or 100 <= pool.disk_spec.boot_disk_size_gb <= 64_000
+        )
     seconds = scheduling.timeout.total_seconds() if "timeout" in scheduling else 1
     assert seconds > 0
     assert strategy != "FLEX_START" or seconds <= 7 * 24 * 3600
@@ -150,7 +219,9 @@ def assert_valid(job: dict[str, Any]) -> None:
 
 @settings(max_examples=3000, suppress_health_check=[HealthCheck.too_slow])
 @given(name=st.sampled_from(NAMES), data=st.data())
-def test_any_mutation_is_valid_or_refused_with_the_fields_name(name: str, data: st.DataObject) -> None:
+def test_any_mutation_is_valid_or_refused_with_the_fields_name(
+    name: str, data: st.DataObject
+) -> None:
     job = copy.deepcopy(JOBS[name])
     field = mutate(job, data)
     try:
@@ -165,7 +236,11 @@ def test_any_mutation_is_valid_or_refused_with_the_fields_name(name: str, data: 
 
 
 @settings(max_examples=500)
-@given(machine=st.sampled_from(list(MACHINES)), accelerator=st.sampled_from(ACCELERATORS[1:]), count=st.integers(0, 17))
+@given(
+    machine=st.sampled_from(list(MACHINES)),
+    accelerator=st.sampled_from(ACCELERATORS[1:]),
+    count=st.integers(0, 17),
+)
 def test_machine_gpu_and_count_are_refused_just_when_they_do_not_belong_together(
     machine: str, accelerator: str, count: int
 ) -> None:
@@ -173,7 +248,9 @@ def test_machine_gpu_and_count_are_refused_just_when_they_do_not_belong_together
     disk, strategy = MACHINES[machine].disks[0], MACHINES[machine].strategies[-1]
     strategy = strategy if accelerator in GPUS and GPUS[accelerator].flex_start else "SPOT"
     job = {
-        "workerPoolSpecs": [{"machineSpec": spec, "replicaCount": 1, "diskSpec": {"bootDiskType": disk}}],
+        "workerPoolSpecs": [
+            {"machineSpec": spec, "replicaCount": 1, "diskSpec": {"bootDiskType": disk}}
+        ],
         "scheduling": {"strategy": strategy},
     }
     if count in MACHINES[machine].gpus.get(accelerator, ()):
@@ -204,12 +281,18 @@ WORDS = st.sampled_from(
 
 
 @settings(max_examples=500, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(content=st.lists(WORDS | st.text(max_size=5), max_size=12).map("".join) | st.binary(max_size=40))
+@given(
+    content=st.lists(WORDS | st.text(max_size=5), max_size=12).map("".join) | st.binary(max_size=40)
+)
 def test_any_file_is_taken_or_refused_with_its_name(content: str | bytes, tmp_path: Path) -> None:
     path = tmp_path / gpu_jobs.FOLDER / "mine.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
-    with pytest.raises(UserError, match=r"level_1_pipeline/gpu_jobs/mine\.yaml"):  # nothing so short is a job
+    path.write_bytes(
+        content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
+    )
+    with pytest.raises(
+        UserError, match=r"level_1_pipeline/gpu_jobs/mine\.yaml"
+    ):  # nothing so short is a job
         gpu_jobs.resolve("mine", tmp_path, None, "")
 
 
@@ -227,19 +310,25 @@ def gcloud_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.heavy
 @pytest.mark.parametrize("name", NAMES)
 def test_gcloud_sends_what_is_resolved(
-    name: str, default_project: Path, gcloud_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    default_project: Path,
+    gcloud_config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The file is what `make gpu-job JOB=NAME` prints."""
     monkeypatch.chdir(default_project)
     monkeypatch.delenv("ENVIRONMENT", raising=False)
-    chosen = load("cloud.region=europe-west4 cloud.environments.dev.project=lab-12345")
-    printed = gpu_jobs.show(name, chosen, default_project)
+    settings = load_settings("cloud.region=europe-west4 cloud.environments.dev.project=lab-12345")
+    printed = gpu_jobs.show(name, settings, default_project)
     received = send_with_gcloud(printed, gcloud_config, tmp_path)
     image = re.search(r"imageUri: (\S+)", printed)
     assert image
-    resolved = gpu_jobs.resolve(name, default_project, place(chosen), image[1])
+    resolved = gpu_jobs.resolve(name, default_project, resolve_environment(settings), image[1])
     sent = types.CustomJobSpec(
-        json_format.ParseDict(json.loads(json.dumps(resolved)), types.CustomJobSpec.pb(types.CustomJobSpec()))
+        json_format.ParseDict(
+            json.loads(json.dumps(resolved)), types.CustomJobSpec.pb(types.CustomJobSpec())
+        )
     )
     assert received.job_spec == sent
     assert sent.service_account == "digit-reader-trainer@lab-12345.iam.gserviceaccount.com"
@@ -258,7 +347,15 @@ def send_with_gcloud(printed: str, gcloud_config: Path, tmp_path: Path, *options
             "CLOUDSDK_CORE_DISABLE_PROMPTS": "1",
             "CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM": f"{vertex.address}/",
         }
-        command = ["gcloud", "ai", "custom-jobs", "create", f"--config={config}", "--region=europe-west4", "--display-name=try"]
+        command = [
+            "gcloud",
+            "ai",
+            "custom-jobs",
+            "create",
+            f"--config={config}",
+            "--region=europe-west4",
+            "--display-name=try",
+        ]
         done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         [received] = vertex.calls("customJobs.create")
@@ -277,16 +374,28 @@ def test_gcloud_with_the_arguments_that_are_told_sends_what_the_train_step_sends
 ) -> None:
     monkeypatch.chdir(default_project)
     monkeypatch.delenv("ENVIRONMENT", raising=False)
-    chosen = load("cloud.region=europe-west4 cloud.environments.dev.project=lab-12345")
-    printed = gpu_jobs.show(name, chosen, default_project)
+    settings = load_settings("cloud.region=europe-west4 cloud.environments.dev.project=lab-12345")
+    printed = gpu_jobs.show(name, settings, default_project)
     told = re.search(r"--args='(.*)'$", capsys.readouterr().err, re.MULTILINE)
     assert told
     arguments = f"--args={told[1]}"
     printed += "baseOutputDirectory:\n  outputUriPrefix: gs://bucket/run\n"
     received = send_with_gcloud(printed, gcloud_config, tmp_path, arguments)
 
-    args = ["--train", "gs://BUCKET/train.parquet", "--hyperparameters", chosen.train.to_json()]
-    request = Request(f"{place(chosen).parent}/runs/by-hand", [yaml.safe_load(printed)], args, "gs://bucket/run/model")
+    args = [
+        "--train",
+        "gs://BUCKET/train.parquet",
+        "--hyperparameters",
+        settings.hyperparameters.to_json(),
+    ]
+    request = Request(
+        f"{resolve_environment(settings).parent}/runs/by-hand",
+        [yaml.safe_load(printed)],
+        args,
+        "gs://bucket/run/model",
+    )
     (sent,) = request.messages()
     assert received.job_spec == sent.job_spec
-    assert len({tuple(pool.container_spec.args) for pool in received.job_spec.worker_pool_specs}) == 1
+    assert (
+        len({tuple(pool.container_spec.args) for pool in received.job_spec.worker_pool_specs}) == 1
+    )

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from trainer.config import Hyperparameters
 from trainer.data import prepare
-from trainer.hyperparameters import Hyperparameters
 from trainer.train import train
 
 from .conftest import ROOT
@@ -37,7 +37,9 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
     """Run a command without anything of this test run's own environment; what it prints."""
     own = ("VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME")
     environ = {name: value for name, value in os.environ.items() if name not in own}
-    done = subprocess.run(command, cwd=cwd, env={**environ, **environment}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=cwd, env={**environ, **environment}, capture_output=True, text=True
+    )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -45,7 +47,9 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
 def build(source: Path, output: Path, *what: str) -> None:
     """As `make package` does, whose command is read from the Makefile."""
     makefile = (ROOT / "{{cookiecutter.project_slug}}" / "Makefile").read_text(encoding="utf-8")
-    found = re.search(r"^package:.*\n\t@\$\(RUN_PYTHON\) (-m build .*) --outdir dist \.$", makefile, re.MULTILINE)
+    found = re.search(
+        r"^package:.*\n\t@\$\(RUN_PYTHON\) (-m build .*) --outdir dist \.$", makefile, re.MULTILINE
+    )
     assert found
     run(sys.executable, *found[1].split(), *what, "--outdir", output, source, cwd=source)
 
@@ -83,7 +87,9 @@ def built(project: Path) -> Path:
 @pytest.fixture(scope="module")
 def modules(project: Path) -> set[str]:
     """Every module of the project, below src/."""
-    return {path.relative_to(project / "src").as_posix() for path in (project / "src").glob("*/*.py")}
+    return {
+        path.relative_to(project / "src").as_posix() for path in (project / "src").glob("*/*.py")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -92,10 +98,23 @@ def python(project: Path, built: Path, tmp_path_factory: pytest.TempPathFactory)
     uv = shutil.which("uv") or ROOT / ".uv" / "bin" / "uv"
     folder = tmp_path_factory.mktemp("installed")
     python = folder / "venv" / "bin" / "python"
-    sources = {new: os.environ[old] for old, new in UV.items() if old in os.environ and new not in os.environ}
+    sources = {
+        new: os.environ[old]
+        for old, new in UV.items()
+        if old in os.environ and new not in os.environ
+    }
     run(uv, "venv", "--quiet", "--python", sys.executable, folder / "venv", cwd=folder)
     constraint = ["--constraint", project / "requirements" / "dev.txt"]
-    install = (uv, "pip", "install", "--quiet", "--python", python, *constraint, *built.glob("*.whl"))
+    install = (
+        uv,
+        "pip",
+        "install",
+        "--quiet",
+        "--python",
+        python,
+        *constraint,
+        *built.glob("*.whl"),
+    )
     run(*install, cwd=folder, **sources)
     return python
 
@@ -106,7 +125,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     chance = random.Random(0)
     with (folder / "sizes.csv").open("w", newline="", encoding="utf-8") as stream:
-        rows = [(chance.gauss(size, 0.2), ("small", "large")[size]) for _ in range(60) for size in (0, 1)]
+        rows = [
+            (chance.gauss(size, 0.2), ("small", "large")[size])
+            for _ in range(60)
+            for size in (0, 1)
+        ]
         csv.writer(stream).writerows([("width", "size"), *rows])
     prepare(folder / "sizes.csv", "size", folder / "train.parquet", folder / "test.parquet")
     options = Hyperparameters(seed=0, threads=1, epochs=8, batch_size=16, learning_rate=0.05)
@@ -154,10 +177,14 @@ def test_what_the_code_imports_is_declared(project: Path, modules: set[str]) -> 
         "packageurl",
     }
     own = {module.split("/")[0] for module in modules} | set(sys.stdlib_module_names)
-    imported = {name.split(".")[0] for module in modules for name in imports(project / "src" / module)}
+    imported = {
+        name.split(".")[0] for module in modules for name in imports(project / "src" / module)
+    }
     assert imported - own <= allowed
     locked = (project / "requirements" / "dev.txt").read_text(encoding="utf-8")
-    assert {name for name in declared if not re.search(rf"^{name}==", locked, re.MULTILINE)} == {"torch"}
+    assert {name for name in declared if not re.search(rf"^{name}==", locked, re.MULTILINE)} == {
+        "torch"
+    }
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -168,10 +195,14 @@ def imports(path: Path) -> Iterator[str]:
             yield node.module or ""
 
 
-def test_the_wheel_predicts_in_an_empty_environment(python: Path, model: Path, tmp_path: Path) -> None:
+def test_the_wheel_predicts_in_an_empty_environment(
+    python: Path, model: Path, tmp_path: Path
+) -> None:
     for width, size in ((1.1, "large"), (-0.1, "small")):
         row = json.dumps({"width": width})
-        answer = run(python, "-m", "predictor.predict", "--model-dir", model, "--row", row, cwd=tmp_path)
+        answer = run(
+            python, "-m", "level_0_manual.predict", "--model-dir", model, "--row", row, cwd=tmp_path
+        )
         assert f"prediction  {size}" in answer
     installed = run(
         python,
@@ -183,9 +214,11 @@ def test_the_wheel_predicts_in_an_empty_environment(python: Path, model: Path, t
 
 
 def test_the_wheel_serves_and_asks(python: Path, model: Path, tmp_path: Path) -> None:
-    command = [python, "-m", "predictor.app", "--model-dir", model, "--port", "0"]
+    command = [python, "-m", "predictor.server", "--model-dir", model, "--port", "0"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+    ) as server:
         try:
             greeting = server.stderr.readline() if server.stderr else ""
             found = re.search(r"http://127\.0\.0\.1:\d+", greeting)
@@ -197,7 +230,7 @@ def test_the_wheel_serves_and_asks(python: Path, model: Path, tmp_path: Path) ->
                     "small",
                 ]
             code = (
-                "import sys; from predictor.client import Server; import predictor.bulk; "
+                "import sys; from predictor.client import Server; import predictor.batch; "
                 "answers = Server.open(sys.argv[1], 1).ask({'width': [1.1, -0.1]}); "
                 "print([answer['label'] for answer in answers])"
             )

@@ -18,7 +18,9 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def project(docker: str, generate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def project(
+    docker: str, generate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A project from the default answers."""
     return generate(tmp_path_factory.mktemp("containers"))
 
@@ -28,8 +30,8 @@ def level1(project: Path) -> Run:
     """`make level1` in this environment."""
 
     def run(**variables: str) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "PYTHONPATH": str(project / "src"), **variables}
-        command = [sys.executable, "-m", "launcher.kfp_run"]
+        environment = {**os.environ, "PYTHONPATH": f"{project / 'src'}:{project}", **variables}
+        command = [sys.executable, "-m", "level_1_pipeline.run"]
         return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
 
     return run
@@ -40,10 +42,14 @@ def newest_run(project: Path) -> Path:
 
 
 def weights(project: Path) -> str:
-    return hashlib.sha256((newest_run(project) / "model" / "model.safetensors").read_bytes()).hexdigest()
+    return hashlib.sha256(
+        (newest_run(project) / "model" / "model.safetensors").read_bytes()
+    ).hexdigest()
 
 
-def test_the_steps_run_in_containers_and_the_weights_are_those_of_this_machine(project: Path, level1: Run) -> None:
+def test_the_steps_run_in_containers_and_the_weights_are_those_of_this_machine(
+    project: Path, level1: Run
+) -> None:
     done = level1(RUNNER="docker")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "in containers" in done.stdout
@@ -59,14 +65,20 @@ def test_the_steps_run_in_containers_and_the_weights_are_those_of_this_machine(p
     assert done.returncode == 0, done.stdout + done.stderr
     assert weights(project) == in_containers
 
-    done = level1(RUNNER="docker", SET="train.epochs=1 train.learning_rate=0.0001")
+    done = level1(
+        RUNNER="docker", SET="hyperparameters.epochs=1 hyperparameters.learning_rate=0.0001"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Gate: closed" in done.stdout
     assert "The champion stays version 2" in done.stdout
 
 
-def test_a_mistake_in_the_data_is_one_message_from_inside_the_container(project: Path, level1: Run) -> None:
-    (project / "bad.csv").write_text("a,b,label\n1,2,x\n3,4,y\n" * 5 + "5,6,lonely\n", encoding="utf-8")
+def test_a_mistake_in_the_data_is_one_message_from_inside_the_container(
+    project: Path, level1: Run
+) -> None:
+    (project / "bad.csv").write_text(
+        "a,b,label\n1,2,x\n3,4,y\n" * 5 + "5,6,lonely\n", encoding="utf-8"
+    )
     done = level1(RUNNER="docker", SET="data.source=bad.csv data.label=label")
     assert done.returncode == 2
     assert "step 'preprocess' failed; the champion is what it was" in done.stderr
@@ -76,7 +88,9 @@ def test_a_mistake_in_the_data_is_one_message_from_inside_the_container(project:
     assert story["state"] == "failed"
 
 
-def test_an_unknown_runner_and_an_engine_that_does_not_answer_are_told(project: Path, level1: Run) -> None:
+def test_an_unknown_runner_and_an_engine_that_does_not_answer_are_told(
+    project: Path, level1: Run
+) -> None:
     done = level1(RUNNER="podman")
     assert (done.returncode, done.stderr) == (
         2,
@@ -103,9 +117,9 @@ def eventually(condition: Callable[[], object]) -> None:
 
 def test_ctrl_c_ends_the_steps_container_too(project: Path, level1: Run) -> None:
     before = set((project / "runs").iterdir())
-    environment = {**os.environ, "PYTHONPATH": str(project / "src"), "RUNNER": "docker"}
+    environment = {**os.environ, "PYTHONPATH": f"{project / 'src'}:{project}", "RUNNER": "docker"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "launcher.kfp_run"],
+        [sys.executable, "-m", "level_1_pipeline.run"],
         cwd=project,
         env=environment,
         stdout=subprocess.DEVNULL,

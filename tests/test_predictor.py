@@ -27,7 +27,12 @@ from predictor import app, connection
 connection.RECEIVE_SECONDS = app.READ_SECONDS = {LIMIT_SECONDS}
 app.main()
 """
-GOOD = {"instances": [{"width": 0.5, "height": 3, "colour": "red", "kind": "a"}, {"height": 1, "kind": "c"}]}
+GOOD = {
+    "instances": [
+        {"width": 0.5, "height": 3, "colour": "red", "kind": "a"},
+        {"height": 1, "kind": "c"},
+    ]
+}
 BODY = json.dumps(GOOD).encode()
 LARGE = json.dumps({"instances": GOOD["instances"] * 5000}).encode()
 
@@ -64,7 +69,9 @@ def unicode(chance: random.Random) -> list[list[object]]:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Callable[..., list[list[object]]]], Path]:
+def model(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[Callable[..., list[list[object]]]], Path]:
     """Trains a model on such rows, once."""
     made: dict[str, Path] = {}
 
@@ -81,7 +88,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Callable[..., l
 
 
 @pytest.fixture(scope="module")
-def server(model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def server(
+    model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Running]:
     """A server of the mixed model, whose limits of time are short."""
     few_files = ["sh", "-c", 'ulimit -Sn 256; exec "$@"', "sh"]  # as on macOS; the server raises it
     command = [*few_files, sys.executable, "-c", START, *our_server(model(mixed))[3:]]
@@ -152,7 +161,9 @@ def unharmed(server: Running, idle_files: int) -> Iterator[Running]:
 
 
 @pytest.mark.parametrize("rows", [digits, mixed, unicode])
-def test_the_server_does_what_its_openapi_says(rows: Any, model: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_server_does_what_its_openapi_says(
+    rows: Any, model: Callable[..., Path], tmp_path: Path
+) -> None:
     # How many bytes a body may have is no matter of its schema: here it may have very many.
     with running(our_server(model(rows)), tmp_path / "log", PREDICT_MAX_BYTES=str(10**9)) as server:
         address = f"http://127.0.0.1:{server.port}/openapi.json"
@@ -200,8 +211,10 @@ def cut(chance: random.Random, body: bytearray) -> None:
 def insert(chance: random.Random, body: bytearray) -> None:
     """Put bytes of chance, or JSON's own marks, somewhere."""
     marks = bytes(chance.choices(b'[]{}",:\\u0', k=chance.randint(1, 3)))
-    place = chance.randrange(len(body))
-    body[place:place] = chance.choice([marks, chance.randbytes(chance.randint(1, 8)), b"\xff\xfe", b"\xed\xa0\x80"])
+    environment = chance.randrange(len(body))
+    body[environment:environment] = chance.choice(
+        [marks, chance.randbytes(chance.randint(1, 8)), b"\xff\xfe", b"\xed\xa0\x80"]
+    )
 
 
 def replace_value(chance: random.Random, body: bytearray) -> None:
@@ -252,7 +265,9 @@ def test_10000_damaged_bodies(unharmed: Running) -> None:
             damage(chance, body or bytearray(BODY))
         status, answer = post(client, bytes(body))
         assert status in {200, 400}, (bytes(body), answer)
-        assert set(answer) == ({"predictions", "version"} if status == 200 else {"error"}), bytes(body)
+        assert set(answer) == ({"predictions", "version"} if status == 200 else {"error"}), bytes(
+            body
+        )
         statuses.append(status)
         if number % 20 == 0:
             assert post(client, BODY) == expected
@@ -267,7 +282,9 @@ def test_10000_damaged_bodies(unharmed: Running) -> None:
 # ── slow, broken and greedy clients ─────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("whole", [request(BODY), request(b"", "X-Pad: " + "x" * 1000)], ids=["body", "head"])
+@pytest.mark.parametrize(
+    "whole", [request(BODY), request(b"", "X-Pad: " + "x" * 1000)], ids=["body", "head"]
+)
 def test_a_client_that_sends_a_byte_at_a_time_is_given_up(unharmed: Running, whole: bytes) -> None:
     begun = len(whole) - len(BODY) if whole.endswith(BODY) else 20
     with connect(unharmed) as slow:
@@ -324,7 +341,9 @@ def test_a_client_that_stops_in_the_middle_is_not_waited_for(unharmed: Running) 
 
 
 def test_requests_in_a_row_are_answered_in_their_order(unharmed: Running) -> None:
-    bodies = [json.dumps({"instances": GOOD["instances"][:1] * count}).encode() for count in range(1, 40)]
+    bodies = [
+        json.dumps({"instances": GOOD["instances"][:1] * count}).encode() for count in range(1, 40)
+    ]
     with connect(unharmed) as connection, connection.makefile("rb") as stream:
         connection.sendall(b"".join(map(request, bodies)))
         for count in range(1, 40):
@@ -348,7 +367,9 @@ def chunks(*parts: bytes) -> bytes:
 
 def test_a_body_may_come_in_chunks(unharmed: Running) -> None:
     with connect(unharmed) as connection:
-        connection.sendall(request(chunks(*(bytes([byte]) for byte in BODY), b""), "Transfer-Encoding: chunked"))
+        connection.sendall(
+            request(chunks(*(bytes([byte]) for byte in BODY), b""), "Transfer-Encoding: chunked")
+        )
         assert read(connection) == (200, ask(unharmed))
 
 
@@ -385,7 +406,15 @@ def test_a_wrong_length_is_told(unharmed: Running, said: int) -> None:
         request(BODY, "Content-Length: 5", "Content-Length: 6"),
         request(b"zz\r\n", "Transfer-Encoding: chunked"),
     ],
-    ids=["long header", "many headers", "TLS", "no version", "negative length", "two lengths", "no chunk"],
+    ids=[
+        "long header",
+        "many headers",
+        "TLS",
+        "no version",
+        "negative length",
+        "two lengths",
+        "no chunk",
+    ],
 )
 def test_what_is_not_http_is_told_in_json(unharmed: Running, head: bytes) -> None:
     with connect(unharmed) as connection:
@@ -405,7 +434,9 @@ def test_clients_that_hang_up_in_the_middle_of_the_answer(unharmed: Running) -> 
             connection.sendall(request(LARGE))
             if number % 2:
                 connection.recv(1)
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # reset, not closed
+                connection.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0"
+                )  # reset, not closed
         ask(unharmed)
 
 

@@ -25,10 +25,21 @@ Make = Callable[..., subprocess.CompletedProcess[str]]
 
 def make(project: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
     """Run make in a project as a person would; nothing of this test run's own environment counts."""
-    own = ("VIRTUAL_ENV", "PYTHONPATH", "MAKEFLAGS", "MAKELEVEL", "RUFF_CACHE_DIR", "MYPY_CACHE_DIR")
+    own = (
+        "VIRTUAL_ENV",
+        "PYTHONPATH",
+        "MAKEFLAGS",
+        "MAKELEVEL",
+        "RUFF_CACHE_DIR",
+        "MYPY_CACHE_DIR",
+    )
     environment = {name: value for name, value in os.environ.items() if name not in own}
-    done = subprocess.run(["make", *arguments], cwd=project, env=environment, capture_output=True, text=True)
-    assert done.returncode == code, f"make {' '.join(arguments)}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    done = subprocess.run(
+        ["make", *arguments], cwd=project, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == code, (
+        f"make {' '.join(arguments)}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    )
     assert "Traceback" not in done.stderr
     return done
 
@@ -109,14 +120,21 @@ def test_level_0_reads_digits_and_answers_in_a_picture(project: Path) -> None:
     assert "██" in answer
     assert "truth" in answer
     assert newest_run(project).name in make(project, "runs").stdout
-    assert newest_run(project).name in make(project / "level_0_manual", "runs").stdout  # from the level's folder too
+    assert (
+        newest_run(project).name in make(project / "level_0_manual", "runs").stdout
+    )  # from the level's folder too
 
 
-def test_level_0_on_other_real_data_by_editing_the_data_block_alone(project: Path, settings) -> None:
+def test_level_0_on_other_real_data_by_editing_the_data_block_alone(
+    project: Path, settings
+) -> None:
     settings(source="sample:breast_cancer", label="diagnosis")
-    make(project, "level0", "SET=train.epochs=15")
+    make(project, "level0", "SET=hyperparameters.epochs=15")
     assert metrics(project)["accuracy"] > 0.93
-    assert json.loads((newest_run(project) / "settings.json").read_text())["train"]["epochs"] == 15
+    assert (
+        json.loads((newest_run(project) / "settings.json").read_text())["hyperparameters"]["epochs"]
+        == 15
+    )
 
 
 def mixed_rows() -> list[list[object]]:
@@ -131,7 +149,9 @@ def mixed_rows() -> list[list[object]]:
     return rows
 
 
-def test_level_0_on_a_mixed_file_with_strings_blanks_and_an_id(project: Path, settings, tmp_path: Path) -> None:
+def test_level_0_on_a_mixed_file_with_strings_blanks_and_an_id(
+    project: Path, settings, tmp_path: Path
+) -> None:
     rows = mixed_rows()
     with (project / "fruit.csv").open("w", newline="", encoding="utf-8") as stream:
         csv.writer(stream).writerows(rows)
@@ -145,7 +165,9 @@ def test_level_0_on_a_mixed_file_with_strings_blanks_and_an_id(project: Path, se
         csv.writer(stream).writerows([cells[1:4] for cells in rows[:30]])
     answers = list(csv.DictReader(io.StringIO(make(project, "predict", f"CSV={new}").stdout)))
     assert len(answers) == 29
-    right = sum(answer["prediction"] == row[4] for answer, row in zip(answers, rows[1:30], strict=True))
+    right = sum(
+        answer["prediction"] == row[4] for answer, row in zip(answers, rows[1:30], strict=True)
+    )
     assert right >= 24
 
 
@@ -166,7 +188,7 @@ def test_a_notebook_out_of_step_stops_training_and_sync_mends_it(project: Path) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("level0", "SET=train.epochs=many"), "train.epochs"),
+        (("level0", "SET=hyperparameters.epochs=many"), "hyperparameters.epochs"),
         (("level0", "SET=gate.threshold=1.5"), "gate.threshold: should be less than or equal to 1"),
         (("level0", "SET=data.label=colour"), "no label column 'colour'"),
         (("predict",), "give ROW"),
@@ -201,14 +223,18 @@ def test_projects_of_other_answers_are_clean(
 ) -> None:
     other = generate(tmp_path, **answers)
     venv = f"VENV={project / '.venv'}"
-    environment = {**os.environ, "PYTHONPATH": "src"}
+    environment = {**os.environ, "PYTHONPATH": "src:."}
     command = ["make", "lint", venv, "-o", str(project / ".venv" / ".ready")]
     done = subprocess.run(command, cwd=other, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     code = "from project.settings import load; print(load('').description)"
     python = project / ".venv" / "bin" / "python"
-    read = subprocess.run([python, "-c", code], cwd=other, env=environment, capture_output=True, text=True)
-    assert read.stdout.rstrip("\n") == answers.get("description", "Reads handwritten digits."), read.stderr
+    read = subprocess.run(
+        [python, "-c", code], cwd=other, env=environment, capture_output=True, text=True
+    )
+    assert read.stdout.rstrip("\n") == answers.get("description", "Reads handwritten digits."), (
+        read.stderr
+    )
 
 
 @pytest.fixture
@@ -223,14 +249,23 @@ def jupyter(project: Path, tmp_path: Path):
     )
     environment = {**os.environ, "JUPYTER_CONFIG_DIR": str(tmp_path), "HOME": str(tmp_path)}
     command = ["make", "notebook"]
-    server = subprocess.Popen(command, cwd=project, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    server = subprocess.Popen(
+        command,
+        cwd=project,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
     def call(path: str, content: object = None) -> dict[str, Any]:
         body = None if content is None else json.dumps(content).encode()
         method = "GET" if content is None else "PUT"
         headers = {"Authorization": "token secret", "Content-Type": "application/json"}
         address = f"http://127.0.0.1:{port}/api/{path}"
-        with urllib.request.urlopen(urllib.request.Request(address, body, headers, method=method)) as answer:
+        with urllib.request.urlopen(
+            urllib.request.Request(address, body, headers, method=method)
+        ) as answer:
             document: dict[str, Any] = json.load(answer)
         return document
 
@@ -254,7 +289,9 @@ def test_a_save_in_jupyter_writes_the_module_too(project: Path, jupyter) -> None
     opened = jupyter(f"contents/{notebook}")
     for cell in opened["content"]["cells"]:
         cell["source"] = cell["source"].replace("min(50,", "min(45,")
-    jupyter(f"contents/{notebook}", {"type": "notebook", "format": "json", "content": opened["content"]})
+    jupyter(
+        f"contents/{notebook}", {"type": "notebook", "format": "json", "content": opened["content"]}
+    )
     assert "min(45," in module.read_text()
     assert "in step" in make(project, "sync", "FROM=notebook").stdout
     assert not list((project / "level_0_manual").glob("*.py"))
@@ -263,9 +300,14 @@ def test_a_save_in_jupyter_writes_the_module_too(project: Path, jupyter) -> None
 
 
 def test_a_notebook_of_ones_own_gets_no_module(project: Path, jupyter) -> None:
-    cells = [{"cell_type": "code", "source": "1", "metadata": {}, "outputs": [], "execution_count": None}]
+    cells = [
+        {"cell_type": "code", "source": "1", "metadata": {}, "outputs": [], "execution_count": None}
+    ]
     content = {"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 4}
     before = set((project / "src" / "trainer").iterdir())
-    jupyter("contents/level_0_manual/mine.ipynb", {"type": "notebook", "format": "json", "content": content})
+    jupyter(
+        "contents/level_0_manual/mine.ipynb",
+        {"type": "notebook", "format": "json", "content": content},
+    )
     (project / "level_0_manual" / "mine.ipynb").unlink()
     assert set((project / "src" / "trainer").iterdir()) == before

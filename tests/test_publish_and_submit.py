@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launcher import containers, kfp_publish
-from rehearsal.kfp_templates import FakeTemplateRegistry
-from rehearsal.storage import FakeStorage
-from rehearsal.vertex import FakeVertex
+from level_1_pipeline import containers
+from level_2_cicd.kfp_compile_container import main as kfp_compile
+from level_2_cicd.rehearsal.kfp_templates import FakeTemplateRegistry
+from level_2_cicd.rehearsal.storage import FakeStorage
+from level_2_cicd.rehearsal.vertex import FakeVertex
 
 pytestmark = pytest.mark.heavy
 
-DIGESTS = {name: f"example.com/{name}@sha256:{'0' * 64}" for name in kfp_publish.IMAGES}
+DIGESTS = {name: f"example.com/{name}@sha256:{'0' * 64}" for name in kfp_compile.IMAGES}
 WHERE = ["--project", "my-project", "--region", "europe-west4", "--pipeline-root", "gs://root/runs"]
 Done = subprocess.CompletedProcess[str]
 
@@ -32,14 +33,18 @@ def project(generate: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
     path = folder / "project.yaml"
     text = path.read_text(encoding="utf-8")
     text = text.replace('"sample:digits"', '"gs://rows/digits.csv"', 1)
-    path.write_text(text.replace('dev: {project: ""', 'dev: {project: "my-project"', 1), encoding="utf-8")
+    path.write_text(
+        text.replace('dev: {project: ""', 'dev: {project: "my-project"', 1), encoding="utf-8"
+    )
     return folder
 
 
 class Cloud:
     """The fakes, and the environment in which commands find them."""
 
-    def __init__(self, vertex: FakeVertex, storage: FakeStorage, templates: FakeTemplateRegistry) -> None:
+    def __init__(
+        self, vertex: FakeVertex, storage: FakeStorage, templates: FakeTemplateRegistry
+    ) -> None:
         self.vertex, self.storage, self.templates = vertex, storage, templates
         self.variables = {
             "CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM": vertex.address,
@@ -55,17 +60,28 @@ class Cloud:
 def cloud(tmp_path: Path) -> Iterator[Cloud]:
     """All fakes, with the bucket."""
     (tmp_path / "my-project-digit-reader-storage").mkdir()
-    with FakeVertex() as vertex, FakeStorage(tmp_path) as storage, FakeTemplateRegistry() as templates:
+    with (
+        FakeVertex() as vertex,
+        FakeStorage(tmp_path) as storage,
+        FakeTemplateRegistry() as templates,
+    ):
         yield Cloud(vertex, storage, templates)
 
 
 def images_of(project: Path, names: list[str]) -> dict[str, str]:
     """Container → its image, built unless it is there."""
-    environment = {**os.environ, "RUN_PYTHON": sys.executable, "PYTHONPATH": str(project / "src")}
+    environment = {
+        **os.environ,
+        "RUN_PYTHON": sys.executable,
+        "PYTHONPATH": f"{project / 'src'}:{project}",
+    }
     command = [str(project / "level_1_pipeline" / "build_containers.sh"), *names]
     done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    return {container.name: containers.image(container, project.name) for container in containers.find(project, names)}
+    return {
+        container.name: containers.image(container, project.name)
+        for container in containers.find(project, names)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +95,20 @@ def contain(images: dict[str, str], project: Path, cloud: Cloud) -> Callable[...
     """The command that runs a module in its container: any user, a read-only root, the project's folder to be read."""
 
     def contain(name: str, *command: str) -> list[str]:
-        variables = [word for key, value in cloud.variables.items() for word in ("--env", f"{key}={value}")]
-        how = ["--rm", "--init", "--read-only", "--tmpfs", "/tmp", "--user", "12345:12345", "--network", "host"]
+        variables = [
+            word for key, value in cloud.variables.items() for word in ("--env", f"{key}={value}")
+        ]
+        how = [
+            "--rm",
+            "--init",
+            "--read-only",
+            "--tmpfs",
+            "/tmp",
+            "--user",
+            "12345:12345",
+            "--network",
+            "host",
+        ]
         mounted = ["--volume", f"{project}:/workspace:ro", "--workdir", "/workspace"]
         return ["docker", "run", *how, *mounted, *variables, images[name], "python", "-m", *command]
 
@@ -91,13 +119,31 @@ def run(command: list[str]) -> Done:
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_the_containers_publish_and_start_the_pipeline(contain: Callable[..., list[str]], cloud: Cloud) -> None:
+def test_the_containers_publish_and_start_the_pipeline(
+    contain: Callable[..., list[str]], cloud: Cloud
+) -> None:
     registry = f"{cloud.templates.address}/my-project/digit-reader-templates"
-    publish = ["launcher.kfp_publish", "--images", json.dumps(DIGESTS), "--templates", registry, "--commit", "1A2b"]
+    publish = [
+        "level_2_cicd.kfp_compile_container.main",
+        "--images",
+        json.dumps(DIGESTS),
+        "--templates",
+        registry,
+        "--commit",
+        "1A2b",
+    ]
     done = run(contain("kfp_compile", *publish))
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads(done.stdout)
-    start = ["launcher.kfp_submit", "--parameters", told["parameters"], *WHERE, "--wait", "--poll", "0"]
+    start = [
+        "gcp.pipeline_run",
+        "--parameters",
+        told["parameters"],
+        *WHERE,
+        "--wait",
+        "--poll",
+        "0",
+    ]
     for template in (told["template"], told["pipeline"]):
         done = run(contain("kfp_run", *start, "--template", template, "--event", template))
         assert done.returncode == 0, done.stdout + done.stderr
@@ -114,7 +160,11 @@ def test_the_containers_publish_and_start_the_pipeline(contain: Callable[..., li
     assert values["csv"] == "gs://rows/digits.csv"
     assert values["serving"]["image"] == DIGESTS["predict"]
 
-    done = run(contain("kfp_run", *start, "--template", told["pipeline"], "--event", "x", "--set", "treshold=1"))
+    done = run(
+        contain(
+            "kfp_run", *start, "--template", told["pipeline"], "--event", "x", "--set", "treshold=1"
+        )
+    )
     assert done.returncode == 2
     assert "did you mean 'threshold'?" in done.stderr
     assert "Traceback" not in done.stderr
@@ -134,17 +184,40 @@ def test_the_containers_are_small(images: dict[str, str]) -> None:
 @pytest.fixture(scope="module")
 def published(project: Path) -> list[str]:
     """The options that name the pipeline and its parameters."""
-    publish = ["launcher.kfp_publish", "--images", json.dumps(DIGESTS), "--output", "build", "--dry-run"]
-    environment = {**os.environ, "PYTHONPATH": str(project / "src")}
-    subprocess.run([sys.executable, "-m", *publish], cwd=project, env=environment, check=True, capture_output=True)
-    return ["--template", str(project / "build/pipeline.json"), "--parameters", str(project / "build/parameters.json")]
+    publish = [
+        "level_2_cicd.kfp_compile_container.main",
+        "--images",
+        json.dumps(DIGESTS),
+        "--output",
+        "build",
+        "--dry-run",
+    ]
+    environment = {**os.environ, "PYTHONPATH": f"{project / 'src'}:{project}"}
+    subprocess.run(
+        [sys.executable, "-m", *publish],
+        cwd=project,
+        env=environment,
+        check=True,
+        capture_output=True,
+    )
+    return [
+        "--template",
+        str(project / "build/pipeline.json"),
+        "--parameters",
+        str(project / "build/parameters.json"),
+    ]
 
 
 @pytest.fixture
 def submit(project: Path, published: list[str], cloud: Cloud) -> list[str]:
     """The command."""
     variables = [f"{key}={value}" for key, value in cloud.variables.items()]
-    python = [f"PYTHONPATH={project / 'src'}", sys.executable, "-m", "launcher.kfp_submit"]
+    python = [
+        f"PYTHONPATH={project / 'src'}:{project}",
+        sys.executable,
+        "-m",
+        "level_2_cicd.kfp_run_container.main",
+    ]
     return ["env", *variables, *python, *published, *WHERE]
 
 
@@ -158,8 +231,13 @@ def test_processes_at_once_start_one_run(submit: list[str], cloud: Cloud) -> Non
     assert len({text.removeprefix("already ") for text in told}) == 1
 
 
-@pytest.mark.parametrize("fault", [{"status": 503}, {"status": 0}, {"status": 503, "done": True}, {"status": 0, "done": True}])
-def test_an_error_at_any_call_ends_with_one_run(submit: list[str], cloud: Cloud, fault: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "fault",
+    [{"status": 503}, {"status": 0}, {"status": 503, "done": True}, {"status": 0, "done": True}],
+)
+def test_an_error_at_any_call_ends_with_one_run(
+    submit: list[str], cloud: Cloud, fault: dict[str, Any]
+) -> None:
     index = 0
     while True:
         cloud.vertex.fail(after=index, **fault)
@@ -177,11 +255,15 @@ def test_an_error_at_any_call_ends_with_one_run(submit: list[str], cloud: Cloud,
 
 @pytest.mark.parametrize("cancel", [False, True])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stopped_while_it_follows(submit: list[str], cloud: Cloud, cancel: bool, number: signal.Signals) -> None:
+def test_stopped_while_it_follows(
+    submit: list[str], cloud: Cloud, cancel: bool, number: signal.Signals
+) -> None:
     cloud.vertex.job_states = ("RUNNING",) * 10_000
     options = ["--cancel-on-exit"] if cancel else []
     command = [*submit, "--event", "a push", "--wait", "--poll", "0.05", *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         limit = time.monotonic() + 60
         while not cloud.vertex.calls("pipelineJobs.get"):
             assert time.monotonic() < limit, "it does not look"
@@ -192,6 +274,8 @@ def test_stopped_while_it_follows(submit: list[str], cloud: Cloud, cancel: bool,
         finally:
             process.kill()  # or a mistake would wait for ever
     assert process.returncode == 128 + number, err
-    assert out.splitlines()[-1] == ("stopped; the run is cancelled" if cancel else "stopped; the run goes on")
+    assert out.splitlines()[-1] == (
+        "stopped; the run is cancelled" if cancel else "stopped; the run goes on"
+    )
     assert len(cloud.vertex.calls("pipelineJobs.cancel")) == int(cancel)
     assert not re.search("Traceback", err)

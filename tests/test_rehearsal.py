@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from rehearsal.vertex import FakeVertex
+from level_2_cicd.rehearsal.vertex import FakeVertex
 
 from tests.vertex_calls import PLACE, SPEC, custom_job, send, states, traffic_of
 
@@ -26,7 +26,15 @@ def served(
     template: Path, tmp_path: Path
 ) -> Iterator[tuple[subprocess.Popen[str], dict[str, str]]]:
     """The process of `python -m rehearsal`, and the variables that it prints."""
-    command = [sys.executable, "-m", "rehearsal", "--port", "0", "--buckets", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "level_2_cicd.rehearsal",
+        "--port",
+        "0",
+        "--buckets",
+        str(tmp_path),
+    ]
     process = subprocess.Popen(
         [*command, "--bucket", "my-bucket"],
         cwd=template / "level_2_cicd",
@@ -67,7 +75,7 @@ def test_each_call_is_one_line_and_sigterm_ends_it(
 
 def test_a_port_in_use_is_reported(template: Path, vertex: FakeVertex) -> None:
     port = vertex.address.rpartition(":")[2]
-    command = [sys.executable, "-m", "rehearsal", "--port", port]
+    command = [sys.executable, "-m", "level_2_cicd.rehearsal", "--port", port]
     folder = template / "level_2_cicd"
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 2

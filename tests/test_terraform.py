@@ -14,13 +14,29 @@ from typing import Any
 
 import pytest
 import yaml
-from launcher import kfp_compile, published, request_message, request_run, trigger
-from launcher import terraform as launcher_terraform
-from project import cloud, settings, storage
-from project.errors import UserError
-from rehearsal.storage import FakeStorage
+from core.errors import UserError
+from gcp import environment as environments
+from gcp import pipeline_version, storage
+from gcp.environment import Environment, resolve_environment
+from level_1_pipeline import compile as pipeline_compiler
+from level_2_cicd import infra
+from level_2_cicd import request as request_run
+from level_2_cicd.rehearsal.storage import FakeStorage
+from level_2_cicd.trigger_function_container import events
+from level_2_cicd.trigger_function_container import request as request_message
+from project.settings import load_settings
 
-from tests.terraform import EXISTING, FACTORS, IMAGES, PROJECTS, Configuration, Plan, pairwise, read_settings, settings_of
+from tests.terraform import (
+    EXISTING,
+    FACTORS,
+    IMAGES,
+    PROJECTS,
+    Configuration,
+    Plan,
+    pairwise,
+    read_settings,
+    settings_of,
+)
 from tests.test_cloudbuild import used
 
 pytestmark = pytest.mark.heavy
@@ -59,17 +75,26 @@ def terraform() -> None:
 
 
 @pytest.fixture(scope="module")
-def copies(terraform: None, default_project: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Configuration]:
+def copies(
+    terraform: None, default_project: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Configuration]:
     """Both configurations, initialised."""
-    return {part: Configuration.of(default_project, tmp_path_factory.mktemp("terraform") / "copy", part) for part in PARTS}
+    return {
+        part: Configuration.of(default_project, tmp_path_factory.mktemp("terraform") / "copy", part)
+        for part in PARTS
+    }
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: "+".join(map(str, case.values())))
-def planned(request: pytest.FixtureRequest, copies: dict[str, Configuration], default_project: Path) -> Planned:
+def planned(
+    request: pytest.FixtureRequest, copies: dict[str, Configuration], default_project: Path
+) -> Planned:
     case = request.param
     document = settings_of(read_settings(default_project), case)
     foundation = copies["foundation"].plan(case["environment"], document)
-    return Planned(case, document, foundation, copies[""].plan(case["environment"], document, IMAGES))
+    return Planned(
+        case, document, foundation, copies[""].plan(case["environment"], document, IMAGES)
+    )
 
 
 def addresses(plan: Plan, pattern: str) -> list[str]:
@@ -155,9 +180,13 @@ def test_each_actor_has_one_account_and_every_grant_a_reason(planned: Planned) -
 
 def pool_users(foundation: Plan) -> set[str]:
     """The actors that may build in the project's private pool."""
-    users = [each for each in iam_members(foundation) if each[1] == "roles/cloudbuild.workerPoolUser"]
+    users = [
+        each for each in iam_members(foundation) if each[1] == "roles/cloudbuild.workerPoolUser"
+    ]
     assert all(kind == "google_project_iam_member" for kind, _, _ in users)
-    return {re.sub(r"serviceAccount:digit-reader-(\w+)@.*", r"\1", member) for _, _, member in users}
+    return {
+        re.sub(r"serviceAccount:digit-reader-(\w+)@.*", r"\1", member) for _, _, member in users
+    }
 
 
 def test_accounts_that_start_builds_may_use_the_own_private_pool(planned: Planned) -> None:
@@ -167,11 +196,17 @@ def test_accounts_that_start_builds_may_use_the_own_private_pool(planned: Planne
     assert pool_users(planned.foundation) == (starters if own else set())
 
 
-@pytest.mark.parametrize(("project", "users"), [("my-project-dev", {"build", "deployer"}), ("my-project", set())])
+@pytest.mark.parametrize(
+    ("project", "users"), [("my-project-dev", {"build", "deployer"}), ("my-project", set())]
+)
 def test_existing_pool_is_used_without_private_mode(
     copies: dict[str, Configuration], default_project: Path, project: str, users: set[str]
 ) -> None:
-    case = next(case for case in CASES if not case["private"] and not case["existing"] and case["ci"] == "gitlab")
+    case = next(
+        case
+        for case in CASES
+        if not case["private"] and not case["existing"] and case["ci"] == "gitlab"
+    )
     document = settings_of(read_settings(default_project), {**case, "environment": "dev"})
     pool = f"projects/{project}/locations/europe-west4/workerPools/theirs"
     document["cloud"]["environments"]["dev"]["existing"] = {"build_pool": pool}
@@ -213,20 +248,41 @@ AGENTS = {  # from Google's documentation: the service agents that encrypt with 
 }
 # Resource type → its key, and where the resource names it.
 KEYS: dict[str, tuple[str, Any]] = {
-    "google_storage_bucket": ("storage", lambda values: [each["default_kms_key_name"] for each in values["encryption"]]),
+    "google_storage_bucket": (
+        "storage",
+        lambda values: [each["default_kms_key_name"] for each in values["encryption"]],
+    ),
     "google_artifact_registry_repository": ("registry", lambda values: [values["kms_key_name"]]),
     "google_pubsub_topic": ("pubsub", lambda values: [values["kms_key_name"]]),
-    "google_vertex_ai_metadata_store": ("vertex", lambda values: [each["kms_key_name"] for each in values["encryption_spec"]]),
-    "google_vertex_ai_endpoint": ("vertex", lambda values: [each["kms_key_name"] for each in values["encryption_spec"]]),
-    "google_cloud_run_v2_service": ("run", lambda values: [values["template"][0]["encryption_key"]]),
-    "google_cloud_run_v2_job": ("run", lambda values: [values["template"][0]["template"][0]["encryption_key"]]),
+    "google_vertex_ai_metadata_store": (
+        "vertex",
+        lambda values: [each["kms_key_name"] for each in values["encryption_spec"]],
+    ),
+    "google_vertex_ai_endpoint": (
+        "vertex",
+        lambda values: [each["kms_key_name"] for each in values["encryption_spec"]],
+    ),
+    "google_cloud_run_v2_service": (
+        "run",
+        lambda values: [values["template"][0]["encryption_key"]],
+    ),
+    "google_cloud_run_v2_job": (
+        "run",
+        lambda values: [values["template"][0]["template"][0]["encryption_key"]],
+    ),
     "google_composer_environment": (
         "airflow",
-        lambda values: [each["kms_key_name"] for each in values["config"][0].get("encryption_config") or []],
+        lambda values: [
+            each["kms_key_name"] for each in values["config"][0].get("encryption_config") or []
+        ],
     ),
     "google_workbench_instance": (
         "compute",
-        lambda values: [disk["kms_key"] for disks in ("boot_disk", "data_disks") for disk in values["gce_setup"][0][disks]],
+        lambda values: [
+            disk["kms_key"]
+            for disks in ("boot_disk", "data_disks")
+            for disk in values["gce_setup"][0][disks]
+        ],
     ),
 }
 KEY_ATTRIBUTE = re.compile(r"kms_key|encryption_key$|crypto_key(?!_id)|kms_key_name")
@@ -246,11 +302,17 @@ def test_resources_use_their_customer_managed_key(planned: Planned) -> None:
             assert not planned.customer_managed or all(keys), resource["address"]
 
 
-def test_every_resource_that_supports_a_key_is_listed(copies: dict[str, Configuration], planned: Planned) -> None:
+def test_every_resource_that_supports_a_key_is_listed(
+    copies: dict[str, Configuration], planned: Planned
+) -> None:
     """Checks the providers' schemas of all planned resource types."""
     for part, plan in (("", planned.stack), ("foundation", planned.foundation)):
         schemas = _schemas(copies[part])
-        supporting = {kind for kind in plan.types() if KEY_ATTRIBUTE.search(" ".join(_attributes(schemas[kind]["block"])))}
+        supporting = {
+            kind
+            for kind in plan.types()
+            if KEY_ATTRIBUTE.search(" ".join(_attributes(schemas[kind]["block"])))
+        }
         # The key itself; and a trigger's key for secrets in an inline build, which we do not have.
         assert supporting - KEYS.keys() <= {"google_kms_crypto_key", "google_cloudbuild_trigger"}
 
@@ -438,33 +500,55 @@ def test_options_create_their_resources(planned: Planned) -> None:
 
 
 # ── names ──────────────────────────────────────────────────────────────────────────────────────
-def place_of(planned: Planned, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> cloud.Place:
+def place_of(planned: Planned, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Environment:
     (tmp_path / "project.yaml").write_text(yaml.safe_dump(planned.document), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    return cloud.place(settings.load(""), planned.case["environment"])
+    return resolve_environment(load_settings(""), planned.case["environment"])
 
 
-def test_terraform_and_python_derive_the_same_names(planned: Planned, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_terraform_and_python_derive_the_same_names(
+    planned: Planned, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     place = place_of(planned, monkeypatch, tmp_path)
     foundation, stack = planned.foundation, planned.stack
     made = {bucket["name"] for bucket in foundation.of("google_storage_bucket")}
-    named = {address.removeprefix("gs://") for address in (place.pipeline_root, place.storage, place.data)}
-    assert made == named - ({"their-data"} if planned.case["existing"] else set()) | {place.terraform_state}
-    accounts = {account["account_id"]: account for account in foundation.of("google_service_account")}
-    for actor in cloud.ACTORS:
+    named = {
+        address.removeprefix("gs://")
+        for address in (place.pipeline_root, place.storage, place.data)
+    }
+    assert made == named - ({"their-data"} if planned.case["existing"] else set()) | {
+        place.terraform_state
+    }
+    accounts = {
+        account["account_id"]: account for account in foundation.of("google_service_account")
+    }
+    for actor in environments.ACTORS:
         if f"digit-reader-{actor}" in accounts:
-            assert place.account(actor) == f"digit-reader-{actor}@{planned.project}.iam.gserviceaccount.com"
-    topics = {f"projects/{planned.project}/topics/{topic['name']}" for topic in foundation.of("google_pubsub_topic")}
-    assert topics == {place.topic(kind) for kind in cloud.TOPICS}
-    repositories = {one["repository_id"]: one["format"] for one in foundation.of("google_artifact_registry_repository")}
+            assert (
+                place.account(actor)
+                == f"digit-reader-{actor}@{planned.project}.iam.gserviceaccount.com"
+            )
+    topics = {
+        f"projects/{planned.project}/topics/{topic['name']}"
+        for topic in foundation.of("google_pubsub_topic")
+    }
+    assert topics == {place.topic(kind) for kind in environments.TOPICS}
+    repositories = {
+        one["repository_id"]: one["format"]
+        for one in foundation.of("google_artifact_registry_repository")
+    }
     assert repositories[place.templates.rsplit("/", 1)[1]] == "KFP"
     if not planned.case["existing"]:
         assert repositories[place.images.rsplit("/", 1)[1]] == "DOCKER"
     [endpoint] = stack.of("google_vertex_ai_endpoint")
     assert endpoint["display_name"] == place.name
-    assert [block["kms_key_name"] for block in endpoint["encryption_spec"]] == ([place.key] if place.key else [])
+    assert [block["kms_key_name"] for block in endpoint["encryption_spec"]] == (
+        [place.key] if place.key else []
+    )
     [function] = stack.of("google_cloud_run_v2_service")
-    environment = {one["name"]: one["value"] for one in function["template"][0]["containers"][0]["env"]}
+    environment = {
+        one["name"]: one["value"] for one in function["template"][0]["containers"][0]["env"]
+    }
     assert environment == {
         "PROJECT": place.project,
         "REGION": place.region,
@@ -477,35 +561,47 @@ def test_terraform_and_python_derive_the_same_names(planned: Planned, monkeypatc
         "DATA_SOURCE": "gs://rows/all.csv" if planned.case["more"] else "",
         "FOLD_MINUTES": "30" if planned.case["more"] else "0",
     }
-    assert environment.keys() == trigger.RULES.keys()
-    trigger.read_place(environment)
+    assert environment.keys() == events.RULES.keys()
+    events.read_place(environment)
     [notification] = stack.of("google_storage_notification")
-    assert set(notification["event_types"]) == {trigger.FINALIZE, trigger.ARCHIVE, trigger.DELETE}
+    assert set(notification["event_types"]) == {events.FINALIZE, events.ARCHIVE, events.DELETE}
     assert notification["payload_format"] == "JSON_API_V1"
-    assert f"gs://{notification['bucket']}/{notification['object_name_prefix']}" == f"{place.incoming}/"
+    assert (
+        f"gs://{notification['bucket']}/{notification['object_name_prefix']}"
+        == f"{place.incoming}/"
+    )
     if planned.case["private"]:
         [attachment] = foundation.of("google_compute_network_attachment")
         attached = f"projects/{place.project}/regions/{place.region}/networkAttachments/{attachment['name']}"
         assert attached == place.network_attachment
 
 
-def test_topic_and_schedule_use_the_functions_request_schema(planned: Planned, default_project: Path) -> None:
+def test_topic_and_schedule_use_the_functions_request_schema(
+    planned: Planned, default_project: Path
+) -> None:
     definition = (default_project / request_run.SCHEMA).read_text(encoding="utf-8")
     [schema] = planned.foundation.of("google_pubsub_schema")
     assert (schema["type"], schema["definition"]) == ("AVRO", definition)
-    topics = {topic["name"]: topic["schema_settings"] for topic in planned.foundation.of("google_pubsub_topic")}
+    topics = {
+        topic["name"]: topic["schema_settings"]
+        for topic in planned.foundation.of("google_pubsub_topic")
+    }
     assert [block["encoding"] for block in topics.pop("digit-reader-requests")] == ["JSON"]
     assert not any(topics.values())
     fields = request_message.read_fields(default_project / request_run.SCHEMA)
     for schedule in planned.stack.of("google_cloud_scheduler_job"):
         if schedule["name"] == "digit-reader-schedule":
-            message = request_message.decode(base64.b64decode(schedule["pubsub_target"][0]["data"]), fields)
-            assert (message["event"], message["parameters"]) == (trigger.SCHEDULE, "{}")
+            message = request_message.decode(
+                base64.b64decode(schedule["pubsub_target"][0]["data"]), fields
+            )
+            assert (message["event"], message["parameters"]) == (events.SCHEDULE, "{}")
 
 
-def test_the_pipeline_is_published_under_its_name(monkeypatch: pytest.MonkeyPatch, default_project: Path) -> None:
+def test_the_pipeline_is_published_under_its_name(
+    monkeypatch: pytest.MonkeyPatch, default_project: Path
+) -> None:
     monkeypatch.chdir(default_project)
-    assert kfp_compile.load_definition().NAME == published.NAME == "train-and-register"
+    assert pipeline_compiler.load_definition().NAME == pipeline_version.NAME == "train-and-register"
 
 
 _NAME = r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?"
@@ -543,17 +639,24 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case["private"] and not case["existing"]][:2])
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case["private"] and not case["existing"]][:2]
+)
 @pytest.mark.parametrize("slug", ["a-" + 17 * "b" + "9", "abc"])
 def test_longest_and_shortest_names_satisfy_googles_rules(
     copies: dict[str, Configuration], default_project: Path, case: dict[str, Any], slug: str
 ) -> None:
-    document = settings_of(read_settings(default_project), {**case, "encryption": "customer-managed", "more": True})
+    document = settings_of(
+        read_settings(default_project), {**case, "encryption": "customer-managed", "more": True}
+    )
     document["name"] = slug
     for where in document["cloud"]["environments"].values():
         kind = where["project"].rpartition("-")[2]
         where["project"] = f"p-{kind}-{30 * 'x'}"[:30]
-    plans = copies["foundation"].plan(case["environment"], document), copies[""].plan(case["environment"], document, IMAGES)
+    plans = (
+        copies["foundation"].plan(case["environment"], document),
+        copies[""].plan(case["environment"], document, IMAGES),
+    )
     seen = set()
     for plan in plans:
         for resource in plan.resources:
@@ -562,7 +665,12 @@ def test_longest_and_shortest_names_satisfy_googles_rules(
                 assert re.fullmatch(rule, resource["values"][key]), resource["address"]
                 seen.add(resource["type"])
     assert len(seen) >= 18
-    labels = [value for plan in plans for one in plan.resources for value in (one["values"].get("labels") or {}).values()]
+    labels = [
+        value
+        for plan in plans
+        for one in plan.resources
+        for value in (one["values"].get("labels") or {}).values()
+    ]
     assert all(re.fullmatch(r"[\w@.-]{0,63}", label) for label in labels if "@" not in label)
 
 
@@ -581,16 +689,22 @@ def test_format_validity_and_terraforms_own_tests(
     copy = Configuration.of(default_project, tmp_path / "copy", part, version)
     for path in sorted(copy.folder.rglob("*.hcl")) + sorted(copy.folder.glob("*.tf")):
         assert (
-            "mock_provider" in path.read_text(encoding="utf-8") or path.suffix == ".tf" or path.name.startswith(".terraform")
+            "mock_provider" in path.read_text(encoding="utf-8")
+            or path.suffix == ".tf"
+            or path.name.startswith(".terraform")
         ), path
     copy.run("fmt", "-check", "-recursive")
     assert "Success! The configuration is valid" in copy.run("validate")
     assert re.search(r"Success! [1-9]\d* passed, 0 failed", copy.run("test"))
 
 
-def test_variables_are_described_and_validated(copies: dict[str, Configuration], default_project: Path) -> None:
+def test_variables_are_described_and_validated(
+    copies: dict[str, Configuration], default_project: Path
+) -> None:
     document = settings_of(read_settings(default_project), CASES[0])
-    configuration = Plan(copies[""].plan("dev", document, IMAGES).document).document["configuration"]["root_module"]
+    configuration = Plan(copies[""].plan("dev", document, IMAGES).document).document[
+        "configuration"
+    ]["root_module"]
     assert all(variable.get("description") for variable in configuration["variables"].values())
     options = copies[""].variables("dev", document)
     for option, message in (
@@ -611,7 +725,11 @@ def test_variables_are_described_and_validated(copies: dict[str, Configuration],
     ],
 )
 def test_invalid_project_yaml_fails_the_plan_with_a_clear_error(
-    copies: dict[str, Configuration], default_project: Path, change: dict[str, str], environment: str, message: str
+    copies: dict[str, Configuration],
+    default_project: Path,
+    change: dict[str, str],
+    environment: str,
+    message: str,
 ) -> None:
     document = settings_of(read_settings(default_project), CASES[0])
     document["cloud"]["environments"]["dev"].update(change)
@@ -619,15 +737,21 @@ def test_invalid_project_yaml_fails_the_plan_with_a_clear_error(
         assert message in plan_error(copies[part], *copies[part].variables(environment, document))
 
 
-def test_plan_fails_without_a_repository(copies: dict[str, Configuration], default_project: Path) -> None:
+def test_plan_fails_without_a_repository(
+    copies: dict[str, Configuration], default_project: Path
+) -> None:
     for ci in FACTORS["ci"]:
-        document = settings_of(read_settings(default_project), {**CASES[0], "ci": ci, "existing": False})
+        document = settings_of(
+            read_settings(default_project), {**CASES[0], "ci": ci, "existing": False}
+        )
         document["cloud"]["repository"] = {"name": "", "id": "", "branch": "main"}
         options = copies["foundation"].variables("dev", document)
         assert "cloud.repository" in plan_error(copies["foundation"], *options)
 
 
-def test_apply_keeps_the_traffic_split_and_is_idempotent(terraform: None, default_project: Path, tmp_path: Path) -> None:
+def test_apply_keeps_the_traffic_split_and_is_idempotent(
+    terraform: None, default_project: Path, tmp_path: Path
+) -> None:
     copy = Configuration.of(default_project, tmp_path / "copy", "")
     document = settings_of(read_settings(default_project), CASES[0])
     options = copy.variables(CASES[0]["environment"], document, IMAGES)
@@ -639,15 +763,21 @@ def test_apply_keeps_the_traffic_split_and_is_idempotent(terraform: None, defaul
     (copy.folder / "terraform.tfstate").write_text(json.dumps(state), encoding="utf-8")
     assert "No changes" in copy.run("plan", "-detailed-exitcode", "-input=false", *options)
     # A plan does not show ignored attributes, and the real provider may differ from the fake.
-    assert "ignore_changes = [traffic_split]" in (copy.folder / "vertex.tf").read_text(encoding="utf-8")
+    assert "ignore_changes = [traffic_split]" in (copy.folder / "vertex.tf").read_text(
+        encoding="utf-8"
+    )
 
 
 @pytest.fixture
-def clean_project(terraform: None, default_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def clean_project(
+    terraform: None, default_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """A project with an ID for dev, in a temporary folder."""
     project = tmp_path / "digit-reader"
     shutil.copytree(default_project, project)
-    document = settings_of(read_settings(default_project), {**CASES[0], "existing": False, "ci": "gitlab"})
+    document = settings_of(
+        read_settings(default_project), {**CASES[0], "existing": False, "ci": "gitlab"}
+    )
     (project / "project.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
     monkeypatch.chdir(project)
     for name in ("ENVIRONMENT", "SET"):
@@ -657,8 +787,12 @@ def clean_project(terraform: None, default_project: Path, tmp_path: Path, monkey
 
 def launch(*words: str) -> subprocess.CompletedProcess[str]:
     """Run the command that make runs."""
-    command = [sys.executable, "-m", "launcher.terraform", *words]
-    environment = {**os.environ, "PYTHONPATH": str(Path.cwd() / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "level_2_cicd.infra", *words]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{Path.cwd() / 'src'}:{Path.cwd()}",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -679,8 +813,17 @@ def test_state_moves_from_this_machine_to_the_bucket(
         first = launch("foundation", "--yes")
         assert first.returncode == 0, first.stderr
         assert "foundation/default.tfstate from now on" in first.stdout
-        state = tmp_path / "buckets" / "my-project-dev-digit-reader-terraform" / "foundation" / "default.tfstate"
-        kinds = {resource["type"] for resource in json.loads(state.read_text(encoding="utf-8"))["resources"]}
+        state = (
+            tmp_path
+            / "buckets"
+            / "my-project-dev-digit-reader-terraform"
+            / "foundation"
+            / "default.tfstate"
+        )
+        kinds = {
+            resource["type"]
+            for resource in json.loads(state.read_text(encoding="utf-8"))["resources"]
+        }
         assert {"google_storage_bucket", "google_service_account", "google_pubsub_topic"} <= kinds
         assert not list(clean_project.rglob("*_override.tf"))
         again = launch("foundation", "--plan")
@@ -691,8 +834,16 @@ def test_state_moves_from_this_machine_to_the_bucket(
         locks = [call for call in store.received if "tflock" in str(call.path)]
         assert locks  # the lock prevents concurrent applies
         # Restore the last lock, as a killed apply would leave it.
-        [*_, content] = [lock_match[0] for call in store.received if (lock_match := re.search(LOCK, call.body))]
-        lock = tmp_path / "buckets" / "my-project-dev-digit-reader-terraform" / "stack" / "default.tflock"
+        [*_, content] = [
+            lock_match[0] for call in store.received if (lock_match := re.search(LOCK, call.body))
+        ]
+        lock = (
+            tmp_path
+            / "buckets"
+            / "my-project-dev-digit-reader-terraform"
+            / "stack"
+            / "default.tflock"
+        )
         storage.write("gs://my-project-dev-digit-reader-terraform/stack/default.tflock", content)
         refused = launch("destroy", "--yes")  # does not wait for the lock
         match = re.search(r"make unlock ID=(\d+) ENVIRONMENT=dev\n$", refused.stderr)
@@ -704,20 +855,26 @@ def test_state_moves_from_this_machine_to_the_bucket(
         assert "Apply complete" in launch("apply", "--yes").stdout
 
 
-def test_make_plan_and_make_doctor_report_the_same_error(clean_project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_make_plan_and_make_doctor_report_the_same_error(
+    clean_project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = clean_project / "project.yaml"
     right = path.read_text(encoding="utf-8")
     for old, new, message in (
-        ("project: my-project-dev", "project: ''", "cloud.environments.dev.project in project.yaml is empty"),
+        (
+            "project: my-project-dev",
+            "project: ''",
+            "cloud.environments.dev.project in project.yaml is empty",
+        ),
         ("data_ingestion:", "data_ingestio:", "did you mean 'data_ingestion'"),
     ):
         path.write_text(right.replace(old, new, 1), encoding="utf-8")
         output = launch("plan").stderr
         with pytest.raises(UserError) as doctors:
-            from launcher import doctor
-            from launcher.doctor_level_2 import LEVEL_2
+            from level_1_pipeline.vertex import doctor as vertex_doctor
+            from level_2_cicd.doctor import LEVEL_2
 
-            doctor.report(settings.load(""), clean_project, LEVEL_2)
+            vertex_doctor.report(load_settings(""), clean_project, LEVEL_2)
         assert message in output
         assert message in str(doctors.value)
         assert "Traceback" not in output
@@ -733,7 +890,7 @@ def test_documented_permissions_match_the_plan(clean_project: Path) -> None:
     assert table.count("\n") > 40
     page = (ROOT / "docs" / "level-2-permissions.md").read_text(encoding="utf-8")
     assert table in page, "docs/level-2-permissions.md must contain the output of make grants"
-    assert launcher_terraform.table([]) == "| account | role | on | why |\n| --- | --- | --- | --- |"
+    assert infra.table([]) == "| account | role | on | why |\n| --- | --- | --- | --- |"
 
 
 def test_checkov_reports_no_failed_check(default_project: Path, tmp_path: Path) -> None:
@@ -747,9 +904,15 @@ def test_checkov_reports_no_failed_check(default_project: Path, tmp_path: Path) 
     ):
         if pip in os.environ:
             environment.setdefault(name, os.environ[pip])
-    subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, environment["VIRTUAL_ENV"]], env=environment, check=True)
     subprocess.run(
-        [uv, "pip", "sync", "--quiet", "--require-hashes", ROOT / "requirements" / "checkov.txt"], env=environment, check=True
+        [uv, "venv", "--quiet", "--python", sys.executable, environment["VIRTUAL_ENV"]],
+        env=environment,
+        check=True,
+    )
+    subprocess.run(
+        [uv, "pip", "sync", "--quiet", "--require-hashes", ROOT / "requirements" / "checkov.txt"],
+        env=environment,
+        check=True,
     )
     folder = tmp_path / "level_2_cicd" / "terraform"
     shutil.copytree(default_project / "level_2_cicd" / "terraform", folder)
@@ -765,13 +928,20 @@ def test_checkov_reports_no_failed_check(default_project: Path, tmp_path: Path) 
             "--output",
             "json",
         ]
-        done = subprocess.run([*command, "--skip-download"], env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [*command, "--skip-download"], env=environment, capture_output=True, text=True
+        )
         return json.loads(done.stdout)
 
     results = run_checkov()
     assert [(one["check_id"], one["resource"]) for one in results["results"]["failed_checks"]] == []
     assert results["summary"]["resource_count"] > 40
-    assert all(len(one["check_result"]["suppress_comment"]) > 20 for one in results["results"]["skipped_checks"])
+    assert all(
+        len(one["check_result"]["suppress_comment"]) > 20
+        for one in results["results"]["skipped_checks"]
+    )
     buckets = folder / "foundation" / "buckets.tf"
-    buckets.write_text(buckets.read_text(encoding="utf-8").replace('"enforced"', '"inherited"'), encoding="utf-8")
+    buckets.write_text(
+        buckets.read_text(encoding="utf-8").replace('"enforced"', '"inherited"'), encoding="utf-8"
+    )
     assert {one["check_id"] for one in run_checkov()["results"]["failed_checks"]} == {"CKV_GCP_114"}

@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from launcher import containers, image_registry
-from rehearsal import build_steps, cloud_build
-from rehearsal.cloud_build import FakeCloudBuild
-from rehearsal.storage import FakeStorage
+from level_1_pipeline import containers
+from level_2_cicd import image_registry
+from level_2_cicd.rehearsal import build_steps, cloud_build
+from level_2_cicd.rehearsal.cloud_build import FakeCloudBuild
+from level_2_cicd.rehearsal.storage import FakeStorage
 
 from tests.push import edit
 from tests.test_containers import registry
@@ -34,7 +35,11 @@ if [ "$1" = docker-cli-plugin-metadata ]; then echo '{"SchemaVersion":"0.1.0","V
 
 def run(*command: object, cwd: Path | None = None, **variables: str) -> Done:
     return subprocess.run(
-        [str(word) for word in command], cwd=cwd, env={**os.environ, **variables}, capture_output=True, text=True
+        [str(word) for word in command],
+        cwd=cwd,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
     )
 
 
@@ -48,18 +53,27 @@ def program(name: str) -> str:
     """Return the path of a program; skip or fail without it."""
     found = shutil.which(name)
     if not found:
-        (pytest.fail if os.environ.get("REQUIRE_DOCKER") else pytest.skip)(f"this test needs {name}")
+        (pytest.fail if os.environ.get("REQUIRE_DOCKER") else pytest.skip)(
+            f"this test needs {name}"
+        )
     return found
 
 
 def stand_in(name: str, *options: object) -> None:
     """Create an image of this name from local files."""
     with subprocess.Popen(["tar", *map(str, options)], stdout=subprocess.PIPE) as packed:
-        subprocess.run(["docker", "import", "-", f"{MIRROR}/{name}"], stdin=packed.stdout, check=True, capture_output=True)
+        subprocess.run(
+            ["docker", "import", "-", f"{MIRROR}/{name}"],
+            stdin=packed.stdout,
+            check=True,
+            capture_output=True,
+        )
 
 
 @pytest.fixture(scope="module")
-def project(docker: str, generate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def project(
+    docker: str, generate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
     """A project, with the toolbox's base images in the mirror."""
     folder = tmp_path_factory.mktemp("stand-ins")
     gcloud = Path(program("gcloud")).resolve()
@@ -79,9 +93,23 @@ def project(docker: str, generate: Callable[..., Path], tmp_path_factory: pytest
     )
     stand_in(wanted["DOCKER"], "-C", folder / "docker", "-c", ".")
     stand_in(wanted["TERRAFORM"], "-C", folder / "terraform", "-c", ".")
-    large = ["--exclude=*emulator*", "--exclude=anthoscli", "--exclude=kuberun", "--exclude=__pycache__", "--exclude=gsutil"]
+    large = [
+        "--exclude=*emulator*",
+        "--exclude=anthoscli",
+        "--exclude=kuberun",
+        "--exclude=__pycache__",
+        "--exclude=gsutil",
+    ]
     sdk = gcloud.parents[1]
-    stand_in(wanted["GCLOUD"], "-C", sdk.parent, *large, f"--transform=s,^{sdk.name},{SDK},", "-c", sdk.name)
+    stand_in(
+        wanted["GCLOUD"],
+        "-C",
+        sdk.parent,
+        *large,
+        f"--transform=s,^{sdk.name},{SDK},",
+        "-c",
+        sdk.name,
+    )
     base = (made / "level_1_pipeline/base_image.txt").read_text().strip()
     must("docker", "tag", base, f"{MIRROR}/{base}")
     edit(made / "project.yaml", 'dev: {project: ""', 'dev: {project: "my-project"')
@@ -97,7 +125,12 @@ def address(docker: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
         repository = f"{host}/demo-{uuid.uuid4().hex[:8]}"
         yield repository
         left = must("docker", "image", "ls", "--format", "{{.Repository}}:{{.Tag}}").split()
-        run("docker", "rmi", "--force", *(name for name in left if name.startswith(f"{repository}/")))
+        run(
+            "docker",
+            "rmi",
+            "--force",
+            *(name for name in left if name.startswith(f"{repository}/")),
+        )
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +149,9 @@ def test_toolbox_is_built_once_and_then_pulled(project: Path, address: str, tool
     )
 
 
-def test_pull_request_does_not_push_a_changed_toolbox(project: Path, address: str, toolbox: str, tmp_path: Path) -> None:
+def test_pull_request_does_not_push_a_changed_toolbox(
+    project: Path, address: str, toolbox: str, tmp_path: Path
+) -> None:
     other = Path(shutil.copytree(project, tmp_path / "other"))
     edit(other / "level_2_cicd/toolbox/Dockerfile", "# The image of", "# Changed: the image of")
     name = must("sh", SCRIPT, "--name", address, cwd=other).strip()
@@ -126,7 +161,9 @@ def test_pull_request_does_not_push_a_changed_toolbox(project: Path, address: st
     must("docker", "tag", toolbox, "toolbox")
 
 
-def test_other_files_do_not_change_the_tag(project: Path, address: str, toolbox: str, tmp_path: Path) -> None:
+def test_other_files_do_not_change_the_tag(
+    project: Path, address: str, toolbox: str, tmp_path: Path
+) -> None:
     other = Path(shutil.copytree(project, tmp_path / "other"))
     (other / "README.md").write_text("other")
     (other / "src/trainer/model.py").write_text("# other\n")
@@ -142,22 +179,34 @@ def test_invalid_option_is_reported(project: Path, words: list[str]) -> None:
 
 def test_toolbox_has_the_programs_of_the_steps(project: Path, toolbox: str) -> None:
     """Its Python has Google's clients and runs the project's files."""
-    say = (
-        "make --version && git --version && docker --version && terraform version && gcloud --version && make -C /workspace help"
-    )
+    say = "make --version && git --version && docker --version && terraform version && gcloud --version && make -C /workspace help"
     must("docker", "run", "--rm", f"--volume={project}:/workspace", "toolbox", "sh", "-ec", say)
-    asked = ["docker", "run", "--rm", f"--volume={project}:/workspace", "--env=VENV=/opt/venv", "toolbox", "make"]
+    asked = [
+        "docker",
+        "run",
+        "--rm",
+        f"--volume={project}:/workspace",
+        "--env=VENV=/opt/venv",
+        "toolbox",
+        "make",
+    ]
     assert "l4-spot" in must(*asked, "gpu-jobs")
     done = run(*asked, "submit", "DRY_RUN=1")
     assert done.returncode == 2
     assert "COMMIT=1a2b3c" in done.stderr  # there is no git repository
 
 
-def test_build_steps_build_an_image(project: Path, address: str, toolbox: str, tmp_path: Path) -> None:
+def test_build_steps_build_an_image(
+    project: Path, address: str, toolbox: str, tmp_path: Path
+) -> None:
     """cloudbuild.container.yaml in containers: its gcloud starts cloudbuild.image.yaml, whose step builds with this engine."""
     workspace = Path(shutil.copytree(project, tmp_path / "workspace"))
     edit(workspace / "project.yaml", 'registry: ""', f'registry: "{address}"')
-    variables = {name: os.environ[name] for name in ("PIP_FIND_LINKS", "PIP_INDEX_URL", "BUILD_NETWORK") if name in os.environ}
+    variables = {
+        name: os.environ[name]
+        for name in ("PIP_FIND_LINKS", "PIP_INDEX_URL", "BUILD_NETWORK")
+        if name in os.environ
+    }
 
     def push(name: str) -> str:
         must("docker", "push", name)
@@ -187,15 +236,23 @@ def test_build_steps_build_an_image(project: Path, address: str, toolbox: str, t
             "_COMMIT": "1a2b",
             "_CONTAINER": "deploy",
         }
-        build = build_steps.read(workspace / "level_2_cicd/cloudbuild.container.yaml", substitutions)
+        build = build_steps.read(
+            workspace / "level_2_cicd/cloudbuild.container.yaml", substitutions
+        )
         in_toolbox = build_steps.as_container(variables, workspace)
 
         def command(build: build_steps.Json, step: build_steps.Json) -> build_steps.Command:
             # Cloud Build's docker image is not available: run its step as a local process.
-            return build_steps.as_process({})(build, step) if step["id"] == "toolbox" else in_toolbox(build, step)
+            return (
+                build_steps.as_process({})(build, step)
+                if step["id"] == "toolbox"
+                else in_toolbox(build, step)
+            )
 
         outcome = build_steps.run(build, workspace, command)
-        assert outcome.status == "SUCCESS", outcome.failures() + "\n".join(child.failures() for child in outcomes)
+        assert outcome.status == "SUCCESS", outcome.failures() + "\n".join(
+            child.failures() for child in outcomes
+        )
         [child] = builds.calls("builds.create")
         assert child.substitutions["_TOOLBOX"] == toolbox
         [kept] = builds.builds.values()
@@ -204,4 +261,13 @@ def test_build_steps_build_an_image(project: Path, address: str, toolbox: str, t
     assert image.name == f"{address}/deploy:{deploy.tag()}"
     assert image.digest == image_registry.digest(image.name)
     assert "pushed" in outcome.step("images").output
-    must("docker", "run", "--rm", image.name, "python", "-m", "launcher.deploy", "--help")
+    must(
+        "docker",
+        "run",
+        "--rm",
+        image.name,
+        "python",
+        "-m",
+        "level_1_pipeline.deploy_container.main",
+        "--help",
+    )

@@ -31,7 +31,9 @@ ANSWERS = {
 MODEL, NOTEBOOK = "src/trainer/model.py", "level_0_manual/model.ipynb"
 SENTENCE = "Take median, mean and spread (standard deviation; 1 for a constant) from training rows."
 BINARIES = Path(sys.executable).parent
-QUICK_TESTS = [f"tests/test_{name}.py" for name in ("settings", "schema", "notebooks", "model", "template")]
+QUICK_TESTS = [
+    f"tests/test_{name}.py" for name in ("settings", "schema", "notebooks", "model", "template")
+]
 
 
 class Template(NamedTuple):
@@ -72,10 +74,12 @@ def run(config: Path) -> Callable[..., str]:
     """Run a command as a person types it in a project, in the template's environment; returns its words."""
 
     def run(*command: str, cwd: Path) -> str:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith("GIT_")
+        }
         environment |= {
             "COOKIECUTTER_CONFIG": str(config),
-            "PYTHONPATH": str(cwd / "src"),
+            "PYTHONPATH": f"{cwd / 'src'}:{cwd}",
             "PYTHONDONTWRITEBYTECODE": "1",
         }
         environment["PATH"] = os.pathsep.join([str(BINARIES), os.environ["PATH"]])
@@ -91,7 +95,14 @@ def make(run: Callable[..., str]) -> Callable[..., str]:
     """A task of a project; its environment is the template's, and taken for ready."""
 
     def make(project: Path, *words: str) -> str:
-        return run("make", *words, f"VENV={BINARIES.parent}", "-o", f"{BINARIES.parent}/.ready", cwd=project)
+        return run(
+            "make",
+            *words,
+            f"VENV={BINARIES.parent}",
+            "-o",
+            f"{BINARIES.parent}/.ready",
+            cwd=project,
+        )
 
     return make
 
@@ -102,7 +113,7 @@ def history(run: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -
     copy_template(repository)
     project = repository / "{{cookiecutter.project_slug}}"
     make_older(project)
-    run(sys.executable, "-m", "project.notebooks", "sync", "--from", "module", cwd=project)
+    run(sys.executable, "-m", "level_0_manual.notebooks", "sync", "--from", "module", cwd=project)
     older = commit_all(repository, "older")
     for path in repository.iterdir():  # git leaves folders that hold what it ignores
         if path.is_dir() and path.name != ".git":
@@ -126,7 +137,9 @@ def assert_new(project: Path, fresh: Path, history: Template, edited: set[str]) 
     assert files_of(project) == files_of(fresh)
     for path in files_of(fresh) - edited:
         assert (project / path).read_bytes() == (fresh / path).read_bytes(), path
-    assert json.loads((project / ".cruft.json").read_text(encoding="utf-8"))["commit"] == history.newer
+    assert (
+        json.loads((project / ".cruft.json").read_text(encoding="utf-8"))["commit"] == history.newer
+    )
     settings = yaml.safe_load((project / "project.yaml").read_text(encoding="utf-8"))
     assert settings["template"]["commit"] == history.newer
     assert settings["cloud"]["train"]["jobs"] == JOBS[ANSWERS["gpu"]]
@@ -135,7 +148,11 @@ def assert_new(project: Path, fresh: Path, history: Template, edited: set[str]) 
 
 def files_of(project: Path) -> set[str]:
     """The project's files, without git's and cruft's own."""
-    return {path for path in files(project) if not path.startswith((".git/", ".cruft.json", ".pytest_cache"))}
+    return {
+        path
+        for path in files(project)
+        if not path.startswith((".git/", ".cruft.json", ".pytest_cache"))
+    }
 
 
 @pytest.fixture
@@ -170,7 +187,9 @@ def test_an_update_brings_what_is_new_and_keeps_what_was_edited(
     assert (project / "project.yaml").read_bytes() == (fresh / "project.yaml").read_bytes()
 
     make(project, "lint", "SKIP=style,layout,types")
-    run(sys.executable, "-m", "pytest", *QUICK_TESTS, "-k", "not level0_leaves_reports", cwd=project)
+    run(
+        sys.executable, "-m", "pytest", *QUICK_TESTS, "-k", "not level0_leaves_reports", cwd=project
+    )
 
 
 def test_a_conflict_is_marked_in_the_file_and_found_by_lint(
@@ -191,7 +210,9 @@ def test_a_conflict_is_marked_in_the_file_and_found_by_lint(
     with pytest.raises(AssertionError, match=f"{MODEL}:\\d+: an unresolved merge conflict"):
         make(project, "lint", "SKIP=in-step,style,layout,types")
 
-    (project / MODEL).write_text(text.split("<<<<<<<")[0] + theirs + text.split(">>>>>>> theirs\n")[1], encoding="utf-8")
+    (project / MODEL).write_text(
+        text.split("<<<<<<<")[0] + theirs + text.split(">>>>>>> theirs\n")[1], encoding="utf-8"
+    )
     make(project, "sync", "FROM=module")
     make(project, "lint", "SKIP=style,layout,types")
 

@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launcher import api, containers, vertex_by_hand, vertex_train
-from launcher.stopping import Stop
-from launcher.vertex_train import Jobs, Request, train
-from project import manifest
-from project.errors import UserError
-from rehearsal.containers import Containers
-from rehearsal.storage import FakeStorage
-from rehearsal.vertex import FakeVertex
+from core import manifest
+from core.errors import UserError
+from core.signals import Stop
+from gcp import client as api
+from gcp import training_job
+from gcp.training_job import Jobs, Request, train
+from level_1_pipeline import containers
+from level_1_pipeline.vertex import train as vertex_train
+from level_2_cicd.rehearsal.containers import Containers
+from level_2_cicd.rehearsal.storage import FakeStorage
+from level_2_cicd.rehearsal.vertex import FakeVertex
 
 pytestmark = pytest.mark.heavy
 
@@ -43,14 +46,20 @@ FAULTS: dict[str, dict[str, Any]] = {
 def job(machine: str) -> dict[str, Any]:
     """A resolved job."""
     rented = {"machineType": machine, "acceleratorType": "NVIDIA_L4", "acceleratorCount": 1}
-    pool = {"machineSpec": rented, "replicaCount": 1, "containerSpec": {"imageUri": "registry/train@sha256:1"}}
+    pool = {
+        "machineSpec": rented,
+        "replicaCount": 1,
+        "containerSpec": {"imageUri": "registry/train@sha256:1"},
+    }
     return {"workerPoolSpecs": [pool], "scheduling": {"strategy": "SPOT", "timeout": "3600s"}}
 
 
 def request(name: str = "run", count: int = 2) -> Request:
     """A request with two jobs to try."""
     jobs = [job(machine) for machine in ("g2-standard-8", "g2-standard-12")][:count]
-    return Request(f"{PLACE}/pipelineJobs/{name}", jobs, ["--train", "gs://bucket/train.parquet"], OUTPUT)
+    return Request(
+        f"{PLACE}/pipelineJobs/{name}", jobs, ["--train", "gs://bucket/train.parquet"], OUTPUT
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +85,9 @@ def vertex(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeVertex]:
 
 def states(vertex: FakeVertex) -> list[str]:
     """The jobs' states, in the order in which they were sent."""
-    return [kept.message.state.name.removeprefix("JOB_STATE_") for kept in vertex.jobs.by_name.values()]
+    return [
+        kept.message.state.name.removeprefix("JOB_STATE_") for kept in vertex.jobs.by_name.values()
+    ]
 
 
 def attempts(vertex: FakeVertex) -> list[str]:
@@ -114,7 +125,11 @@ def test_when_the_network_is_gone_for_good_it_says_what_remains_and_a_restart_en
         vertex.fail(after=index, status=0, done=index % 2 == 1, times=100_000)
         with pytest.raises(UserError) as told:
             train(request(), QUICK)
-    living = [name for name, kept in vertex.jobs.by_name.items() if kept.message.state.name.removeprefix("JOB_STATE_") in LIVING]
+    living = [
+        name
+        for name, kept in vertex.jobs.by_name.items()
+        if kept.message.state.name.removeprefix("JOB_STATE_") in LIVING
+    ]
     assert len(living) <= 1
     for name in living:
         assert name in str(told.value) or request().id in str(told.value)
@@ -183,7 +198,7 @@ def test_several_at_once_leave_one_job(vertex: FakeVertex, round: int) -> None:
     def one() -> None:
         jobs = Jobs(request(f"run-{round}", 1), Stop())
         together.wait()
-        endings.append(vertex_train.first_with_a_machine(jobs, QUICK))
+        endings.append(training_job.first_with_a_machine(jobs, QUICK))
 
     threads = [threading.Thread(target=one) for _ in range(3)]
     for thread in threads:
@@ -191,7 +206,7 @@ def test_several_at_once_leave_one_job(vertex: FakeVertex, round: int) -> None:
     for thread in threads:
         thread.join()
     assert len(endings) == 3
-    assert {vertex_train.state(ended) for ended in endings} == {"SUCCEEDED"}
+    assert {training_job.state(ended) for ended in endings} == {"SUCCEEDED"}
     assert len({ended.name for ended in endings}) == 1
     assert set(states(vertex)) <= {"SUCCEEDED", "CANCELLED", "CANCELLING"}
     assert states(vertex).count("SUCCEEDED") == 1
@@ -204,15 +219,21 @@ def words(name: str) -> list[str]:
     """The command line of the container."""
     asked = request(name)
     options = ["--run", asked.run, "--jobs", json.dumps(asked.jobs), "--output", asked.output]
-    return ["-m", "launcher.vertex_train", *options, "--", *asked.args]
+    return ["-m", "level_2_cicd.vertex_train_container.main", *options, "--", *asked.args]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_process_is_stopped_by_a_signal(vertex: FakeVertex, number: signal.Signals) -> None:
     vertex.set_outcome("g2-standard-8$", "SUCCEEDED", through=("RUNNING",) * 1000)
     command = [sys.executable, *words("signalled")]
-    environment = {**os.environ, "PYTHONPATH": str(FOLDER / "src"), "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{FOLDER / 'src'}:{FOLDER}",
+        "PYTHONUNBUFFERED": "1",
+    }
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout
         assert any("running" in line for line in process.stdout)
         process.send_signal(number)
@@ -227,11 +248,17 @@ def test_the_process_is_stopped_by_a_signal(vertex: FakeVertex, number: signal.S
 
 
 @pytest.fixture(scope="module")
-def project(docker: str, generate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def project(
+    docker: str, generate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
     """A project whose images nobody else has; they are removed afterwards."""
     slug = f"test-vt-{os.getpid()}"
     yield generate(tmp_path_factory.mktemp("vertex-train"), project_slug=slug)
-    listed = subprocess.run(["docker", "image", "ls", "--format", "{{.Repository}}:{{.Tag}}"], capture_output=True, text=True)
+    listed = subprocess.run(
+        ["docker", "image", "ls", "--format", "{{.Repository}}:{{.Tag}}"],
+        capture_output=True,
+        text=True,
+    )
     own = [name for name in listed.stdout.split() if name.startswith(f"{slug}/")]
     if own:
         subprocess.run(["docker", "image", "rm", "--force", *own], capture_output=True, check=True)
@@ -239,7 +266,11 @@ def project(docker: str, generate: Callable[..., Path], tmp_path_factory: pytest
 
 def built(project: Path, name: str) -> str:
     """A container of the project, built as a person builds it; its image."""
-    environment = {**os.environ, "RUN_PYTHON": sys.executable, "PYTHONPATH": str(project / "src")}
+    environment = {
+        **os.environ,
+        "RUN_PYTHON": sys.executable,
+        "PYTHONPATH": f"{project / 'src'}:{project}",
+    }
     command = ["level_1_pipeline/build_containers.sh", name]
     done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -254,10 +285,23 @@ def image(project: Path) -> str:
     return built(project, "vertex_train")
 
 
-def container(image: str, vertex: FakeVertex, mount: Path, *command: str, name: str = "") -> list[str]:
+def container(
+    image: str, vertex: FakeVertex, mount: Path, *command: str, name: str = ""
+) -> list[str]:
     """The command that runs the image as the cloud does: any user, a read-only root, the buckets mounted."""
     mount.chmod(0o755)
-    run = ["docker", "run", "--rm", "--network", "host", "--read-only", "--tmpfs", "/tmp", "--user", "12345:12345"]
+    run = [
+        "docker",
+        "run",
+        "--rm",
+        "--network",
+        "host",
+        "--read-only",
+        "--tmpfs",
+        "/tmp",
+        "--user",
+        "12345:12345",
+    ]
     run += ["--name", name] if name else []
     override = f"CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM={vertex.address}"
     return [*run, "--env", override, "--volume", f"{mount}:/gcs:ro", image, *command]
@@ -266,7 +310,11 @@ def container(image: str, vertex: FakeVertex, mount: Path, *command: str, name: 
 def test_the_container_trains(image: str, vertex: FakeVertex, tmp_path: Path) -> None:
     vertex.set_outcome("g2-standard-12$", "SUCCEEDED", through=())
     vertex.set_outcome("g2-standard-8$", "FAILED", code=8, message=STOCK_OUT, through=())
-    done = subprocess.run(container(image, vertex, tmp_path, "python", *words("contained")), capture_output=True, text=True)
+    done = subprocess.run(
+        container(image, vertex, tmp_path, "python", *words("contained")),
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "no machine: " in done.stdout
     assert states(vertex) == ["FAILED", "SUCCEEDED"]
@@ -276,7 +324,9 @@ def test_the_container_is_stopped(image: str, vertex: FakeVertex, tmp_path: Path
     vertex.set_outcome("g2-standard-8$", "SUCCEEDED", through=("RUNNING",) * 1000)
     name = f"vertex-train-{os.getpid()}"
     command = container(image, vertex, tmp_path, "python", *words("stopped"), name=name)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout
         assert any("running" in line for line in process.stdout)
         subprocess.run(["docker", "stop", "--time", "30", name], check=True, capture_output=True)
@@ -288,25 +338,53 @@ def test_the_container_is_stopped(image: str, vertex: FakeVertex, tmp_path: Path
 STEP = """
 import json, sys
 sys.path.insert(0, "{source}")
-from launcher import vertex_step
+from level_1_pipeline import vertex_step
 print(json.dumps(vertex_step.component("image").component_spec.implementation.container.command))
 """
 
 
 def step(run: str) -> list[str]:
     """kfp's own command of the pipeline's step, and what kfp's executor, which the image must hold, is told."""
-    done = subprocess.run([sys.executable, "-c", STEP.format(source=FOLDER / "src")], capture_output=True, text=True, check=True)
-    artifact = {"name": "model", "type": {"schemaTitle": "system.Model"}, "uri": OUTPUT, "metadata": {}}
-    rows = {"name": "rows", "type": {"schemaTitle": "system.Dataset"}, "uri": "gs://bucket/rows", "metadata": {}}
+    done = subprocess.run(
+        [sys.executable, "-c", STEP.format(source=FOLDER / "src")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    artifact = {
+        "name": "model",
+        "type": {"schemaTitle": "system.Model"},
+        "uri": OUTPUT,
+        "metadata": {},
+    }
+    rows = {
+        "name": "rows",
+        "type": {"schemaTitle": "system.Dataset"},
+        "uri": "gs://bucket/rows",
+        "metadata": {},
+    }
     values = {"seed": 0.0, "threads": 2.0, "epochs": 3.0, "batch_size": 16.0, "learning_rate": 0.01}
     told = {
         "inputs": {
-            "parameterValues": {"hyperparameters": values, "jobs": [job("g2-standard-8")], "pipeline_job": run},
+            "parameterValues": {
+                "hyperparameters": values,
+                "jobs": [job("g2-standard-8")],
+                "pipeline_job": run,
+            },
             "artifacts": {"train_data": {"artifacts": [rows]}},
         },
-        "outputs": {"artifacts": {"model": {"artifacts": [artifact]}}, "outputFile": "/tmp/outputs.json"},
+        "outputs": {
+            "artifacts": {"model": {"artifacts": [artifact]}},
+            "outputFile": "/tmp/outputs.json",
+        },
     }
-    return [*json.loads(done.stdout), "--executor_input", json.dumps(told), "--function_to_execute", "vertex_train"]
+    return [
+        *json.loads(done.stdout),
+        "--executor_input",
+        json.dumps(told),
+        "--function_to_execute",
+        "vertex_train",
+    ]
 
 
 @pytest.fixture
@@ -321,27 +399,41 @@ def run(vertex: FakeVertex) -> str:
         runtime_config={"gcs_output_directory": "gs://bucket/root"},
     )
     service = api.client("PipelineService", "europe-west4")
-    return str(service.create_pipeline_job(parent=PLACE, pipeline_job=asked, pipeline_job_id="pipeline").name)
+    return str(
+        service.create_pipeline_job(
+            parent=PLACE, pipeline_job=asked, pipeline_job_id="pipeline"
+        ).name
+    )
 
 
-def test_the_pipelines_step_runs_in_the_container(image: str, vertex: FakeVertex, run: str, tmp_path: Path) -> None:
+def test_the_pipelines_step_runs_in_the_container(
+    image: str, vertex: FakeVertex, run: str, tmp_path: Path
+) -> None:
     vertex.set_outcome("g2-standard-8$", "SUCCEEDED", through=())
-    ended = subprocess.run(container(image, vertex, tmp_path, *step(run)), capture_output=True, text=True)
+    ended = subprocess.run(
+        container(image, vertex, tmp_path, *step(run)), capture_output=True, text=True
+    )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     (sent,) = vertex.calls("customJobs.create")
     assert sent.labels["event"] == "push"
     (pool,) = sent.job_spec.worker_pool_specs
     assert list(pool.container_spec.args)[:2] == ["--train", "gs://bucket/rows"]
-    assert [(variable.name, variable.value) for variable in pool.container_spec.env] == [("CODE_VERSION", "1a2b")]
+    assert [(variable.name, variable.value) for variable in pool.container_spec.env] == [
+        ("CODE_VERSION", "1a2b")
+    ]
     assert states(vertex) == ["SUCCEEDED"]
 
 
-def test_the_pipelines_step_is_stopped_and_cancels_its_job(image: str, vertex: FakeVertex, run: str, tmp_path: Path) -> None:
+def test_the_pipelines_step_is_stopped_and_cancels_its_job(
+    image: str, vertex: FakeVertex, run: str, tmp_path: Path
+) -> None:
     """As the cloud stops a step: SIGTERM to the container's first process, which no --init stands before."""
     vertex.set_outcome("g2-standard-8$", "SUCCEEDED", through=("RUNNING",) * 1000)
     name = f"vertex-step-{os.getpid()}"
     command = container(image, vertex, tmp_path, *step(run), name=name)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
         assert process.stdout
         assert any("running" in line for line in process.stdout)
         subprocess.run(["docker", "stop", "--time", "30", name], check=True, capture_output=True)
@@ -352,7 +444,10 @@ def test_the_pipelines_step_is_stopped_and_cancels_its_job(image: str, vertex: F
 
 
 def test_make_train_with_the_real_training_container(
-    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    project: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Rows from here, a job that really runs, and its model here: only the machine and the registry are not Google's."""
     image = built(project, "train")
@@ -363,15 +458,15 @@ def test_make_train_with_the_real_training_container(
     monkeypatch.setattr(containers, "make_all", lambda *_: {"train": address})
     monkeypatch.setattr("sys.argv", ["make train", "--job", "cpu"])
     cloud = "cloud.environments.dev.project=some-project cloud.environments.dev.bucket=some-bucket"
-    monkeypatch.setenv("SET", f"{cloud} train.epochs=3")
+    monkeypatch.setenv("SET", f"{cloud} hyperparameters.epochs=3")
     monkeypatch.setenv("GCS_MOUNT", str(tmp_path / "not mounted"))
-    monkeypatch.setattr(vertex_train, "FIRST_WAIT", 0.05)
-    monkeypatch.setattr(vertex_train, "LONGEST_WAIT", 0.2)
+    monkeypatch.setattr(training_job, "FIRST_WAIT", 0.05)
+    monkeypatch.setattr(training_job, "LONGEST_WAIT", 0.2)
     real = Containers(buckets, images={address: image})
     with FakeVertex(containers=real) as vertex, FakeStorage(buckets) as storage:
         monkeypatch.setenv("CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM", vertex.address)
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", storage.address)
-        vertex_by_hand.main()
+        vertex_train.main()
     assert "Accuracy " in capsys.readouterr().out
     (run,) = (project / "runs").iterdir()
     trained = manifest.read(run / "model")

@@ -8,7 +8,7 @@ from typing import Any
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import aiplatform_v1 as api
 from google.protobuf import json_format
-from rehearsal.vertex import FakeVertex
+from level_2_cicd.rehearsal.vertex import FakeVertex
 
 PLACE = "projects/digits/locations/europe-west4"
 POOL: dict[str, Any] = {

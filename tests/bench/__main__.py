@@ -24,8 +24,12 @@ NAMES = [
 def main() -> None:
     """Measure, show, keep."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; otherwise all")
-    parser.add_argument("--small", action="store_true", help="only see whether they work; keeps nothing")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; otherwise all"
+    )
+    parser.add_argument(
+        "--small", action="store_true", help="only see whether they work; keeps nothing"
+    )
     arguments = parser.parse_args()
     unknown = sorted(set(arguments.names) - set(NAMES))
     if unknown:

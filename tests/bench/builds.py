@@ -23,9 +23,15 @@ NEEDS_GCLOUD = True
 CHANGES = {
     "documentation": ("README.md", "#", "# Read me:", 0, 0),
     "project.yaml's threshold": ("project.yaml", "threshold: 0.95", "threshold: 0.9", 0, 1),
-    "the pipeline": ("level_1_pipeline/pipeline.py", 'description="preprocess', 'description="first preprocess', 0, 1),
+    "the pipeline": (
+        "level_1_pipeline/pipeline.py",
+        'description="preprocess',
+        'description="first preprocess',
+        0,
+        1,
+    ),
     "training code": ("src/trainer/model.py", "import", "# another model\nimport", 1, 1),
-    "the predictor": ("src/predictor/app.py", "import", "# another answer\nimport", 1, 0),
+    "the predictor": ("src/predictor/server.py", "import", "# another answer\nimport", 1, 0),
 }
 
 
@@ -37,14 +43,21 @@ def measure(small: bool) -> Iterator[Figure]:
         project = generated.project(folder / "generated")
         with running(folder, Path(shutil.copytree(project, folder / "project")), patch) as cloud:
             yield from of_changes(cloud, small)
-        with running(folder / "again", Path(shutil.copytree(project, folder / "again" / "project")), patch) as cloud:
+        with running(
+            folder / "again", Path(shutil.copytree(project, folder / "again" / "project")), patch
+        ) as cloud:
             yield from of_the_graph(cloud, small)
 
 
 def of_changes(cloud: Cloud, small: bool) -> Iterator[Figure]:
     """One push after the other; each begins where the one before it ended."""
     first = effect(cloud)
-    yield Figure("first push into an empty project: builds", len(first.builds), "builds", note=f"{first.runs} run")
+    yield Figure(
+        "first push into an empty project: builds",
+        len(first.builds),
+        "builds",
+        note=f"{first.runs} run",
+    )
     make_champion(cloud)
     for kind in list(CHANGES)[: 1 if small else None]:
         path, old, new, images, runs = CHANGES[kind]
@@ -64,7 +77,9 @@ def of_the_graph(cloud: Cloud, small: bool) -> Iterator[Figure]:
     if outcome.status != "SUCCESS":
         raise RuntimeError(outcome.failures())
     total = sum(step.seconds for step in outcome.steps)
-    slow = ", ".join(f"{step.name} {step.seconds:.0f}" for step in outcome.steps if step.seconds >= 1)
+    slow = ", ".join(
+        f"{step.name} {step.seconds:.0f}" for step in outcome.steps if step.seconds >= 1
+    )
     yield Figure("all steps, one after the other", total, "s", note=slow)
     yield Figure(
         "critical path, over that",

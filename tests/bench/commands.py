@@ -29,7 +29,9 @@ def seconds(project: Path, target: str) -> float:
     own = ("VIRTUAL_ENV", "PYTHONPATH", "MAKEFLAGS", "MAKELEVEL")
     environment = {key: value for key, value in os.environ.items() if key not in own}
     began = time.perf_counter()
-    done = subprocess.run(["make", target], cwd=project, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        ["make", target], cwd=project, env=environment, capture_output=True, text=True
+    )
     if done.returncode:
         raise RuntimeError(done.stderr)
     return time.perf_counter() - began

@@ -30,26 +30,47 @@ def measure(small: bool) -> Iterator[Figure]:
         project = generated.project(Path(folder))
         base = image_size((project / "level_1_pipeline/base_image.txt").read_text().strip())
         if not small:
-            from_nothing = seconds_to_build(project, "train", "level_1_pipeline/install_packages.sh")
+            from_nothing = seconds_to_build(
+                project, "train", "level_1_pipeline/install_packages.sh"
+            )
             again = seconds_to_build(project, "train", "src/trainer/model.py")
             yield Figure("train image, from nothing", from_nothing, "s")
-            yield Figure("… after a change in src/trainer, over that", again / from_nothing, "×", "≤ 0.2")
+            yield Figure(
+                "… after a change in src/trainer, over that", again / from_nothing, "×", "≤ 0.2"
+            )
         build(project)
         yield Figure("nothing changed: all three", build(project), "s", "≤ 2", "no image is built")
-        sizes = {name: image_size(reference(project, name)) for name in ("predict", "train", "deploy")}
+        sizes = {
+            name: image_size(reference(project, name)) for name in ("predict", "train", "deploy")
+        }
         yield Figure("predictor, more than its base", sizes["predict"] - base, "MB", "≤ 220")
-        yield Figure("training image, CPU, more than its base", sizes["train"] - base, "MB", note=parts(project))
+        yield Figure(
+            "training image, CPU, more than its base",
+            sizes["train"] - base,
+            "MB",
+            note=parts(project),
+        )
         yield Figure("deploying image, more than its base", sizes["deploy"] - base, "MB")
         yield Figure("the base", base, "MB")
         model = trained(project)
-        starts = [cold_start(reference(project, "predict"), model) for _ in range(1 if small else 5)]
-        yield Figure("predictor, `docker run` to the first prediction", statistics.median(starts), "s")
+        starts = [
+            cold_start(reference(project, "predict"), model) for _ in range(1 if small else 5)
+        ]
+        yield Figure(
+            "predictor, `docker run` to the first prediction", statistics.median(starts), "s"
+        )
 
 
 def run(project: Path, *command: str) -> str:
     """A Python module of the project, in this environment."""
-    environment = {**os.environ, "PYTHONPATH": str(project / "src"), "RUN_PYTHON": sys.executable}
-    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{project / 'src'}:{project}",
+        "RUN_PYTHON": sys.executable,
+    }
+    done = subprocess.run(
+        command, cwd=project, env=environment, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise RuntimeError(done.stderr)
     return done.stdout
@@ -86,7 +107,9 @@ def parts(project: Path) -> str:
     command = ["docker", "run", "--rm", reference(project, "train"), "sh", "-c", listing]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")
     sizes = [line.split() for line in lines if line]
-    return ", ".join(f"{Path(path).name.split('.')[0].lstrip('_')} {size[:-1]}" for size, path in sizes)
+    return ", ".join(
+        f"{Path(path).name.split('.')[0].lstrip('_')} {size[:-1]}" for size, path in sizes
+    )
 
 
 def trained(project: Path) -> Path:
@@ -123,7 +146,9 @@ def cold_start(image: str, model: Path) -> float:
     try:
         while time.monotonic() - began < 60:
             try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/predict", body, timeout=5) as response:
+                with urllib.request.urlopen(
+                    f"http://127.0.0.1:{port}/predict", body, timeout=5
+                ) as response:
                     json.load(response)
                 return time.monotonic() - began
             except OSError:

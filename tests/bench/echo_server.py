@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from predictor.app import Fixed, Options, create_server, greeting, listen, log
+from predictor.server import Fixed, Options, create_server, greeting, listen, log
 
 
 async def echo(scope: dict[str, Any], receive: Any, send: Any) -> None:

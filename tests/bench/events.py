@@ -17,9 +17,9 @@ from contextlib import chdir
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from launcher import request_run
-from rehearsal.pubsub_emulator import PubSubEmulator, TriggerFunction, eventually
-from rehearsal.storage import FakeStorage
+from level_2_cicd import request as request_run
+from level_2_cicd.rehearsal.pubsub_emulator import PubSubEmulator, TriggerFunction, eventually
+from level_2_cicd.rehearsal.storage import FakeStorage
 
 from tests import published
 from tests.bench import generated
@@ -39,9 +39,12 @@ def measure(small: bool) -> Iterator[Figure]:
         with chdir(project), FakeStorage(folder / "buckets") as storage:
             cloud = published.prepare(project)
             published.publish(storage, cloud, published.compiled(folder))
-            leading = {"CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM": vertex.address, "STORAGE_EMULATOR_HOST": storage.address}
+            leading = {
+                "CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM": vertex.address,
+                "STORAGE_EMULATOR_HOST": storage.address,
+            }
             function = TriggerFunction(project, {**cloud.variables, **leading}, folder / "log")
-            topic = cloud.place.topic("requests")
+            topic = cloud.environment.topic("requests")
             pubsub.create_topic(topic, (project / request_run.SCHEMA).read_text(encoding="utf-8"))
             pubsub.subscribe(topic, f"{function.address}/{topic}")
 
@@ -66,11 +69,20 @@ def measure(small: bool) -> Iterator[Figure]:
             memory = resident(function)
             function.kill()
     yield Figure("until the function's process listens", statistics.median(listening), "s")
-    yield Figure("cold: from the process's start to the run's arrival", statistics.median(cold), "s")
-    yield Figure("warm: from the message's publication to the run's arrival", statistics.median(warm) * 1000, "ms")
+    yield Figure(
+        "cold: from the process's start to the run's arrival", statistics.median(cold), "s"
+    )
+    yield Figure(
+        "warm: from the message's publication to the run's arrival",
+        statistics.median(warm) * 1000,
+        "ms",
+    )
     yield Figure("warm, the slowest of twenty", sorted(warm)[int(len(warm) * 0.95)] * 1000, "ms")
     yield Figure(
-        "cold, over importing the generated client alone", statistics.median(cold) / statistics.median(importing), "×", "≤ 2.5"
+        "cold, over importing the generated client alone",
+        statistics.median(cold) / statistics.median(importing),
+        "×",
+        "≤ 2.5",
     )
     yield Figure("warm, over cold", statistics.median(warm) / statistics.median(cold), "×", "≤ 0.2")
     yield Figure("memory of the function, its processes together", memory, "MB", "≤ 300")
@@ -87,9 +99,15 @@ def arrival(vertex: Watched, began: float, ask: Callable[[], None]) -> float:
 def resident(function: TriggerFunction) -> float:
     """Megabytes in memory, of the process and its children; what they share counts once (Linux)."""
     assert function.pid
-    children = Path(f"/proc/{function.pid}/task/{function.pid}/children").read_text(encoding="ascii").split()
+    children = (
+        Path(f"/proc/{function.pid}/task/{function.pid}/children")
+        .read_text(encoding="ascii")
+        .split()
+    )
     kilobytes = 0
     for process in (str(function.pid), *children):
         rollup = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="ascii")
-        kilobytes += next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
+        kilobytes += next(
+            int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")
+        )
     return kilobytes * 1024 / 1e6

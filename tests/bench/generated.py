@@ -9,6 +9,14 @@ from tests.bench.report import ROOT
 
 def project(folder: Path) -> Path:
     """Generate it; nothing is printed."""
-    command = [sys.executable, "-m", "cookiecutter", "--no-input", "--output-dir", str(folder), str(ROOT)]
+    command = [
+        sys.executable,
+        "-m",
+        "cookiecutter",
+        "--no-input",
+        "--output-dir",
+        str(folder),
+        str(ROOT),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     return next(folder.iterdir())

@@ -40,7 +40,9 @@ def measure(small: bool) -> Iterator[Figure]:
         folder = Path(name)
         config = folder / "config.yaml"
         own = {"replay_dir": str(folder / "replay"), "cookiecutters_dir": str(folder / "clones")}
-        config.write_text(json.dumps(own), encoding="utf-8")  # nobody's own settings count; JSON is YAML too
+        config.write_text(
+            json.dumps(own), encoding="utf-8"
+        )  # nobody's own settings count; JSON is YAML too
         cookiecutter = [*COOKIECUTTER, "--config-file", str(config)]
         one_file = [*cookiecutter, str(one_file_template(folder / "one"))]
         commands = {
@@ -52,7 +54,9 @@ def measure(small: bool) -> Iterator[Figure]:
         best = dict.fromkeys(commands, float("inf"))
         for turn in range(3 if small else 21):
             for what, command in commands.items():
-                output = [] if what == "Python" else ["--output-dir", str(folder / what / str(turn))]
+                output = (
+                    [] if what == "Python" else ["--output-dir", str(folder / what / str(turn))]
+                )
                 best[what] = min(best[what], seconds([*command, *output]))
     hooks = best["project"] - best["without hooks"]
     floor = (best["without hooks"] + 2 * best["Python"]) / best["one file"]

@@ -44,7 +44,9 @@ class Connection:
             found = re.search(rb"(?i)\r\ncontent-length: *(\d+)", self.answer[:end])
             assert found, "no Content-Length"
             self.length = end + int(found[1])
-            self.closing = self.answer.startswith(b"HTTP/1.0") or b"onnection: close" in self.answer[:end]
+            self.closing = (
+                self.answer.startswith(b"HTTP/1.0") or b"onnection: close" in self.answer[:end]
+            )
         whole = 0 < self.length == len(self.answer)
         assert whole or part, "the server hung up"
         if whole and self.closing:

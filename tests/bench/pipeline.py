@@ -25,11 +25,11 @@ import json, sys, time
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
-from launcher.kfp_compile import load_definition
-from project import settings
+from level_1_pipeline.compile import load_definition
+from project.settings import load_settings
 
 folder, registry = Path(sys.argv[1]), sys.argv[2]
-chosen, steps, seconds = settings.load(), load_definition(), {}
+chosen, steps, seconds = load_settings(), load_definition(), {}
 
 def artifact(name):
     return SimpleNamespace(path=str(folder / name), metadata={})
@@ -42,7 +42,7 @@ def call(step, *arguments):
 names = ("train", "test", "model", "scores", "decision", "version")
 train, test, model, scores, decision, version = map(artifact, names)
 call(steps.preprocess, "data/digits.csv", chosen.data.label, [], [], chosen.data.test_share, 0, train, test)
-call(steps.train, asdict(chosen.train), train, model)
+call(steps.train, asdict(chosen.hyperparameters), train, model)
 call(steps.evaluate, registry, test, model, scores)
 call(steps.gate, chosen.gate.metric, chosen.gate.threshold, chosen.gate.margin, True, scores, decision)
 call(steps.register, registry, "bench", {}, model, scores, decision, version)
@@ -52,9 +52,11 @@ print(json.dumps(seconds))
 
 def seconds(project: Path, *command: str) -> tuple[float, str]:
     """How long a Python process of the project takes, and what it prints."""
-    environment = {**os.environ, "PYTHONPATH": str(project / "src")}
+    environment = {**os.environ, "PYTHONPATH": f"{project / 'src'}:{project}"}
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, *command], cwd=project, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *command], cwd=project, env=environment, capture_output=True, text=True
+    )
     took = time.perf_counter() - began
     if done.returncode:
         raise RuntimeError(done.stderr)
@@ -66,7 +68,7 @@ def measure(small: bool) -> Iterator[Figure]:
     with TemporaryDirectory() as name:
         project = generated.project(Path(name))
         runs, sums, starts, in_run, in_one = [], [], [], [], []
-        seconds(project, "-m", "launcher.kfp_run")  # makes the data, fills caches
+        seconds(project, "-m", "level_1_pipeline.run")  # makes the data, fills caches
         for turn in range(1 if small else 5):
             took, printed = seconds(
                 project,
@@ -77,8 +79,10 @@ def measure(small: bool) -> Iterator[Figure]:
             )
             sums.append(took)
             in_one.append(sum(json.loads(printed.splitlines()[-1]).values()))
-            runs.append(seconds(project, "-m", "launcher.kfp_run")[0])
-            story = json.loads(newest(project / "runs").joinpath("story.json").read_text(encoding="utf-8"))
+            runs.append(seconds(project, "-m", "level_1_pipeline.run")[0])
+            story = json.loads(
+                newest(project / "runs").joinpath("story.json").read_text(encoding="utf-8")
+            )
             in_run.append(sum(step["seconds"] for step in story["steps"]))
             starts.append(runs[-1] - in_run[-1])
     run, one = statistics.median(runs), statistics.median(sums)
@@ -86,7 +90,9 @@ def measure(small: bool) -> Iterator[Figure]:
     yield Figure("its steps in one process", one, "s")
     yield Figure("the run, over that", run / one, "×", "≤ 2")
     yield Figure("in the run: the five steps, as processes", statistics.median(in_run), "s")
-    yield Figure("in the run: kfp's imports, twice, compiling, checking", statistics.median(starts), "s")
+    yield Figure(
+        "in the run: kfp's imports, twice, compiling, checking", statistics.median(starts), "s"
+    )
     yield Figure("in one process: the five steps, as calls", statistics.median(in_one), "s")
 
 

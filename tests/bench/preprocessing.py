@@ -64,7 +64,7 @@ class Run:
 
 def run(code: str, folder: Path) -> Run:
     """Run code in a new process; its last line says how much memory it held."""
-    environment = {**os.environ, "PYTHONPATH": str(PROJECT / "src")}
+    environment = {**os.environ, "PYTHONPATH": f"{PROJECT / 'src'}:{PROJECT}"}
     command = [sys.executable, "-c", code]
     started = time.perf_counter()
     done = subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.PIPE)

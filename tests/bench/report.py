@@ -54,11 +54,15 @@ def machine() -> dict[str, Any]:
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").is_file():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
+        model = next(
+            (line.split(":")[1].strip() for line in lines if line.startswith("model name")), model
+        )
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": model,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
         "python": platform.python_version(),
     }
@@ -66,7 +70,13 @@ def machine() -> dict[str, Any]:
 
 def commit() -> str:
     """The commit that is measured, marked when it is not quite that."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return done.stdout.strip() or "unknown"
 
 
@@ -104,7 +114,9 @@ def page(kept: dict[str, Any]) -> str:
     ]
     for name, part in kept.items():
         on = part["machine"]
-        where = f"{on['processor']}, {on['cores']} cores, {on['memory_gb']} GB, Python {on['python']}"
+        where = (
+            f"{on['processor']}, {on['cores']} cores, {on['memory_gb']} GB, Python {on['python']}"
+        )
         lines += ["", f"## {name.capitalize().replace('_', ' ')}", "", part["how"], ""]
         lines += [f"*{part['measured']}, commit {part['commit']}, {where}.*", ""]
         rows = [Figure(**figure).cells() for figure in part["figures"]]
@@ -118,5 +130,8 @@ def table(figures: list[Figure]) -> str:
     rows = [HEADER, *(figure.cells() for figure in figures)]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return "\n".join(
-        "  ".join([cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)]).rstrip() for row in rows
+        "  ".join(
+            [cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)]
+        ).rstrip()
+        for row in rows
     )

@@ -44,7 +44,7 @@ def load(port: int, request: bytes, seconds: float, cores: list[int]) -> tuple[f
 
 def measure(small: bool) -> Iterator[Figure]:
     """Requests answered in a second, the median time, and the time that 99 in 100 do not exceed."""
-    from trainer import artifact
+    from trainer import export
     from trainer.data import find_csv, read_rows
 
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
@@ -52,7 +52,7 @@ def measure(small: bool) -> Iterator[Figure]:
     with TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         model = train_model(find_csv("sample:digits", folder), "digit", folder)
-        network, schema = artifact.load(model)
+        network, schema = export.load(model)
         table = read_rows(folder / "test.parquet")
         rows = list(zip(*(table[column.name].tolist() for column in schema.columns), strict=True))
         (folder / "model.pickle").write_bytes(pickle.dumps(network))
@@ -67,7 +67,10 @@ def measure(small: bool) -> Iterator[Figure]:
         }
         for batch in BATCHES:
             request = prepared(rows[:batch])
-            runs = [{what: load(port, request, seconds, cores[-1:]) for what, port in ports.items()} for _ in range(turns)]
+            runs = [
+                {what: load(port, request, seconds, cores[-1:]) for what, port in ports.items()}
+                for _ in range(turns)
+            ]
             yield from figures(batch, runs)
 
 
@@ -75,14 +78,20 @@ def figures(batch: int, runs: list[dict[str, tuple[float, float, float]]]) -> It
     """Medians over the turns; ratios are taken within a turn."""
 
     def median(what: str, number: int, over: str = "") -> float:
-        return statistics.median(run[what][number] / (run[over][number] if over else 1) for run in runs)
+        return statistics.median(
+            run[what][number] / (run[over][number] if over else 1) for run in runs
+        )
 
     for what in (OURS, FLASK, ECHO):
         times = f"half within {median(what, 1):.1f} ms, 99 in 100 within {median(what, 2):.1f} ms"
         yield Figure(f"{what}, batch {batch}", median(what, 0), "requests/s", note=times)
     goal = "≥ 2" if batch == 1 else ""
-    yield Figure(f"requests/s over Flask's, batch {batch}", median(OURS, 0, FLASK), RATIO, goal=goal)
-    yield Figure(f"99th percentile over Flask's, batch {batch}", median(OURS, 2, FLASK), RATIO, goal="≤ 1")
+    yield Figure(
+        f"requests/s over Flask's, batch {batch}", median(OURS, 0, FLASK), RATIO, goal=goal
+    )
+    yield Figure(
+        f"99th percentile over Flask's, batch {batch}", median(OURS, 2, FLASK), RATIO, goal="≤ 1"
+    )
     yield Figure(
         f"requests/s over the echo's, batch {batch}",
         median(OURS, 0, ECHO),

@@ -1,6 +1,6 @@
 """How soon a run is submitted: from the start of the process to the request's arrival at a server on this machine.
 
-Four ways take turns: `launcher.kfp_submit`, the same from a bucket; a process that only imports Google's generated
+Four ways take turns: `gcp.pipeline_run`, the same from a bucket; a process that only imports Google's generated
 client, to its end; and the same submission through Google's high-level library, which is spared its look at the
 bucket, because for that it asks servers that are not on this machine. The median of seven turns counts.
 The template is compiled for the cloud by a process of its own, five times.
@@ -17,9 +17,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from rehearsal.server import Request, Response
-from rehearsal.storage import FakeStorage
-from rehearsal.vertex import FakeVertex
+from level_2_cicd.rehearsal.server import Request, Response
+from level_2_cicd.rehearsal.storage import FakeStorage
+from level_2_cicd.rehearsal.vertex import FakeVertex
 
 from tests.bench import generated
 from tests.bench.report import Figure
@@ -27,7 +27,7 @@ from tests.bench.report import Figure
 COMPILE = """
 import sys
 from pathlib import Path
-from launcher import kfp_compile, parameters
+from level_1_pipeline import compile as pipeline_compiler, parameters
 images = {name: f"example.com/{name}@sha256:{'0' * 64}" for name in parameters.STEP_IMAGES}
 kfp_compile.compile_for_cloud(images, Path(sys.argv[1]))
 """
@@ -75,7 +75,13 @@ class Watched(FakeVertex):
 def run(project: Path, environment: Mapping[str, str], *command: str) -> tuple[float, str]:
     """A Python process of the project: when it began, and what it printed."""
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, *command], cwd=project, env=dict(environment), capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=project,
+        env=dict(environment),
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         raise RuntimeError(done.stderr)
     return began, done.stdout
@@ -83,11 +89,19 @@ def run(project: Path, environment: Mapping[str, str], *command: str) -> tuple[f
 
 def measure(small: bool) -> Iterator[Figure]:
     """Seconds, and their ratios."""
-    with TemporaryDirectory() as name, Watched() as vertex, FakeStorage(Path(name, "buckets")) as storage:
+    with (
+        TemporaryDirectory() as name,
+        Watched() as vertex,
+        FakeStorage(Path(name, "buckets")) as storage,
+    ):
         folder = Path(name)
         (folder / "generated").mkdir()
         project = generated.project(folder / "generated")
-        environment = {**os.environ, "PYTHONPATH": str(project / "src"), "STORAGE_EMULATOR_HOST": storage.address}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": f"{project / 'src'}:{project}",
+            "STORAGE_EMULATOR_HOST": storage.address,
+        }
         environment["CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM"] = vertex.address
         compiled = folder / "pipeline.yaml"
         compiling = []
@@ -97,18 +111,45 @@ def measure(small: bool) -> Iterator[Figure]:
         bucket = folder / "buckets" / "root"
         bucket.mkdir(parents=True)
         template = bucket / "pipeline.json"
-        template.write_text(run(project, environment, "-c", JSON, str(compiled))[1], encoding="utf-8")
-        declared = json.loads(template.read_text(encoding="utf-8"))["root"]["inputDefinitions"]["parameters"]
-        values = json.dumps({name: EXAMPLES[parameter["parameterType"]] for name, parameter in declared.items()})
-        where = ["--project", "my-project", "--region", "europe-west4", "--pipeline-root", "gs://root/runs"]
-        submit = ["-m", "launcher.kfp_submit", *where, "--parameters", values, "--template"]
+        template.write_text(
+            run(project, environment, "-c", JSON, str(compiled))[1], encoding="utf-8"
+        )
+        declared = json.loads(template.read_text(encoding="utf-8"))["root"]["inputDefinitions"][
+            "parameters"
+        ]
+        values = json.dumps(
+            {name: EXAMPLES[parameter["parameterType"]] for name, parameter in declared.items()}
+        )
+        where = [
+            "--project",
+            "my-project",
+            "--region",
+            "europe-west4",
+            "--pipeline-root",
+            "gs://root/runs",
+        ]
+        submit = [
+            "-m",
+            "level_2_cicd.kfp_run_container.main",
+            *where,
+            "--parameters",
+            values,
+            "--template",
+        ]
         taken: dict[str, list[float]] = {"file": [], "bucket": [], "import": [], "library": []}
         for turn in range(-1, 1 if small else 7):  # the first turn fills caches
             ways = {
                 "file": [*submit, str(template), "--event", f"file {turn}"],
                 "bucket": [*submit, "gs://root/pipeline.json", "--event", f"bucket {turn}"],
                 "import": ["-c", IMPORT],
-                "library": ["-c", LIBRARY, str(template), values, vertex.address, f"library-{turn + 1}"],
+                "library": [
+                    "-c",
+                    LIBRARY,
+                    str(template),
+                    values,
+                    vertex.address,
+                    f"library-{turn + 1}",
+                ],
             }
             for way, command in ways.items():
                 vertex.arrived = 0.0
@@ -123,6 +164,13 @@ def measure(small: bool) -> Iterator[Figure]:
     yield Figure("importing the generated client alone", seconds["import"], "s")
     yield Figure("the same submission through google.cloud.aiplatform", seconds["library"], "s")
     yield Figure("kfp_submit, over the import", seconds["file"] / seconds["import"], "×", "≤ 1.5")
-    yield Figure("from a bucket, over the import", seconds["bucket"] / seconds["import"], "×", "≤ 1.5")
-    yield Figure("kfp_submit, over google.cloud.aiplatform", seconds["file"] / seconds["library"], "×", "≤ 0.4")
+    yield Figure(
+        "from a bucket, over the import", seconds["bucket"] / seconds["import"], "×", "≤ 1.5"
+    )
+    yield Figure(
+        "kfp_submit, over google.cloud.aiplatform",
+        seconds["file"] / seconds["library"],
+        "×",
+        "≤ 0.4",
+    )
     yield Figure("compiling and checking for the cloud", statistics.median(compiling), "s", "≤ 3")

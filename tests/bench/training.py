@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from project.schema import Column, Schema
+from core.schema import Column, Schema
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 from trainer import train
-from trainer.hyperparameters import Hyperparameters
+from trainer.config import Hyperparameters
+from trainer.distributed import Runtime
 from trainer.model import Network
-from trainer.runtime import Runtime
 
 from tests.bench.report import RATIO, Figure
 
@@ -54,15 +54,21 @@ class Task:
         """An epoch as `fit` runs it."""
         network = self.network()
         weights, gradient = train.as_one_vector(network)
-        optimizer = torch.optim.AdamW([weights], lr=OPTIONS.learning_rate, weight_decay=OPTIONS.weight_decay, fused=True)
+        optimizer = torch.optim.AdamW(
+            [weights], lr=OPTIONS.learning_rate, weight_decay=OPTIONS.weight_decay, fused=True
+        )
         machine, learn = Runtime(torch.device("cpu")), np.arange(self.rows)
         data = (self.inputs, self.targets)
-        return lambda: train.run_epoch(network, gradient, optimizer, *data, learn, OPTIONS, 1, machine)
+        return lambda: train.run_epoch(
+            network, gradient, optimizer, *data, learn, OPTIONS, 1, machine
+        )
 
     def usual(self) -> Callable[[], Any]:
         """An epoch as tutorials write it."""
         network = self.network()
-        optimizer = torch.optim.AdamW(network.parameters(), lr=OPTIONS.learning_rate, weight_decay=OPTIONS.weight_decay)
+        optimizer = torch.optim.AdamW(
+            network.parameters(), lr=OPTIONS.learning_rate, weight_decay=OPTIONS.weight_decay
+        )
         dataset = TensorDataset(self.inputs, self.targets)
         loader = DataLoader(dataset, batch_size=OPTIONS.batch_size, shuffle=True)
 
@@ -91,7 +97,9 @@ class Task:
 
     def products(self) -> Callable[[], Any]:
         """The matrix products of these steps: one for each layer forward, two backward, one for the first."""
-        matrices = [weights.detach() for weights in self.network().layers.parameters() if weights.dim() == 2]
+        matrices = [
+            weights.detach() for weights in self.network().layers.parameters() if weights.dim() == 2
+        ]
 
         def epoch() -> None:
             for batch in self.inputs.split(OPTIONS.batch_size):

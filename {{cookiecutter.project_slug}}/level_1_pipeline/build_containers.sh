@@ -3,7 +3,7 @@
 #
 #   level_1_pipeline/build_containers.sh [NAME …] [--push [--digests FILE]] [--pin-base]
 #
-# What it does, and what an image's tag is made of, is in src/launcher/containers.py.
+# What it does, and what an image's tag is made of, is in level_1_pipeline/containers.py.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${RUN_PYTHON:-.venv/bin/python}
@@ -11,4 +11,4 @@ if ! [ -x "$python" ]; then
     echo "error: $python is not there. Type first: make setup" >&2
     exit 2
 fi
-exec "$python" -m launcher.containers "$@"
+exec "$python" -m level_1_pipeline.containers "$@"

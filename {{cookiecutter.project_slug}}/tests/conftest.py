@@ -11,16 +11,29 @@ from pathlib import Path
 
 import pytest
 
-from project.settings import load, project_root
+from core.paths import project_root
+from project.settings import load_settings
+from trainer.config import Hyperparameters
 from trainer.data import prepare
-from trainer.hyperparameters import Hyperparameters
 from trainer.train import train
 
 ROOT = project_root()
 
 
 # What the person, or the build, that runs the tests has set must not change them.
-FOR_MAKE = ("SET", "RUN", "RUNNER", "ENVIRONMENT", "COMMIT", "JOB_SPEC", "EVENT", "ATTEMPT", "VERSION", "DRY_RUN", "SKIP")
+FOR_MAKE = (
+    "SET",
+    "RUN",
+    "RUNNER",
+    "ENVIRONMENT",
+    "COMMIT",
+    "JOB_SPEC",
+    "EVENT",
+    "ATTEMPT",
+    "VERSION",
+    "DRY_RUN",
+    "SKIP",
+)
 for variable in (*FOR_MAKE, "RANK", "WORLD_SIZE", "CLUSTER_SPEC", "GCS_MOUNT"):
     os.environ.pop(variable, None)
 
@@ -51,7 +64,9 @@ cloud:
 def with_own_cloud(folder: Path) -> None:
     """Write this project's project.yaml into a folder, with the block `cloud` that the tests know."""
     text = (ROOT / "project.yaml").read_text(encoding="utf-8")
-    (folder / "project.yaml").write_text(re.sub(r"(?ms)^cloud:\n.*?(?=^\S)", CLOUD, text), encoding="utf-8")
+    (folder / "project.yaml").write_text(
+        re.sub(r"(?ms)^cloud:\n.*?(?=^\S)", CLOUD, text), encoding="utf-8"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +76,15 @@ def own_root(tmp_path_factory) -> Path:
     folder.mkdir()
     with_own_cloud(folder)
     for path in ROOT.iterdir():
-        if path.name not in ("project.yaml", ".git", "data", "runs", "registry", "scratch", "build"):
+        if path.name not in (
+            "project.yaml",
+            ".git",
+            "data",
+            "runs",
+            "registry",
+            "scratch",
+            "build",
+        ):
             (folder / path.name).symlink_to(path)
     return folder
 
@@ -100,10 +123,18 @@ def mixed_rows(count: int, seed: int = 0) -> list[list[object]]:
     for number in range(count):
         animal = chance.choice(["cat", "dog", "emu"])
         width = {"cat": 1.0, "dog": 3.0, "emu": 2.0}[animal] + chance.gauss(0, 0.3)
-        colour = chance.choice({"cat": ["grey", "red"], "dog": ["red", "brown"], "emu": ["brown", "black"]}[animal])
+        colour = chance.choice(
+            {"cat": ["grey", "red"], "dog": ["red", "brown"], "emu": ["brown", "black"]}[animal]
+        )
         blank_width, blank_colour = chance.random() < 0.1, chance.random() < 0.1
         rows.append(
-            [f"n{number}", "" if blank_width else round(width, 3), chance.randint(10, 99), "" if blank_colour else colour, animal]
+            [
+                f"n{number}",
+                "" if blank_width else round(width, 3),
+                chance.randint(10, 99),
+                "" if blank_colour else colour,
+                animal,
+            ]
         )
     return rows
 
@@ -120,7 +151,13 @@ def trained(tmp_path_factory, options) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     with (folder / "animals.csv").open("w", newline="") as stream:
         csv.writer(stream).writerows(mixed_rows(300))
-    prepare(folder / "animals.csv", "animal", folder / "train.parquet", folder / "test.parquet", ignore=["id"])
+    prepare(
+        folder / "animals.csv",
+        "animal",
+        folder / "train.parquet",
+        folder / "test.parquet",
+        ignore=["id"],
+    )
     train(folder / "train.parquet", folder / "model", options)
     return folder
 
@@ -138,7 +175,9 @@ def project(tmp_path, monkeypatch) -> Path:
     folder.mkdir()
     with_own_cloud(folder)
     for part in ("level_0_manual", "src"):
-        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        shutil.copytree(
+            ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
+        )
     monkeypatch.chdir(folder)
     return folder
 
@@ -156,7 +195,11 @@ def git(monkeypatch):
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            ["git", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", check=False
+            ["git", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            check=False,
         )
 
     return run
@@ -166,4 +209,4 @@ def git(monkeypatch):
 def settings(own_root):
     """This project's settings."""
     with contextlib.chdir(own_root):
-        return load("")
+        return load_settings("")

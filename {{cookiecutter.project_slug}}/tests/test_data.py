@@ -10,10 +10,10 @@ import duckdb
 import numpy as np
 import pytest
 
-from project.errors import UserError
-from project.schema import parse_number
+from core.errors import UserError
+from core.schema import parse_number
 from tests.conftest import mixed_rows
-from trainer import csv_file, data
+from trainer import csv_reader, data
 
 
 @pytest.fixture
@@ -42,7 +42,9 @@ def test_the_side_is_the_documented_hash_of_the_row(make_csv, prepare):
     _, test, _ = prepare(make_csv(rows), "y", split_seed=7)
 
     def in_test(row):
-        text = "\x1f".join(["7", str(row[1]), str(row[0]), str(row[2])])  # the seed, then the cells by column name
+        text = "\x1f".join(
+            ["7", str(row[1]), str(row[0]), str(row[2])]
+        )  # the seed, then the cells by column name
         return int(hashlib.md5(text.encode()).hexdigest()[:8], 16) < round(0.2 * 16**8)
 
     assert sorted(test["a"]) == sorted(row[1] for row in rows[1:] if in_test(row))
@@ -57,7 +59,8 @@ def test_no_row_changes_side_when_rows_are_added_or_columns_moved(make_csv, prep
 
     def keys(table):
         return {
-            tuple(str(table[name][row]) for name in ("width", "height", "colour", "animal")) for row in range(len(table["width"]))
+            tuple(str(table[name][row]) for name in ("width", "height", "colour", "animal"))
+            for row in range(len(table["width"]))
         }
 
     assert keys(test) <= keys(more_test)
@@ -79,7 +82,14 @@ def test_equal_rows_are_on_the_same_side(make_csv, prepare):
 def test_kinds_follow_from_all_values(make_csv, prepare):
     rows = [["number", "gaps", "zip", "word", "forced", "y"]]
     rows += [
-        [number / 7, ["", "NA", "5"][number % 3], f"0{number}", f"w{number % 3}", number % 2, "ab"[number % 2]]
+        [
+            number / 7,
+            ["", "NA", "5"][number % 3],
+            f"0{number}",
+            f"w{number % 3}",
+            number % 2,
+            "ab"[number % 2],
+        ]
         for number in range(90)
     ]
     train, _, summary = prepare(make_csv(rows), "y", categorical=["forced"])
@@ -99,7 +109,9 @@ def test_schema_knows_categories_missing_values_and_classes(tmp_path):
     rows = "('a', 1.5, '10'), ('a', 2, '9'), ('b', NULL, '8'), ('b', 4, '10'), (NULL, 5, '9'), ('once', 6, '8')"
     path = tmp_path / "train.parquet"
     origin = """KV_METADATA {origin: '{"label": "y", "sha256": "0", "split": "0"}'}"""
-    duckdb.execute(f"COPY (SELECT c, n::DOUBLE AS n, y FROM (VALUES {rows}) t(c, n, y)) TO '{path}' (FORMAT parquet, {origin})")
+    duckdb.execute(
+        f"COPY (SELECT c, n::DOUBLE AS n, y FROM (VALUES {rows}) t(c, n, y)) TO '{path}' (FORMAT parquet, {origin})"
+    )
     assert data.read_rows(path)["c"].tolist() == ["a", "a", "b", "b", None, "once"]
     assert np.array_equal(data.read_rows(path)["n"], [1.5, 2, math.nan, 4, 5, 6], equal_nan=True)
     schema = data.read_schema(path)
@@ -148,7 +160,7 @@ def test_spreadsheet_files_are_read(make_csv, prepare, ending):
     ],
 )
 def test_the_laptop_and_the_server_agree_on_what_a_number_is(cell):
-    condition = f"SELECT {csv_file.IS_NUMBER.format('cell')}, {csv_file.IS_MISSING.format('cell')} FROM (SELECT ? AS cell)"
+    condition = f"SELECT {csv_reader.IS_NUMBER.format('cell')}, {csv_reader.IS_MISSING.format('cell')} FROM (SELECT ? AS cell)"
     number, missing = duckdb.execute(condition, [cell]).fetchone()
     try:
         parsed = parse_number(cell)
@@ -171,23 +183,59 @@ BAD_FILES = {
     "duplicate names": (lines("x,x,y", "1,2,a"), "y", ["more than once", "x"]),
     "names that SQL takes for one": (lines("x,X,y", "1,2,a"), "y", ["more than once", "X", "x"]),
     "unnamed column": (lines("x,,y", "1,2,a"), "y", ["column 2 has no name"]),
-    "line break in a name": (lines('x,"wi\nth",y', *GOOD), "y", ["column 2", "line break", "one line"]),
-    "text among numbers": (lines("x,y", *GOOD, "abc,a"), "y", ["row 41", "column 'x'", "'abc'", "data.categorical"]),
-    "too large a number": (lines("x,y", *GOOD, "1e999,a"), "y", ["row 41", "column 'x'", "'1e999'"]),
+    "line break in a name": (
+        lines('x,"wi\nth",y', *GOOD),
+        "y",
+        ["column 2", "line break", "one line"],
+    ),
+    "text among numbers": (
+        lines("x,y", *GOOD, "abc,a"),
+        "y",
+        ["row 41", "column 'x'", "'abc'", "data.categorical"],
+    ),
+    "too large a number": (
+        lines("x,y", *GOOD, "1e999,a"),
+        "y",
+        ["row 41", "column 'x'", "'1e999'"],
+    ),
     "infinity": (lines("x,y", *GOOD, "inf,a"), "y", ["row 41", "'inf'"]),
-    "one class": (lines("x,y", *[f"{n},a" for n in range(20)]), "y", ["every row says 'a'", "two classes"]),
-    "label seen once": (lines("x,y", *GOOD, "3,c"), "y", ["row 41", "label 'y'", "'c'", "only once"]),
+    "one class": (
+        lines("x,y", *[f"{n},a" for n in range(20)]),
+        "y",
+        ["every row says 'a'", "two classes"],
+    ),
+    "label seen once": (
+        lines("x,y", *GOOD, "3,c"),
+        "y",
+        ["row 41", "label 'y'", "'c'", "only once"],
+    ),
     "blank label": (lines("x,y", *GOOD, "3,"), "y", ["row 41", "label 'y'", "blank"]),
-    "a quantity as label": (lines("x,y", *[f"{n},{n}.5\n{n},{n}.5" for n in range(1001)]), "y", ["1,001 different", "quantity"]),
-    "column without values": (lines("x,e,y", *[f"{n},,{'ab'[n % 2]}" for n in range(40)]), "y", ["column 'e'", "data.ignore"]),
+    "a quantity as label": (
+        lines("x,y", *[f"{n},{n}.5\n{n},{n}.5" for n in range(1001)]),
+        "y",
+        ["1,001 different", "quantity"],
+    ),
+    "column without values": (
+        lines("x,e,y", *[f"{n},,{'ab'[n % 2]}" for n in range(40)]),
+        "y",
+        ["column 'e'", "data.ignore"],
+    ),
     "too many cells": (lines("x,y", "1,a,2", *GOOD), "y", ["line 2", "3 cells", "header has 2"]),
-    "too few cells": (lines("x,z,y", *[f"{n},1,a" for n in range(5)], "7"), "y", ["line 7", "1 cells", "header has 3"]),
+    "too few cells": (
+        lines("x,z,y", *[f"{n},1,a" for n in range(5)], "7"),
+        "y",
+        ["line 7", "1 cells", "header has 3"],
+    ),
     "open quote": (lines("x,y", *GOOD, '"1,a'), "y", ["line 42", "quote"]),
     "endless line": (lines("x,y", *GOOD, "z" * 3_000_000 + ",a"), "y", ["line 42", "2 MB"]),
     "other encoding": (b"x,y\n" + b"\xe9,a\n" * 9, "y", ["UTF-8"]),
     "mixed line ends": ("x,y\r\n1,a\n2,b\r\n", "y", ["CRLF", "sed -i"]),
     "semicolons": (lines("x;y", "1;a"), "y", ["separated", "comma"]),
-    "nothing to test on": (lines("x,y", "1,a", "1,a", "2,b", "2,b"), "y", ["no row to test on", "data.test_share"]),
+    "nothing to test on": (
+        lines("x,y", "1,a", "1,a", "2,b", "2,b"),
+        "y",
+        ["no row to test on", "data.test_share"],
+    ),
 }
 
 
@@ -196,7 +244,9 @@ def test_bad_files_are_told_and_leave_nothing(case, make_csv, tmp_path):
     content, label, fragments = BAD_FILES[case]
     path = make_csv(content)
     with pytest.raises(UserError) as told:
-        data.prepare(path, label, tmp_path / "out" / "train.parquet", tmp_path / "out" / "test.parquet")
+        data.prepare(
+            path, label, tmp_path / "out" / "train.parquet", tmp_path / "out" / "test.parquet"
+        )
     for fragment in fragments:
         assert fragment in str(told.value)
     assert "\n" not in str(told.value)
@@ -204,12 +254,18 @@ def test_bad_files_are_told_and_leave_nothing(case, make_csv, tmp_path):
 
 
 def test_a_class_without_training_rows_is_told(make_csv, tmp_path):
-    rows = [["x", "y"]] + [[number, "ab"[number % 2]] for number in range(40)] + [["77", "rare"], ["77", "rare"]]
+    rows = (
+        [["x", "y"]]
+        + [[number, "ab"[number % 2]] for number in range(40)]
+        + [["77", "rare"], ["77", "rare"]]
+    )
     path = make_csv(rows)
 
     def try_every_seed():
         for seed in range(100):  # some seed puts both rows into the test part
-            data.prepare(path, "y", tmp_path / "train.parquet", tmp_path / "test.parquet", split_seed=seed)
+            data.prepare(
+                path, "y", tmp_path / "train.parquet", tmp_path / "test.parquet", split_seed=seed
+            )
 
     with pytest.raises(UserError, match=r"class 'rare' has 2 rows.*data\.split_seed"):
         try_every_seed()
@@ -224,12 +280,17 @@ def test_a_column_that_looks_like_an_id_is_noted(mixed_csv, prepare):
 
 
 def test_a_column_whose_first_rows_are_numbers_may_be_text(make_csv, prepare, monkeypatch):
-    rows = [["x", "z", "y"]] + [[number if number < 100 else f"t{number % 3}", "0.5", "ab"[number % 2]] for number in range(200)]
+    rows = [["x", "z", "y"]] + [
+        [number if number < 100 else f"t{number % 3}", "0.5", "ab"[number % 2]]
+        for number in range(200)
+    ]
     path = make_csv(rows)
     train, test, summary = prepare(path, "y")
-    monkeypatch.setattr(csv_file, "FIRST_ROWS", 50)  # now the guess is wrong
+    monkeypatch.setattr(csv_reader, "FIRST_ROWS", 50)  # now the guess is wrong
     for guessed, known in zip(prepare(path, "y")[:2], (train, test), strict=True):
-        assert {name: values.tolist() for name, values in guessed.items()} == {n: v.tolist() for n, v in known.items()}
+        assert {name: values.tolist() for name, values in guessed.items()} == {
+            n: v.tolist() for n, v in known.items()
+        }
     assert prepare(path, "y")[2] == summary
     assert summary["kinds"] == {"x": "categorical", "z": "numeric"}
 
@@ -238,11 +299,16 @@ def test_names_of_files_are_no_patterns(mixed_csv, tmp_path):
     path = mixed_csv.rename(tmp_path / "a[1]*?.csv")
     sides = tmp_path / "[b]" / "train*.parquet", tmp_path / "[b]" / "test?.parquet"
     summary = data.prepare(path, "animal", *sides)
-    assert [len(data.read_rows(side)["animal"]) for side in sides] == [summary["train_rows"], summary["test_rows"]]
+    assert [len(data.read_rows(side)["animal"]) for side in sides] == [
+        summary["train_rows"],
+        summary["test_rows"],
+    ]
 
 
 def test_unknown_columns_in_the_settings_are_told(mixed_csv, tmp_path):
-    with pytest.raises(UserError, match=r"data\.ignore names columns that are not there: idd.*width"):
+    with pytest.raises(
+        UserError, match=r"data\.ignore names columns that are not there: idd.*width"
+    ):
         data.prepare(mixed_csv, "animal", tmp_path / "a", tmp_path / "b", ignore=["idd"])
 
 
@@ -268,10 +334,17 @@ def test_command_line(mixed_csv, tmp_path):
         "--test",
         tmp_path / "b.parquet",
     ]
-    done = subprocess.run([*command, "--label", "animal", "--ignore", "id"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, "--label", "animal", "--ignore", "id"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert data.read_origin(tmp_path / "a.parquet")["label"] == "animal"
-    done = subprocess.run([*command, "--label", "plant"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, "--label", "plant"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     assert done.stderr.startswith("error: there is no label column 'plant'")
     assert "Traceback" not in done.stderr
@@ -279,7 +352,11 @@ def test_command_line(mixed_csv, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "rows", "columns", "label"),
-    [("digits", 1797, 64, "digit"), ("wine", 178, 13, "cultivar"), ("breast_cancer", 569, 30, "diagnosis")],
+    [
+        ("digits", 1797, 64, "digit"),
+        ("wine", 178, 13, "cultivar"),
+        ("breast_cancer", 569, 30, "diagnosis"),
+    ],
 )
 def test_samples_are_real_datasets(name, rows, columns, label, tmp_path):
     path = data.find_csv(f"sample:{name}", tmp_path / "data")
@@ -300,7 +377,10 @@ def test_origin_is_kept_with_the_rows(mixed_csv, tmp_path):
     data.prepare(mixed_csv, "animal", tmp_path / "a.parquet", tmp_path / "b.parquet")
     origin = data.read_origin(tmp_path / "a.parquet")
     assert origin == data.read_origin(tmp_path / "b.parquet")
-    assert (origin["label"], origin["sha256"]) == ("animal", hashlib.sha256(mixed_csv.read_bytes()).hexdigest())
+    assert (origin["label"], origin["sha256"]) == (
+        "animal",
+        hashlib.sha256(mixed_csv.read_bytes()).hexdigest(),
+    )
     data.prepare(mixed_csv, "animal", tmp_path / "c.parquet", tmp_path / "d.parquet", split_seed=1)
     assert data.read_origin(tmp_path / "c.parquet")["split"] != origin["split"]
     duckdb.execute(f"COPY (SELECT 1 AS x) TO '{tmp_path / 'other.parquet'}' (FORMAT parquet)")

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from project.schema import Column, Schema
-from trainer import runtime
+from core.schema import Column, Schema
+from trainer import distributed
+from trainer.config import Hyperparameters
 from trainer.evaluate import score
-from trainer.hyperparameters import Hyperparameters
 from trainer.model import Network, Scaling
 from trainer.train import as_one_vector, fit, run_epoch
 
@@ -56,7 +56,9 @@ def test_no_64_bit_number_is_sent_to_the_device(monkeypatch):
     sent = []
     to = torch.nn.Module.to
     monkeypatch.setattr(
-        torch.nn.Module, "to", lambda module, *given: sent.extend(module.state_dict().values()) or to(module, *given)
+        torch.nn.Module,
+        "to",
+        lambda module, *given: sent.extend(module.state_dict().values()) or to(module, *given),
     )
     trained(schema, features, labels, epochs=1)
     assert sent
@@ -74,17 +76,32 @@ def blobs(count: int = 300) -> tuple[Schema, np.ndarray, np.ndarray]:
     labels = chance.integers(0, 3, count)
     points = np.array([[0, 0], [3, 0], [0, 3]])[labels] + chance.normal(size=(count, 2))
     category = np.where(chance.random(count) < 0.7, labels + 1, 0)
-    columns = (Column("x", "numeric"), Column("y", "numeric"), Column("c", "categorical", True, ("a", "b", "c")))
-    return Schema("label", columns, (0, 1, 2)), np.column_stack([points, category]).astype(float), labels
+    columns = (
+        Column("x", "numeric"),
+        Column("y", "numeric"),
+        Column("c", "categorical", True, ("a", "b", "c")),
+    )
+    return (
+        Schema("label", columns, (0, 1, 2)),
+        np.column_stack([points, category]).astype(float),
+        labels,
+    )
 
 
 def trained(schema, features, labels, **options):
-    values = {"seed": 0, "threads": 1, "epochs": 30, "batch_size": 32, "learning_rate": 0.01, **options}
-    chosen = Hyperparameters(**values)
-    torch.manual_seed(chosen.seed)
-    network = Network(schema, chosen.dropout)
-    with runtime.start(1) as machine:
-        return network, fit(network, features, labels, chosen, machine)
+    values = {
+        "seed": 0,
+        "threads": 1,
+        "epochs": 30,
+        "batch_size": 32,
+        "learning_rate": 0.01,
+        **options,
+    }
+    settings = Hyperparameters(**values)
+    torch.manual_seed(settings.seed)
+    network = Network(schema, settings.dropout)
+    with distributed.start(1) as machine:
+        return network, fit(network, features, labels, settings, machine)
 
 
 def test_the_loss_falls_and_a_constant_is_beaten():
@@ -101,7 +118,16 @@ def test_the_loss_falls_and_a_constant_is_beaten():
 
 def test_ten_rows_are_learned_by_heart():
     schema, features, labels = blobs(14)
-    _, progress = trained(schema, features, labels, epochs=300, patience=300, dropout=0.0, weight_decay=0.0, batch_size=10)
+    _, progress = trained(
+        schema,
+        features,
+        labels,
+        epochs=300,
+        patience=300,
+        dropout=0.0,
+        weight_decay=0.0,
+        batch_size=10,
+    )
     assert progress.history[-1]["train_loss"] < 0.01
 
 
@@ -122,7 +148,9 @@ def test_metrics_are_what_they_say():
     assert metrics["confusion"] == [[1, 0, 0], [1, 2, 0], [0, 0, 0]]
     assert metrics["precision"] == [0.5, 1, 0]
     assert metrics["recall"] == pytest.approx([1, 2 / 3, 0])
-    assert metrics["macro_f1"] == pytest.approx((2 / 3 + 0.8) / 2)  # the class that neither occurs nor is answered does not count
+    assert metrics["macro_f1"] == pytest.approx(
+        (2 / 3 + 0.8) / 2
+    )  # the class that neither occurs nor is answered does not count
     assert metrics["log_loss"] == pytest.approx(-np.log([0.9, 0.8, 0.4, 0.7]).mean())
     assert metrics["baseline"] == 0.75
 
@@ -130,29 +158,51 @@ def test_metrics_are_what_they_say():
 def test_one_vector_learns_as_the_weights_would_one_by_one():
     """The loop's gathered rows, fused optimiser and joined weights are a quicker way to the same numbers."""
     schema, features, labels = blobs(150)
-    options = Hyperparameters(seed=0, threads=1, epochs=2, batch_size=32, learning_rate=0.01, dropout=0.0)
+    options = Hyperparameters(
+        seed=0, threads=1, epochs=2, batch_size=32, learning_rate=0.01, dropout=0.0
+    )
     networks = []
     for _ in range(2):
         torch.manual_seed(0)
         network = Network(schema)
         network.scaling.fit(features)
-        next(network.layers.parameters()).requires_grad_(False)  # as when somebody fine-tunes: it must stay
+        next(network.layers.parameters()).requires_grad_(
+            False
+        )  # as when somebody fine-tunes: it must stay
         networks.append(network)
     quick, plain = networks
     frozen = next(plain.layers.parameters()).clone()
-    inputs, targets, learn = plain.scaling(torch.from_numpy(features)), torch.from_numpy(labels), np.arange(10, len(labels))
+    inputs, targets, learn = (
+        plain.scaling(torch.from_numpy(features)),
+        torch.from_numpy(labels),
+        np.arange(10, len(labels)),
+    )
 
     weights, gradient = as_one_vector(quick)
     optimizer = torch.optim.AdamW([weights], lr=0.01, fused=True)
     for epoch in (1, 2):
-        run_epoch(quick, gradient, optimizer, inputs, targets, learn, options, epoch, runtime.Runtime(torch.device("cpu")))
+        run_epoch(
+            quick,
+            gradient,
+            optimizer,
+            inputs,
+            targets,
+            learn,
+            options,
+            epoch,
+            distributed.Runtime(torch.device("cpu")),
+        )
 
     optimizer = torch.optim.AdamW(plain.parameters(), lr=0.01)
     for epoch in (1, 2):
-        order = learn[torch.randperm(len(learn), generator=torch.Generator().manual_seed(epoch)).numpy()]
+        order = learn[
+            torch.randperm(len(learn), generator=torch.Generator().manual_seed(epoch)).numpy()
+        ]
         for rows in np.split(order, range(32, len(order), 32)):
             optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(plain(torch.from_numpy(features[rows])), targets[rows]).backward()
+            torch.nn.functional.cross_entropy(
+                plain(torch.from_numpy(features[rows])), targets[rows]
+            ).backward()
             optimizer.step()
     for one, other in zip(quick.parameters(), plain.parameters(), strict=True):
         assert torch.allclose(one, other, atol=1e-5)

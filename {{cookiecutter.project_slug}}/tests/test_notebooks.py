@@ -10,9 +10,11 @@ import jupytext
 import nbformat
 import pytest
 
-from project import level0, notebooks, runs
-from project.errors import UserError
-from trainer import model as trainer_model
+from core.errors import UserError
+from level_0_manual import notebooks
+from level_0_manual import run as level_0
+from project import runs
+from trainer import model
 
 
 def edit_notebook(name, old, new):
@@ -44,14 +46,18 @@ def test_each_notebook_names_its_own_module_only():
     for name in notebooks.ORDER:
         metadata = nbformat.read(notebooks.notebook_path(name), as_version=4).metadata
         assert metadata.jupytext.formats == "level_0_manual///ipynb,src/trainer///py:percent"
-        found = jupytext.paired_paths.paired_paths(str(notebooks.notebook_path(name)), "ipynb", metadata.jupytext.formats)
+        found = jupytext.paired_paths.paired_paths(
+            str(notebooks.notebook_path(name)), "ipynb", metadata.jupytext.formats
+        )
         assert str(notebooks.module_path(name)) in [path for path, _ in found]
 
 
 def test_an_edited_module_is_noticed_and_synced(project):
     edit_module("model", "min(50,", "min(40,")
     assert notebooks.out_of_step() == ["model"]
-    with pytest.raises(UserError, match=r"level_0_manual/model\.ipynb and src/trainer/model\.py.*make sync FROM"):
+    with pytest.raises(
+        UserError, match=r"level_0_manual/model\.ipynb and src/trainer/model\.py.*make sync FROM"
+    ):
         notebooks.require_in_step()
     assert notebooks.sync("module") == ["model"]
     assert "min(40," in notebooks.notebook_path("model").read_text()
@@ -75,11 +81,15 @@ def test_the_chosen_side_wins_when_both_were_edited(project):
 
 
 def test_a_kernel_that_loaded_older_code_is_told_to_restart(project, monkeypatch):
-    monkeypatch.setitem(sys.modules, "trainer.model", trainer_model)  # as in a kernel that has run train.ipynb
+    monkeypatch.setitem(
+        sys.modules, "trainer.model", model
+    )  # as in a kernel that has run train.ipynb
     notebooks.require_in_step()
     edit_module("model", "min(50,", "min(40,")
     notebooks.sync("module")
-    with pytest.raises(UserError, match=r"src/trainer/model\.py was changed since this kernel loaded it.*Restart"):
+    with pytest.raises(
+        UserError, match=r"src/trainer/model\.py was changed since this kernel loaded it.*Restart"
+    ):
         notebooks.require_in_step()
 
 
@@ -103,7 +113,9 @@ def test_outputs_and_layout_are_no_difference(project):
 
 def test_sync_is_repeatable_and_a_missing_half_is_made(project):
     for name in notebooks.ORDER:
-        notebooks.notebook_path(name).unlink()  # saved by Jupyter, its cells may have ids that are not sync's
+        notebooks.notebook_path(
+            name
+        ).unlink()  # saved by Jupyter, its cells may have ids that are not sync's
     notebooks.sync("module")
     before = {
         path: path.read_bytes()
@@ -120,7 +132,9 @@ def test_a_file_that_is_no_notebook_is_told_and_made_anew(project):
     path = notebooks.notebook_path("data")
     before = notebooks.current_code("data", "notebook")
     path.write_text("<<<<<<< HEAD\n{}\n")
-    with pytest.raises(UserError, match=r"data\.ipynb cannot be read[\s\S]*make sync FROM=module PAIR=data"):
+    with pytest.raises(
+        UserError, match=r"data\.ipynb cannot be read[\s\S]*make sync FROM=module PAIR=data"
+    ):
         notebooks.out_of_step()
     with pytest.raises(UserError, match="cannot be read"):
         notebooks.sync("notebook")
@@ -150,7 +164,9 @@ def test_the_half_edited_since_the_last_commit_counts(committed, half, capsys, m
     assert f"only {path} was edited since the last commit. Type: make sync" in str(difference)
     monkeypatch.setattr("sys.argv", ["notebooks", "sync"])
     notebooks.main()
-    assert f"{other} was written from {path}. Next: git add {path} {other}" in capsys.readouterr().out
+    assert (
+        f"{other} was written from {path}. Next: git add {path} {other}" in capsys.readouterr().out
+    )
     assert NEW in (committed / other).read_text()
     assert notebooks.out_of_step() == []
     notebooks.main()
@@ -165,7 +181,10 @@ def both_edited():
 def test_when_both_were_edited_a_person_decides_and_nothing_is_lost(committed):
     both_edited()
     edit_module("train", "cosine decay", "cosine decay, slowly")  # this one is clear
-    with pytest.raises(UserError, match=r"both were edited[\s\S]*FROM=notebook PAIR=model[\s\S]*FROM=module PAIR=model"):
+    with pytest.raises(
+        UserError,
+        match=r"both were edited[\s\S]*FROM=notebook PAIR=model[\s\S]*FROM=module PAIR=model",
+    ):
         notebooks.sync_edited()
     assert notebooks.out_of_step() == ["model"]
     assert "decay, slowly" in notebooks.notebook_path("train").read_text()
@@ -192,7 +211,9 @@ def test_both_edited_alike_is_in_step(committed):
 def test_outputs_alone_are_no_edit(committed):
     path = notebooks.notebook_path("model")
     notebook = nbformat.read(path, as_version=4)
-    next(cell for cell in notebook.cells if cell.cell_type == "code").outputs = [nbformat.v4.new_output("stream", text="hi")]
+    next(cell for cell in notebook.cells if cell.cell_type == "code").outputs = [
+        nbformat.v4.new_output("stream", text="hi")
+    ]
     nbformat.write(notebook, path)
     edit_module("model", OLD, NEW)
     assert notebooks.edited_half("model") == "module"
@@ -202,7 +223,11 @@ def test_a_fresh_clone_with_any_dates_is_in_step(committed, git, tmp_path, monke
     git("clone", "--quiet", str(committed), str(tmp_path / "clone"))
     monkeypatch.chdir(tmp_path / "clone")
     chance = random.Random(0)
-    for path in (path(name) for name in notebooks.ORDER for path in (notebooks.notebook_path, notebooks.module_path)):
+    for path in (
+        path(name)
+        for name in notebooks.ORDER
+        for path in (notebooks.notebook_path, notebooks.module_path)
+    ):
         os.utime(path, (chance.randrange(2**31), chance.randrange(2**31)))
     assert notebooks.differences() == []
     edit_module("model", OLD, NEW)
@@ -231,18 +256,25 @@ def committed_out_of_step(git):
     assert git("commit", "--quiet", "--message=first").returncode == 0
 
 
-@pytest.mark.parametrize("prepare", [no_git, no_commit, only_modules_committed, committed_out_of_step])
+@pytest.mark.parametrize(
+    "prepare", [no_git, no_commit, only_modules_committed, committed_out_of_step]
+)
 def test_without_a_commit_to_compare_with_nothing_is_written(project, git, prepare):
     prepare(git)
     edit_module("model", OLD, NEW)
-    with pytest.raises(UserError, match=r"git does not tell[\s\S]*make sync FROM=notebook PAIR=model"):
+    with pytest.raises(
+        UserError, match=r"git does not tell[\s\S]*make sync FROM=notebook PAIR=model"
+    ):
         notebooks.sync_edited()
     assert notebooks.out_of_step() == ["model"]
 
 
 def test_a_missing_half_is_told_and_never_takes_the_other_with_it(committed):
     notebooks.module_path("model").unlink()
-    with pytest.raises(UserError, match=r"src/trainer/model\.py is missing. Type: make sync FROM=notebook PAIR=model"):
+    with pytest.raises(
+        UserError,
+        match=r"src/trainer/model\.py is missing. Type: make sync FROM=notebook PAIR=model",
+    ):
         notebooks.sync_edited()
     assert notebooks.sync("notebook", ["model"]) == ["model"]
     assert notebooks.differences() == []
@@ -257,18 +289,23 @@ def test_an_unknown_pair_is_told(project, monkeypatch):
 @pytest.fixture
 def quick(project, monkeypatch):
     """A project on the smallest sample, with short training."""
-    monkeypatch.setenv("SET", "data.source=sample:wine data.label=cultivar train.epochs=15 train.batch_size=16")
+    monkeypatch.setenv(
+        "SET",
+        "data.source=sample:wine data.label=cultivar hyperparameters.epochs=15 hyperparameters.batch_size=16",
+    )
     return project
 
 
 def test_level0_leaves_reports_with_pictures_and_a_model(quick, capsys):
-    level0.main()
+    level_0.main()
     run = runs.find()
     assert {path.name for path in run.folder.iterdir()} == {
         *(f"{name}.html" for name in notebooks.ORDER),
         *("settings.json", "train.parquet", "test.parquet", "evaluation.json", "model"),
     }
-    pictures = {name: (run.folder / f"{name}.html").read_text().count("<img") for name in notebooks.ORDER}
+    pictures = {
+        name: (run.folder / f"{name}.html").read_text().count("<img") for name in notebooks.ORDER
+    }
     assert pictures["data"] >= 2
     assert pictures["model"] >= 1
     assert pictures["train"] == 1
@@ -279,7 +316,7 @@ def test_level0_leaves_reports_with_pictures_and_a_model(quick, capsys):
         assert "Traceback" not in report
     metrics = json.loads(run.evaluation.read_text())
     assert metrics["accuracy"] > metrics["baseline"]
-    assert json.loads(run.settings.read_text())["train"]["epochs"] == 15
+    assert json.loads(run.settings.read_text())["hyperparameters"]["epochs"] == 15
     out = capsys.readouterr().out
     assert f"runs/{run.name}/evaluate.html" in out
     assert "make predict" in out
@@ -289,7 +326,7 @@ def test_level0_leaves_reports_with_pictures_and_a_model(quick, capsys):
 def test_a_wrong_column_is_told_before_anything_runs(quick, monkeypatch):
     monkeypatch.setenv("SET", "data.source=sample:wine data.label=vintage")
     with pytest.raises(UserError, match="no label column 'vintage'"):
-        level0.main()
+        level_0.main()
     assert not (quick / "runs").exists()
 
 
@@ -297,7 +334,7 @@ def test_a_failing_notebook_is_told_with_its_report(quick, monkeypatch):
     (quick / "one_class.csv").write_text("x,y\n1,a\n2,a\n")
     monkeypatch.setenv("SET", "data.source=one_class.csv data.label=y")
     with pytest.raises(UserError, match=r"every row says 'a'[\s\S]*data\.ipynb; the report"):
-        level0.main()
+        level_0.main()
     (report,) = (quick / "runs").glob("*/data.html")
     assert "every row says" in report.read_text()
     with pytest.raises(UserError, match="no model is trained yet"):
@@ -314,7 +351,9 @@ def test_runs_are_listed_best_first(project):
     for name, accuracy in (("a", 0.8), ("b", 0.95), ("c", None)):
         folder = project / "runs" / name
         folder.mkdir(parents=True)
-        (folder / "settings.json").write_text('{"data": {"source": "x.csv"}, "train": {"epochs": 7}}')
+        (folder / "settings.json").write_text(
+            '{"data": {"source": "x.csv"}, "train": {"epochs": 7}}'
+        )
         if accuracy:
             (folder / "evaluation.json").write_text(
                 json.dumps({"accuracy": accuracy, "macro_f1": 0.5, "log_loss": 1, "rows": 10})

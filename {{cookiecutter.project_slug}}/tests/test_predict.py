@@ -9,10 +9,10 @@ import sys
 import numpy as np
 import pytest
 
-from predictor import predict
-from predictor.predict import Model
-from project.errors import UserError
-from project.schema import Column, Schema
+from core.errors import UserError
+from core.onnx_model import Model
+from core.schema import Column, Schema
+from level_0_manual import predict
 from trainer.data import read_rows
 
 
@@ -53,11 +53,15 @@ def test_a_file_gives_a_file(ask, trained, make_csv):
         rows = list(csv.DictReader(stream))
     answers = list(csv.DictReader(io.StringIO(ask("--csv", str(trained / "animals.csv")))))
     assert [int(answer["row"]) for answer in answers] == list(range(1, 301))
-    right = sum(answer["prediction"] == row["animal"] for answer, row in zip(answers, rows, strict=True))
+    right = sum(
+        answer["prediction"] == row["animal"] for answer, row in zip(answers, rows, strict=True)
+    )
     assert right > 240
     model = Model.load(trained / "model")
     table = {name: [row[name] for row in rows] for name in rows[0]}
-    assert [float(answer["score"]) for answer in answers] == pytest.approx(model.probabilities(table).max(axis=1), abs=1e-5)
+    assert [float(answer["score"]) for answer in answers] == pytest.approx(
+        model.probabilities(table).max(axis=1), abs=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -99,7 +103,15 @@ def test_a_bad_file_is_told(ask, make_csv, content, message):
 
 
 def test_a_mistake_exits_with_2_and_no_traceback(tmp_path):
-    command = [sys.executable, "-m", "predictor.predict", "--model-dir", tmp_path, "--row", "{}"]
+    command = [
+        sys.executable,
+        "-m",
+        "level_0_manual.predict",
+        "--model-dir",
+        tmp_path,
+        "--row",
+        "{}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
@@ -108,7 +120,15 @@ def test_a_mistake_exits_with_2_and_no_traceback(tmp_path):
 
 
 def test_reading_only_the_first_lines_is_no_failure(trained):
-    command = [sys.executable, "-m", "predictor.predict", "--model-dir", trained / "model", "--csv", trained / "animals.csv"]
+    command = [
+        sys.executable,
+        "-m",
+        "level_0_manual.predict",
+        "--model-dir",
+        trained / "model",
+        "--csv",
+        trained / "animals.csv",
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == b""
@@ -116,7 +136,7 @@ def test_reading_only_the_first_lines_is_no_failure(trained):
 
 def test_the_predictor_needs_no_torch(trained):
     code = (
-        f"import sys, pathlib; from predictor.predict import Model; Model.load(pathlib.Path({str(trained / 'model')!r})); "
+        f"import sys, pathlib; from level_0_manual.predict import Model; Model.load(pathlib.Path({str(trained / 'model')!r})); "
         "print([name for name in sys.modules if name.split('.')[0] in ('torch', 'trainer', 'duckdb')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -125,7 +145,9 @@ def test_the_predictor_needs_no_torch(trained):
 
 def test_images_are_drawn(trained):
     assert predict.draw([0, 16, 8, 0], (2, 2)) == ["  ██", "▒▒  "]
-    columns = tuple(Column(f"pixel_{row}_{column}", "numeric") for row in range(2) for column in range(2))
+    columns = tuple(
+        Column(f"pixel_{row}_{column}", "numeric") for row in range(2) for column in range(2)
+    )
 
     class Fixed:
         """Answers the second class."""
@@ -135,7 +157,9 @@ def test_images_are_drawn(trained):
         def probabilities(self, _):
             return np.array([[0.25, 0.75]])
 
-    text = predict.show_row(Fixed(), {**{c.name: [1] for c in columns}, "digit": ["3"]}, "Test row 1")
+    text = predict.show_row(
+        Fixed(), {**{c.name: [1] for c in columns}, "digit": ["3"]}, "Test row 1"
+    )
     assert "████" in text
     assert "WRONG" in text
     assert "75.00%" in text

@@ -7,11 +7,14 @@ import sys
 
 import pytest
 
-from project import runs, status
-from project.errors import UserError
-from project.registry import LocalRegistry, Overtaken, decide, open_registry
+from core.errors import UserError
+from core.registry import LocalRegistry, Overtaken
+from gcp.model_registry import open_registry
+from level_1_pipeline import status
+from project import runs
 from trainer.data import prepare
 from trainer.evaluate import score_champion
+from trainer.gate import decide
 
 
 @pytest.fixture
@@ -27,7 +30,9 @@ def test_a_version_keeps_the_model_and_where_it_came_from(registry, trained):
     document = json.loads((trained / "model" / "model.json").read_text())
     assert (version.number, version.metrics, version.run) == (1, {"accuracy": 0.9}, "run-1")
     assert version.data_sha256 == document["data_sha256"]
-    assert {path.name for path in version.model.iterdir()} == {path.name for path in (trained / "model").iterdir()}
+    assert {path.name for path in version.model.iterdir()} == {
+        path.name for path in (trained / "model").iterdir()
+    }
     assert registry.champion() is None  # registering is not promoting
     registry.promote(1, "the first", None)
     assert registry.champion() == version
@@ -56,7 +61,10 @@ def test_a_run_that_was_overtaken_does_not_replace_the_new_champion(registry, tr
     for number in (1, 2):
         assert registry.register(trained / "model", {}, f"run-{number}").number == number
     registry.promote(1, "faster", None)
-    with pytest.raises(Overtaken, match=r"compared with champion none.*another run made 1 the champion.*rollback VERSION=2"):
+    with pytest.raises(
+        Overtaken,
+        match=r"compared with champion none.*another run made 1 the champion.*rollback VERSION=2",
+    ):
         registry.promote(2, "slower", None)
     assert registry.champion().number == 1
     assert len(registry.history()) == 1
@@ -93,7 +101,7 @@ def test_a_lost_champion_can_be_replaced(project, trained):
 
 def test_many_processes_register_and_promote_at_once(registry, trained):
     code = (
-        "import sys; from pathlib import Path; from project.registry import *\n"
+        "import sys; from pathlib import Path; from core.registry import *\n"
         "registry = LocalRegistry(Path(sys.argv[1]))\n"
         "for _ in range(5):\n"
         "    version = registry.register(Path(sys.argv[2]), {}, sys.argv[3])\n"
@@ -107,7 +115,10 @@ def test_many_processes_register_and_promote_at_once(registry, trained):
     assert [version.number for version in versions] == list(range(1, 21))
     assert sorted(version.run for version in versions) == sorted([f"run-{n}" for n in range(4)] * 5)
     changes = registry.history()
-    assert [change["replaces"] for change in changes] == [None, *(change["version"] for change in changes[:-1])]
+    assert [change["replaces"] for change in changes] == [
+        None,
+        *(change["version"] for change in changes[:-1]),
+    ]
     assert registry.champion().number == changes[-1]["version"]
 
 
@@ -135,8 +146,20 @@ def scores(challenger, champion=None, problem=None):
         (scores(0.96, 0.97), 0.95, 0.0, False, "but champion 7 has 0.9700"),
         (scores(0.96, 0.97), 0.95, 0.01, True, "margin 0.0100"),
         (scores(0.9, 0.95), 0.5, 0.05, True, "margin 0.0500"),  # exactly the margin
-        (scores(0.9, 0.97), 0.95, 1.0, False, "does not reach"),  # no margin saves from the threshold
-        (scores(0.96, problem="weights changed"), 0.95, 0.0, True, "champion 7 cannot be compared: weights changed"),
+        (
+            scores(0.9, 0.97),
+            0.95,
+            1.0,
+            False,
+            "does not reach",
+        ),  # no margin saves from the threshold
+        (
+            scores(0.96, problem="weights changed"),
+            0.95,
+            0.0,
+            True,
+            "champion 7 cannot be compared: weights changed",
+        ),
     ],
 )
 def test_the_gate(measured, threshold, margin, passed, reason):
@@ -145,8 +168,12 @@ def test_the_gate(measured, threshold, margin, passed, reason):
     assert reason in decision.reason
 
 
-def test_a_champion_that_predicts_something_else_is_not_replaced(registry, trained, make_csv, tmp_path):
-    rows = [["width", "height", "colour", "plant"]] + [[n, n, "red", "ab"[n % 2]] for n in range(40)]
+def test_a_champion_that_predicts_something_else_is_not_replaced(
+    registry, trained, make_csv, tmp_path
+):
+    rows = [["width", "height", "colour", "plant"]] + [
+        [n, n, "red", "ab"[n % 2]] for n in range(40)
+    ]
     prepare(make_csv(rows), "plant", tmp_path / "train", tmp_path / "test")
     registry.register(trained / "model", {}, "run-1")
     registry.promote(1, "the first", None)
@@ -194,7 +221,11 @@ def test_rollback(served, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("number", "message"),
-    [("2", "the champion already"), ("9", "no version 9.*there are: 1, 2"), ("two", "not a version's number")],
+    [
+        ("2", "the champion already"),
+        ("9", "no version 9.*there are: 1, 2"),
+        ("two", "not a version's number"),
+    ],
 )
 def test_a_wrong_rollback_is_told(served, monkeypatch, number, message):
     monkeypatch.setattr(sys, "argv", ["status", "--rollback", number])

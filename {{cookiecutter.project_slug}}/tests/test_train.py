@@ -14,12 +14,12 @@ import pytest
 import safetensors.torch
 import torch
 
-from project.errors import UserError
-from project.storage import local_path
-from trainer import data, runtime
-from trainer import train as module
+from core.errors import UserError
+from core.paths import local_path
+from trainer import data, distributed
+from trainer import train as train_module
+from trainer.config import Hyperparameters
 from trainer.evaluate import evaluate
-from trainer.hyperparameters import Hyperparameters
 from trainer.train import hold_back, train
 
 
@@ -28,19 +28,34 @@ def weights_hash(folder: Path) -> str:
 
 
 def run(trained, model_dir, options, *more, prefix=("-m",)):
-    command = [sys.executable, *prefix, "trainer.train", "--train", trained / "train.parquet", "--model-dir", model_dir]
-    done = subprocess.run([*command, "--hyperparameters", options.to_json(), *more], capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        *prefix,
+        "trainer.train",
+        "--train",
+        trained / "train.parquet",
+        "--model-dir",
+        model_dir,
+    ]
+    done = subprocess.run(
+        [*command, "--hyperparameters", options.to_json(), *more],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_same_seed_gives_the_same_bits(trained, tmp_path, options, threads):
-    chosen = replace(options, threads=threads)
-    run(trained, tmp_path / "a", chosen)
-    run(trained, tmp_path / "b", chosen)
+    settings = replace(options, threads=threads)
+    run(trained, tmp_path / "a", settings)
+    run(trained, tmp_path / "b", settings)
     assert weights_hash(tmp_path / "a") == weights_hash(tmp_path / "b")
-    assert (tmp_path / "a" / "model.json").read_text() == (tmp_path / "b" / "model.json").read_text()
+    assert (tmp_path / "a" / "model.json").read_text() == (
+        tmp_path / "b" / "model.json"
+    ).read_text()
 
 
 def test_another_seed_gives_another_model(trained, tmp_path, options):
@@ -53,37 +68,57 @@ class Stopped(Exception):
 
 
 @pytest.mark.parametrize("after", [1, 5])
-def test_an_interrupted_run_resumes_and_ends_with_the_same_weights(trained, tmp_path, options, monkeypatch, after):
-    saved = module.save_checkpoint
+def test_an_interrupted_run_resumes_and_ends_with_the_same_weights(
+    trained, tmp_path, options, monkeypatch, after
+):
+    saved = train.save_checkpoint
 
     def stop(folder, network, optimizer, progress, facts):
         saved(folder, network, optimizer, progress, facts)
         if len(progress.history) == after:
             raise Stopped
 
-    monkeypatch.setattr(module, "save_checkpoint", stop)
+    monkeypatch.setattr(train_module, "save_checkpoint", stop)
     with pytest.raises(Stopped):
         train(trained / "train.parquet", tmp_path / "model", options, tmp_path / "checkpoints")
     assert not (tmp_path / "model" / "model.json").exists()
-    monkeypatch.setattr(module, "save_checkpoint", saved)
+    monkeypatch.setattr(train_module, "save_checkpoint", saved)
     epochs = []
-    run_epoch = module.run_epoch
-    monkeypatch.setattr(module, "run_epoch", lambda *given: epochs.append(given[7]) or run_epoch(*given))
+    run_epoch = train.run_epoch
+    monkeypatch.setattr(
+        train_module, "run_epoch", lambda *given: epochs.append(given[7]) or run_epoch(*given)
+    )
     train(trained / "train.parquet", tmp_path / "model", options, tmp_path / "checkpoints")
     assert epochs[0] == after + 1
     assert weights_hash(tmp_path / "model") == weights_hash(trained / "model")
 
 
 def test_a_checkpoint_of_another_run_or_a_broken_one_is_not_used(trained, tmp_path, options):
-    train(trained / "train.parquet", tmp_path / "other", replace(options, learning_rate=0.02), tmp_path / "checkpoints")
+    train(
+        trained / "train.parquet",
+        tmp_path / "other",
+        replace(options, learning_rate=0.02),
+        tmp_path / "checkpoints",
+    )
     train(trained / "train.parquet", tmp_path / "a", options, tmp_path / "checkpoints")
     (tmp_path / "checkpoints" / "checkpoint.safetensors").write_bytes(b"broken")
     train(trained / "train.parquet", tmp_path / "b", options, tmp_path / "checkpoints")
-    assert weights_hash(tmp_path / "a") == weights_hash(tmp_path / "b") == weights_hash(trained / "model")
+    assert (
+        weights_hash(tmp_path / "a")
+        == weights_hash(tmp_path / "b")
+        == weights_hash(trained / "model")
+    )
 
 
 def test_a_model_is_not_scored_on_rows_that_it_may_have_seen(trained, tmp_path):
-    data.prepare(trained / "animals.csv", "animal", tmp_path / "train", tmp_path / "test", ignore=["id"], split_seed=5)
+    data.prepare(
+        trained / "animals.csv",
+        "animal",
+        tmp_path / "train",
+        tmp_path / "test",
+        ignore=["id"],
+        split_seed=5,
+    )
     with pytest.raises(UserError, match="divided anew"):
         evaluate(trained / "model", tmp_path / "test", tmp_path / "metrics.json")
     assert not (tmp_path / "metrics.json").exists()
@@ -98,28 +133,31 @@ def test_nothing_is_pickled_or_unpickled(trained, tmp_path, options, monkeypatch
     monkeypatch.setattr(torch, "save", refuse)
     monkeypatch.setattr(torch, "load", refuse)
     checkpoint = {"x": torch.arange(3)}
-    runtime.save_checkpoint(tmp_path, checkpoint, {"epoch": 1})
-    tensors, state = runtime.load_checkpoint(tmp_path)
+    distributed.save_checkpoint(tmp_path, checkpoint, {"epoch": 1})
+    tensors, state = distributed.load_checkpoint(tmp_path)
     assert tensors["x"].tolist() == [0, 1, 2]
     assert state == {"epoch": 1}
-    module.artifact.load(trained / "model")
+    train.artifact.load(trained / "model")
 
 
 def test_two_ranks_follow_the_path_of_one(trained, tmp_path, options):
     # Without dropout, whose draws differ by rank, only the order of additions is different.
-    chosen = replace(options, dropout=0.0, epochs=4)
-    run(trained, tmp_path / "one", chosen)
+    settings = replace(options, dropout=0.0, epochs=4)
+    run(trained, tmp_path / "one", settings)
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
-    out = run(trained, tmp_path / "two", chosen, prefix=launch)
+    out = run(trained, tmp_path / "two", settings, prefix=launch)
     assert out.count("best epoch") == 1  # one rank speaks
-    one, two = (safetensors.torch.load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    one, two = (
+        safetensors.torch.load_file(tmp_path / name / "model.safetensors")
+        for name in ("one", "two")
+    )
     for name, weights in one.items():
         assert torch.allclose(weights, two[name], atol=1e-4), name
 
 
 def test_early_stopping_keeps_the_best_epoch(trained, tmp_path, options):
-    chosen = replace(options, epochs=200, patience=3, learning_rate=0.05)
-    metrics = train(trained / "train.parquet", tmp_path / "model", chosen)
+    settings = replace(options, epochs=200, patience=3, learning_rate=0.05)
+    metrics = train(trained / "train.parquet", tmp_path / "model", settings)
     losses = [epoch["validation_loss"] for epoch in metrics["history"]]
     assert len(losses) < 200
     assert metrics["best_epoch"] == int(np.argmin(losses)) + 1 == len(losses) - 3
@@ -146,7 +184,10 @@ def test_rows_held_back_are_of_every_class_and_never_learned_from():
             '{"epochs": 0, "seed": 0, "threads": 1, "batch_size": 1, "learning_rate": 0.1}',
             ["epochs", "greater than or equal to 1", "0"],
         ),
-        ('{"epochs": 1, "seed": 0, "threads": 1, "batch_size": 1, "learning_rate": 0.1, "epoch": 1}', ["epoch"]),
+        (
+            '{"epochs": 1, "seed": 0, "threads": 1, "batch_size": 1, "learning_rate": 0.1, "epoch": 1}',
+            ["epoch"],
+        ),
         ('{"epochs": 1}', ["seed"]),
     ],
 )
@@ -171,10 +212,23 @@ def test_several_machines_are_started_with_torchrun(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train", "--train", "x"])
     started = []
     monkeypatch.setattr(os, "execv", lambda _, command: started.append(command))
-    runtime.restart_on_all_gpus("trainer.train")
+    distributed.restart_on_all_gpus("trainer.train")
     assert started[0][1:] == [
-        *("-m", "torch.distributed.run", "--nnodes=3", f"--nproc-per-node={max(1, torch.cuda.device_count())}", "--node-rank=2"),
-        *("--rdzv-backend=static", "--rdzv-endpoint=host-0:2222", "-m", "trainer.train", "--train", "x"),
+        *(
+            "-m",
+            "torch.distributed.run",
+            "--nnodes=3",
+            f"--nproc-per-node={max(1, torch.cuda.device_count())}",
+            "--node-rank=2",
+        ),
+        *(
+            "--rdzv-backend=static",
+            "--rdzv-endpoint=host-0:2222",
+            "-m",
+            "trainer.train",
+            "--train",
+            "x",
+        ),
     ]
 
 

@@ -9,11 +9,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from core.errors import UserError, run_command
+from core.schema import Schema
+from level_0_manual.predict import parse_row, read_csv, show_row
 from predictor import client
 from predictor.client import Server
-from predictor.predict import parse_row, read_csv, show_row
-from project.errors import UserError, run_command
-from project.schema import Schema
 
 
 def read_row(arguments: argparse.Namespace, schema: Schema) -> dict[str, list[Any]]:
@@ -22,7 +22,9 @@ def read_row(arguments: argparse.Namespace, schema: Schema) -> dict[str, list[An
         table = read_csv(arguments.csv)
         rows = len(next(iter(table.values())))
         if not 1 <= arguments.row <= rows:
-            raise UserError(f"--row {arguments.row}: the rows of {arguments.csv} are numbered 1 to {rows}.")
+            raise UserError(
+                f"--row {arguments.row}: the rows of {arguments.csv} are numbered 1 to {rows}."
+            )
         return {name: [cells[arguments.row - 1]] for name, cells in table.items()}
     if not arguments.instance.lstrip().startswith("["):
         return parse_row(arguments.instance, schema)
@@ -32,14 +34,18 @@ def read_row(arguments: argparse.Namespace, schema: Schema) -> dict[str, list[An
     except ValueError as error:
         raise UserError(f"ROW is not JSON ({error}): {arguments.instance[:80]!r}.") from None
     if len(values) != len(names):
-        raise UserError(f"ROW has {len(values)} values; the model has {len(names)} columns: {', '.join(names[:10])}.")
+        raise UserError(
+            f"ROW has {len(values)} values; the model has {len(names)} columns: {', '.join(names[:10])}."
+        )
     return {name: [value] for name, value in zip(names, values, strict=True)}
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Ask a server for one row.")
-    parser.add_argument("instance", nargs="?", metavar="ROW", help="the row as a JSON object or array")
+    parser.add_argument(
+        "instance", nargs="?", metavar="ROW", help="the row as a JSON object or array"
+    )
     parser.add_argument("--csv", type=Path, help="a CSV file with a header, instead")
     parser.add_argument("--row", type=int, default=1, metavar="N", help="which of its rows, from 1")
     parser.add_argument("--json", action="store_true", help="print the server's answer as JSON")
@@ -52,7 +58,13 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(server.ask(row)[0], ensure_ascii=False))
     else:
-        print(show_row(server, row, f"Row {arguments.row} of {arguments.csv}" if arguments.csv else "Your row"))
+        print(
+            show_row(
+                server,
+                row,
+                f"Row {arguments.row} of {arguments.csv}" if arguments.csv else "Your row",
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from rehearsal.containers import Containers
-from rehearsal.server import FakeServer
-from rehearsal.storage import FakeStorage
-from rehearsal.vertex import FakeVertex
+from level_2_cicd.rehearsal.containers import Containers
+from level_2_cicd.rehearsal.server import FakeServer
+from level_2_cicd.rehearsal.storage import FakeStorage
+from level_2_cicd.rehearsal.vertex import FakeVertex
 
 
 def parse_options() -> argparse.Namespace:

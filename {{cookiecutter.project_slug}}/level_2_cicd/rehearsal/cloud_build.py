@@ -14,9 +14,9 @@ from typing import Any
 
 from google.cloud.devtools import cloudbuild_v1 as types
 
-from rehearsal import build_steps
-from rehearsal.protojson import as_json, now, parse
-from rehearsal.server import ApiError, FakeServer, Json, Request, route
+from level_2_cicd.rehearsal import build_steps
+from level_2_cicd.rehearsal.protojson import as_json, now, parse
+from level_2_cicd.rehearsal.server import ApiError, FakeServer, Json, Request, route
 
 PARENT = "/v1/(?P<parent>projects/{project}/locations/{region})"
 METADATA = "type.googleapis.com/google.devtools.cloudbuild.v1.BuildOperationMetadata"

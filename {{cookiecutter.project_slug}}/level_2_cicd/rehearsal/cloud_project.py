@@ -6,7 +6,7 @@ FakeProject("my-project") has nothing; tests fill its attributes.
 
 import re
 
-from rehearsal.server import ApiError, FakeServer, Json, Request, route
+from level_2_cicd.rehearsal.server import ApiError, FakeServer, Json, Request, route
 
 NUMBER = "123456789012"
 PROJECT = "projects/OWN"  # by id or number

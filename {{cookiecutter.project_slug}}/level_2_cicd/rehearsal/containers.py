@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rehearsal.server import ApiError, Response
+from level_2_cicd.rehearsal.server import ApiError, Response
 
 LAST_LINES = 12
 HEALTHY_SECONDS = 60.0  # until a server must be healthy

@@ -7,7 +7,7 @@ import hashlib
 import json
 import uuid
 
-from rehearsal.server import ApiError, FakeServer, Json, Request, Response, route
+from level_2_cicd.rehearsal.server import ApiError, FakeServer, Json, Request, Response, route
 
 REPOSITORY = "/v2/(?P<repository>[a-z0-9._/-]+)"
 MANIFESTS = f"{REPOSITORY}/manifests/(?P<reference>[^/]+)"

@@ -8,8 +8,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from rehearsal.server import ApiError, FakeServer, Json, Request, Response, route
-from rehearsal.transport import timestamp
+from level_2_cicd.rehearsal.server import ApiError, FakeServer, Json, Request, Response, route
+from level_2_cicd.rehearsal.transport import timestamp
 
 LOCATION = "/v1/(?P<parent>projects/{project}/locations/[^/]+/repositories/{repository}/packages/"
 TAG = r"[a-z0-9][a-z0-9._-]{0,127}"

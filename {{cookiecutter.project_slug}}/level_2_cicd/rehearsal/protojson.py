@@ -9,7 +9,7 @@ from typing import Any
 
 from google.protobuf import json_format
 
-from rehearsal.transport import ApiError, Json, Request
+from level_2_cicd.rehearsal.transport import ApiError, Json, Request
 
 # gcloud sends v1beta1 and ui for some calls; the messages are the same.
 LOCATION = r"/(?:v1|v1beta1|ui)/(?P<parent>projects/[^/:]+/locations/[^/:]+)"

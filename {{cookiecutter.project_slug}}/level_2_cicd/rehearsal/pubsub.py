@@ -6,7 +6,7 @@ PUBSUB_EMULATOR_HOST=`host` sends Google's client here. See pubsub_emulator.py f
 import base64
 from typing import Any
 
-from rehearsal.server import ApiError, FakeServer, Json, Request, route
+from level_2_cicd.rehearsal.server import ApiError, FakeServer, Json, Request, route
 
 
 class FakePubSub(FakeServer):

@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from rehearsal.containers import free_port
+from level_2_cicd.rehearsal.containers import free_port
 
 Json = dict[str, Any]
 START_SECONDS = 90

@@ -8,7 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
-from rehearsal.transport import ApiError, HttpServer, Json, Request, Response, failed_precondition
+from level_2_cicd.rehearsal.transport import (
+    ApiError,
+    HttpServer,
+    Json,
+    Request,
+    Response,
+    failed_precondition,
+)
 
 __all__ = ["ApiError", "FakeServer", "Json", "Request", "Response", "failed_precondition", "route"]
 

@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rehearsal.server import ApiError, FakeServer, Json, Request, Response, route
-from rehearsal.storage_notifications import Notifications
-from rehearsal.storage_objects import Objects, check_preconditions
-from rehearsal.storage_uploads import Uploads
+from level_2_cicd.rehearsal.server import ApiError, FakeServer, Json, Request, Response, route
+from level_2_cicd.rehearsal.storage_notifications import Notifications
+from level_2_cicd.rehearsal.storage_objects import Objects, check_preconditions
+from level_2_cicd.rehearsal.storage_uploads import Uploads
 
 BUCKET = "/storage/v1/b/{bucket}"
 OBJECT = f"{BUCKET}/o/{{object=**}}"

@@ -6,8 +6,8 @@ import re
 import urllib.request
 from typing import Any
 
-from rehearsal.server import ApiError, Json, Request, Response, route
-from rehearsal.transport import timestamp
+from level_2_cicd.rehearsal.server import ApiError, Json, Request, Response, route
+from level_2_cicd.rehearsal.transport import timestamp
 
 CONFIGS = "/storage/v1/b/{bucket}/notificationConfigs"
 TOPIC = r"//pubsub\.googleapis\.com/projects/[^/]+/topics/[^/]+"

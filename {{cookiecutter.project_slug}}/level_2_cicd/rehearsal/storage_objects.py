@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 import google_crc32c
 
-from rehearsal.transport import ApiError, Json, timestamp
+from level_2_cicd.rehearsal.transport import ApiError, Json, timestamp
 
 # The metadata that a client may set; the service sets the rest.
 SETTABLE = {"contentType", "contentEncoding", "cacheControl", "metadata", "customTime"}

@@ -5,8 +5,8 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
-from rehearsal.server import ApiError, Json, Request, Response, route
-from rehearsal.transport import parse_json
+from level_2_cicd.rehearsal.server import ApiError, Json, Request, Response, route
+from level_2_cicd.rehearsal.transport import parse_json
 
 PATH = "/(?:resumable/)?upload/storage/v1/b/{bucket}/o"
 CHUNK = 256 * 1024  # all chunks of a resumable upload but the last are multiples of it

@@ -14,13 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from rehearsal.containers import Containers
-from rehearsal.protojson import LOCATION, as_json, canonical, now, paginate
-from rehearsal.server import ApiError, FakeServer, Json, Request, Response, route
-from rehearsal.transport import timestamp
-from rehearsal.vertex_endpoints import Endpoints
-from rehearsal.vertex_jobs import ACTIVE_STATES, CustomJobs, Outcome, PipelineJobs
-from rehearsal.vertex_models import Models
+from level_2_cicd.rehearsal.containers import Containers
+from level_2_cicd.rehearsal.protojson import LOCATION, as_json, canonical, now, paginate
+from level_2_cicd.rehearsal.server import ApiError, FakeServer, Json, Request, Response, route
+from level_2_cicd.rehearsal.transport import timestamp
+from level_2_cicd.rehearsal.vertex_endpoints import Endpoints
+from level_2_cicd.rehearsal.vertex_jobs import ACTIVE_STATES, CustomJobs, Outcome, PipelineJobs
+from level_2_cicd.rehearsal.vertex_models import Models
 
 TYPES = "type.googleapis.com/google.cloud.aiplatform.v1."
 EMPTY = "type.googleapis.com/google.protobuf.Empty"

@@ -6,10 +6,24 @@ from typing import Any
 
 from google.cloud.aiplatform_v1 import types
 
-from rehearsal.containers import ModelServer
-from rehearsal.protojson import check_id, check_labels, now, parse, parse_query, require
-from rehearsal.server import ApiError, Json, Request, Response, failed_precondition, route
-from rehearsal.vertex_resources import ONE, Collection
+from level_2_cicd.rehearsal.containers import ModelServer
+from level_2_cicd.rehearsal.protojson import (
+    check_id,
+    check_labels,
+    now,
+    parse,
+    parse_query,
+    require,
+)
+from level_2_cicd.rehearsal.server import (
+    ApiError,
+    Json,
+    Request,
+    Response,
+    failed_precondition,
+    route,
+)
+from level_2_cicd.rehearsal.vertex_resources import ONE, Collection
 
 ENDPOINT_ID = r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?|[1-9][0-9]{0,8}|0"
 DEPLOYED_MODEL_ID = r"[0-9]{1,10}"

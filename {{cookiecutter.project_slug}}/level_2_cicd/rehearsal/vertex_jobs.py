@@ -7,10 +7,18 @@ from typing import Any, ClassVar
 
 from google.cloud.aiplatform_v1 import types
 
-from rehearsal.containers import Container
-from rehearsal.protojson import as_json, check_id, check_labels, now, parse, parse_query, require
-from rehearsal.server import ApiError, Json, Request, failed_precondition, route
-from rehearsal.vertex_resources import ONE, Collection
+from level_2_cicd.rehearsal.containers import Container
+from level_2_cicd.rehearsal.protojson import (
+    as_json,
+    check_id,
+    check_labels,
+    now,
+    parse,
+    parse_query,
+    require,
+)
+from level_2_cicd.rehearsal.server import ApiError, Json, Request, failed_precondition, route
+from level_2_cicd.rehearsal.vertex_resources import ONE, Collection
 
 ACTIVE_STATES = ("QUEUED", "PENDING", "RUNNING")
 FINAL_STATES = ("SUCCEEDED", "FAILED", "CANCELLED", "EXPIRED", "PARTIALLY_SUCCEEDED")

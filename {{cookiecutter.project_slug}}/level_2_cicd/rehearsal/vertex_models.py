@@ -5,7 +5,7 @@ from typing import Any
 
 from google.cloud.aiplatform_v1 import types
 
-from rehearsal.protojson import (
+from level_2_cicd.rehearsal.protojson import (
     as_json,
     canonical,
     check_id,
@@ -16,8 +16,8 @@ from rehearsal.protojson import (
     parse_query,
     require,
 )
-from rehearsal.server import ApiError, Json, Request, route
-from rehearsal.vertex_resources import ONE, Collection
+from level_2_cicd.rehearsal.server import ApiError, Json, Request, route
+from level_2_cicd.rehearsal.vertex_resources import ONE, Collection
 
 ALIAS = r"[a-z][a-zA-Z0-9-]{0,126}[a-z0-9]"
 MODEL_ID = r"[a-z_][a-z0-9_-]{0,62}"

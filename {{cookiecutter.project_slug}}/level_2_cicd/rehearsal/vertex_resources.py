@@ -4,8 +4,8 @@ from typing import Any, ClassVar
 
 from google.cloud.aiplatform_v1 import types
 
-from rehearsal.protojson import as_json, canonical, list_page, now, parse_query
-from rehearsal.server import ApiError, Json, Request, route
+from level_2_cicd.rehearsal.protojson import as_json, canonical, list_page, now, parse_query
+from level_2_cicd.rehearsal.server import ApiError, Json, Request, route
 
 ONE = "/{id}"
 

@@ -20,7 +20,7 @@ case "${1:-}" in
         ;;
 esac
 registry=${1:-} mirror=${2:-} index=${3:-}
-# First step of a build: of two builds, the one that began later wins (src/launcher/push.py).
+# First step of a build: of two builds, the one that began later wins (level_2_cicd/release.py).
 if [ -n "$registry" ] && [ "$what" = get ]; then mkdir -p build && date -u +%Y-%m-%dT%H:%M:%S+00:00 >build/began; fi
 folder=level_2_cicd/toolbox base=level_1_pipeline/base_image.txt
 inputs="$base $folder/Dockerfile level_1_pipeline/install_packages.sh requirements/launcher.txt requirements/uv.txt"

@@ -1,4 +1,4 @@
-"""What functions-framework serves: each message that Pub/Sub delivers comes to `handle`. The code is launcher.trigger."""
+"""What functions-framework serves: each message that Pub/Sub delivers comes to `handle`. The code is level_2_cicd.trigger_function_container.events."""
 
 import os
 import sys
@@ -7,11 +7,11 @@ from pathlib import Path
 import flask
 import functions_framework
 
-from launcher import trigger
-from project.errors import UserError
+from core.errors import UserError
+from level_2_cicd.trigger_function_container import events
 
 try:
-    FUNCTION = trigger.Function.make(os.environ, Path(__file__).with_name("request.avsc"))
+    FUNCTION = events.Function.make(os.environ, Path(__file__).with_name("request.avsc"))
 except UserError as error:
     sys.exit(f"error: {error}")
 

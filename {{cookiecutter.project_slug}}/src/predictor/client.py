@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import urllib3
 
+from core import manifest
+from core.errors import UserError
+from core.registry import LocalRegistry
+from core.schema import Column, Schema, parse_number
 from predictor import cloud
-from project import manifest
-from project.errors import UserError
-from project.registry import LocalRegistry
-from project.schema import Column, Schema, parse_number
 
 CELLS = 25_000  # in one request: about 1 MB, where the cloud's shared endpoints take 1.5
 HEALTH_SECONDS = 1.0
@@ -69,7 +69,10 @@ class Patience(urllib3.Retry):
 
 
 # Of connections, which are kept open from one request to the next; a thread needs one.
-CONNECTIONS: dict[str, Any] = {"maxsize": 64, "timeout": urllib3.Timeout(connect=CONNECT_SECONDS, read=ANSWER_SECONDS)}
+CONNECTIONS: dict[str, Any] = {
+    "maxsize": 64,
+    "timeout": urllib3.Timeout(connect=CONNECT_SECONDS, read=ANSWER_SECONDS),
+}
 
 
 def _pool() -> urllib3.PoolManager:
@@ -121,14 +124,18 @@ class Endpoint:
         document = self.post(body.encode())
         predictions = document.get("predictions") if isinstance(document, dict) else None
         if not isinstance(predictions, list) or len(predictions) != len(texts):
-            raise UserError(f"{self.address}{self.route} answers, but not with one prediction for each of {len(texts)} row(s).")
+            raise UserError(
+                f"{self.address}{self.route} answers, but not with one prediction for each of {len(texts)} row(s)."
+            )
         return predictions
 
     def _request(self, method: str, path: str, body: bytes | None, **options: Any) -> Any:
         options.setdefault("retries", Patience.of(self.wait))
         options["headers"] = {"Content-Type": "application/json", **self.sign()}
         try:
-            response = self.pool.request(method, self.address + path, body=body, redirect=False, **options)
+            response = self.pool.request(
+                method, self.address + path, body=body, redirect=False, **options
+            )
         except urllib3.exceptions.HTTPError as error:
             reason = str(getattr(error, "reason", None) or error).rsplit(": ", 1)[-1]
             raise UserError(f"{self.address} does not answer: {reason}.") from None
@@ -143,7 +150,9 @@ class Endpoint:
             told = cloud.refusal(response.status, told)
         if response.status in REFUSING and told:
             raise Refused(str(told))
-        raise UserError(f"{self.address} answers {method} {path} with status {response.status}: {told or 'not as a predictor'}")
+        raise UserError(
+            f"{self.address} answers {method} {path} with status {response.status}: {told or 'not as a predictor'}"
+        )
 
 
 @dataclass(frozen=True)
@@ -169,7 +178,10 @@ class Server:
         endpoint = Endpoint(f"http://127.0.0.1:{port}")
         try:
             health = endpoint.get("/health", timeout=HEALTH_SECONDS)
-            number, saved = health["version"], registry.version(health["version"]).model / manifest.NAME
+            number, saved = (
+                health["version"],
+                registry.version(health["version"]).model / manifest.NAME,
+            )
             if manifest.sha256(saved) != health["manifest_sha256"]:
                 return None  # another project's
             document = json.loads(saved.read_text(encoding="utf-8"))
@@ -206,11 +218,17 @@ class Server:
             document = base.get("/openapi.json", retries=Patience.of(min(wait, FIRST_SECONDS)))
             route, version, schema = read_description(document)
         except UserError as error:
-            raise UserError(f"{error} Is a server there? `make serve` starts one; --endpoint says where it is.") from None
+            raise UserError(
+                f"{error} Is a server there? `make serve` starts one; --endpoint says where it is."
+            ) from None
         except (KeyError, TypeError, ValueError, AttributeError):
-            raise UserError(f"{base.address} answers, but its /openapi.json is not a predictor's.") from None
+            raise UserError(
+                f"{base.address} answers, but its /openapi.json is not a predictor's."
+            ) from None
         if (url.path or "/") not in ("/", route):
-            raise UserError(f"--endpoint is {address!r}; the server there predicts at {base.address}{route}.")
+            raise UserError(
+                f"--endpoint is {address!r}; the server there predicts at {base.address}{route}."
+            )
         return cls(Endpoint(base.address, route, wait, base.pool), version, schema)
 
     @classmethod
@@ -219,9 +237,13 @@ class Server:
         try:
             _, version, schema = read_description(endpoint.post(DESCRIBE))
         except Refused as error:
-            raise UserError(f"{server}{route} answers, but not as this project's predictor: {error}") from None
+            raise UserError(
+                f"{server}{route} answers, but not as this project's predictor: {error}"
+            ) from None
         except (KeyError, TypeError, ValueError, AttributeError):
-            raise UserError(f"{server}{route} answers, but not as this project's predictor.") from None
+            raise UserError(
+                f"{server}{route} answers, but not as this project's predictor."
+            ) from None
         return cls(endpoint, version, schema)
 
     def probabilities(self, table: Mapping[str, Sequence[Any] | np.ndarray]) -> np.ndarray:
@@ -231,16 +253,22 @@ class Server:
             UserError: what the server says of a wrong row, or that it does not answer.
         """
         answers = self.ask(table, top=len(self.schema.classes))
-        return np.array([[answer["scores"][str(name)] for name in self.schema.classes] for answer in answers])
+        return np.array(
+            [[answer["scores"][str(name)] for name in self.schema.classes] for answer in answers]
+        )
 
-    def ask(self, table: Mapping[str, Sequence[Any] | np.ndarray], **parameters: Any) -> list[dict[str, Any]]:
+    def ask(
+        self, table: Mapping[str, Sequence[Any] | np.ndarray], **parameters: Any
+    ) -> list[dict[str, Any]]:
         """The server's predictions for columns of values.
 
         Raises:
             UserError: what the server says of a wrong row, or that it does not answer.
         """
         require(self.schema.columns, table)
-        rows = len(next(iter(table.values()))) if table else 1  # an empty object is a row too, if all columns are optional
+        rows = (
+            len(next(iter(table.values()))) if table else 1
+        )  # an empty object is a row too, if all columns are optional
         size = max(1, CELLS // len(self.schema.columns))
         predictions = []
         for start in range(0, rows, size):
@@ -254,7 +282,9 @@ class Server:
 
     def _instance(self, table: Mapping[str, Sequence[Any] | np.ndarray], row: int) -> list[Any]:
         try:
-            return json_values(self.schema.columns, {name: values[row] for name, values in table.items()})
+            return json_values(
+                self.schema.columns, {name: values[row] for name, values in table.items()}
+            )
         except ValueError as error:
             raise UserError(f"row {row + 1}, {error}") from None
 
@@ -280,9 +310,15 @@ def read_schema(document: Mapping[str, Any], route: str) -> Schema:
     columns = []
     for name, column in instance["properties"].items():
         optional, examples = name not in instance["required"], tuple(column.get("examples", ()))
-        columns.append(Column(name, "categorical" if "string" in column["type"] else "numeric", optional, examples))
+        columns.append(
+            Column(
+                name, "categorical" if "string" in column["type"] else "numeric", optional, examples
+            )
+        )
     label = document["paths"][route]["post"]["summary"].removeprefix("Predict ")
-    return Schema(label, tuple(columns), tuple(schemas["Prediction"]["properties"]["label"]["enum"]))
+    return Schema(
+        label, tuple(columns), tuple(schemas["Prediction"]["properties"]["label"]["enum"])
+    )
 
 
 def require(columns: Sequence[Column], names: Iterable[str]) -> None:
@@ -294,7 +330,9 @@ def require(columns: Sequence[Column], names: Iterable[str]) -> None:
     there = set(names)
     absent = [column.name for column in columns if column.name not in there and not column.optional]
     if absent:
-        raise UserError(f"{len(absent)} column(s) of the model are not in the data: {', '.join(absent[:10])}.")
+        raise UserError(
+            f"{len(absent)} column(s) of the model are not in the data: {', '.join(absent[:10])}."
+        )
 
 
 def json_values(columns: Sequence[Column], row: Mapping[str, Any]) -> list[Any]:
@@ -310,7 +348,9 @@ def json_values(columns: Sequence[Column], row: Mapping[str, Any]) -> list[Any]:
             try:
                 number = parse_number(value)
             except ValueError:
-                raise ValueError(f"column '{column.name}': {value!r} is not a finite number.") from None
+                raise ValueError(
+                    f"column '{column.name}': {value!r} is not a finite number."
+                ) from None
             values.append(None if math.isnan(number) else number)
         else:
             values.append(None if value == "" else value)

@@ -14,11 +14,13 @@ from urllib.request import getproxies, proxy_bypass
 
 import urllib3
 
-from project.errors import UserError
+from core.errors import UserError
 
 NAME = r"projects/[^/]+/locations/(?P<region>[a-z0-9-]+)/endpoints/[^/:?#]+"
 # Whom the credentials are shown: Google's API, and the servers that endpoints have of their own.
-TRUSTED = r"https://([a-z0-9-]+-aiplatform\.googleapis\.com|[a-z0-9.-]+\.prediction\.vertexai\.goog)"
+TRUSTED = (
+    r"https://([a-z0-9-]+-aiplatform\.googleapis\.com|[a-z0-9.-]+\.prediction\.vertexai\.goog)"
+)
 SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 LOGIN = "Type: gcloud auth application-default login"
 # The HTTP status of Google's own refusals → what a person can do.
@@ -89,9 +91,13 @@ class Bearer:
         except DefaultCredentialsError:
             raise UserError(f"there are no credentials to ask the endpoint with. {LOGIN}") from None
         except TransportError:
-            raise UserError("Google's sign-in does not answer. Is there a network? Then type it again.") from None
+            raise UserError(
+                "Google's sign-in does not answer. Is there a network? Then type it again."
+            ) from None
         except GoogleAuthError:
-            raise UserError(f"the credentials to ask the endpoint with have expired. {LOGIN}") from None
+            raise UserError(
+                f"the credentials to ask the endpoint with have expired. {LOGIN}"
+            ) from None
         return headers
 
 

@@ -13,10 +13,10 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from predictor.predict import Model
-from project import manifest
-from project.errors import UserError
-from project.schema import Column, Schema
+from core import manifest
+from core.errors import UserError
+from core.onnx_model import Model
+from core.schema import Column, Schema
 
 MAX_INSTANCES = 10_000  # in one request; a file of rows is better sent in several
 FEW_CLASSES = 20  # up to here the scores of all classes are told, above it …
@@ -24,7 +24,10 @@ TOP = 5  # … those of the best, unless the request says how many
 EXAMPLES = 20  # categories shown for a column
 
 # Strict, unlike a CSV file's cells: JSON has types, and text for a number is a client's mistake.
-TYPES: dict[str, set[type]] = {"numeric": {int, float, NoneType}, "categorical": {str, int, float, NoneType}}
+TYPES: dict[str, set[type]] = {
+    "numeric": {int, float, NoneType},
+    "categorical": {str, int, float, NoneType},
+}
 WANTED = {"numeric": "a number", "categorical": "text"}
 
 
@@ -55,11 +58,15 @@ def answer(model: Model, version: int | None, body: bytes) -> bytes:
     try:
         probabilities = model.probabilities(table)
     except UserError as error:
-        raise BadRequest(f"instance{str(error).removeprefix('row')}") from None  # what a file calls row 3 is instance 3 here
+        raise BadRequest(
+            f"instance{str(error).removeprefix('row')}"
+        ) from None  # what a file calls row 3 is instance 3 here
     finite = np.isfinite(probabilities).all(axis=1)
     if not finite.all():
         raise BadRequest(f"instance {finite.argmin() + 1}: the model has no answer to such values.")
-    return json.dumps({"predictions": _predictions(probabilities, model.schema.classes, top), "version": version}).encode()
+    return json.dumps(
+        {"predictions": _predictions(probabilities, model.schema.classes, top), "version": version}
+    ).encode()
 
 
 def asks_for_openapi(body: bytes) -> bool:
@@ -80,7 +87,9 @@ def _parse(body: bytes) -> dict[str, Any]:
     except ValueError as error:
         raise BadRequest(f"the body is not JSON: {error}.") from None
     if not isinstance(request, dict):
-        raise BadRequest(f'the body is {_show(request)}; it must be an object: {{"instances": […]}}.')
+        raise BadRequest(
+            f'the body is {_show(request)}; it must be an object: {{"instances": […]}}.'
+        )
     return request
 
 
@@ -110,7 +119,9 @@ def _read_instances(request: dict[str, Any], schema: Schema) -> dict[str, Sequen
     if not isinstance(instances, list):
         raise BadRequest(f"instances: {_show(instances)} is not an array.")
     if not 1 <= len(instances) <= MAX_INSTANCES:
-        raise BadRequest(f"instances: has {len(instances)} of them; 1 to {MAX_INSTANCES} are answered in one request.")
+        raise BadRequest(
+            f"instances: has {len(instances)} of them; 1 to {MAX_INSTANCES} are answered in one request."
+        )
     kinds = set(map(type, instances))
     if kinds == {dict}:
         table = _from_objects(instances, schema)
@@ -128,31 +139,53 @@ def _from_objects(instances: list[dict[str, Any]], schema: Schema) -> dict[str, 
     for number, instance in enumerate(instances, start=1):
         if not instance.keys() <= names:
             extra = next(name for name in instance if name not in names)
-            raise BadRequest(f"instance {number}, column {_show(extra)}: the model has no such column.")
-    return {column.name: [instance.get(column.name) for instance in instances] for column in schema.columns}
+            raise BadRequest(
+                f"instance {number}, column {_show(extra)}: the model has no such column."
+            )
+    return {
+        column.name: [instance.get(column.name) for instance in instances]
+        for column in schema.columns
+    }
 
 
 def _from_arrays(instances: list[list[Any]], schema: Schema) -> dict[str, Sequence[Any]]:
     columns = schema.columns
     for number, instance in enumerate(instances, start=1):
         if len(instance) != len(columns):
-            end = f"there is none for column '{columns[len(instance)].name}'" if len(instance) < len(columns) else "too many"
-            raise BadRequest(f"instance {number}: has {len(instance)} values for {len(columns)} columns; {end}.")
-    return {column.name: values for column, values in zip(columns, zip(*instances, strict=True), strict=True)}
+            end = (
+                f"there is none for column '{columns[len(instance)].name}'"
+                if len(instance) < len(columns)
+                else "too many"
+            )
+            raise BadRequest(
+                f"instance {number}: has {len(instance)} values for {len(columns)} columns; {end}."
+            )
+    return {
+        column.name: values
+        for column, values in zip(columns, zip(*instances, strict=True), strict=True)
+    }
 
 
 def _refuse_kinds(instances: list[Any]) -> NoReturn:
     for number, instance in enumerate(instances, start=1):
         if not isinstance(instance, (dict, list)):
-            raise BadRequest(f"instance {number}: {_show(instance)} is neither an object nor an array of values.")
-    raise BadRequest("instances: some are objects and some are arrays; use one form within a request.")
+            raise BadRequest(
+                f"instance {number}: {_show(instance)} is neither an object nor an array of values."
+            )
+    raise BadRequest(
+        "instances: some are objects and some are arrays; use one form within a request."
+    )
 
 
 def _check_types(column: Column, values: Sequence[Any]) -> None:
     allowed = TYPES[column.kind]
     if not allowed.issuperset(map(type, values)):
-        row, value = next((row, value) for row, value in enumerate(values) if type(value) not in allowed)
-        raise BadRequest(f"instance {row + 1}, column '{column.name}': {_show(value)} is not {WANTED[column.kind]}.")
+        row, value = next(
+            (row, value) for row, value in enumerate(values) if type(value) not in allowed
+        )
+        raise BadRequest(
+            f"instance {row + 1}, column '{column.name}': {_show(value)} is not {WANTED[column.kind]}."
+        )
 
 
 def _show(value: object) -> str:
@@ -164,12 +197,18 @@ def _show(value: object) -> str:
     return repr(value[:60]) if isinstance(value, str) else json.dumps(value)[:60]
 
 
-def _predictions(probabilities: np.ndarray, classes: Sequence[int | str], top: int) -> list[dict[str, Any]]:
+def _predictions(
+    probabilities: np.ndarray, classes: Sequence[int | str], top: int
+) -> list[dict[str, Any]]:
     """For each row the best class, its score, and the best classes' scores, best first."""
     best = np.argsort(-probabilities, axis=1, kind="stable")[:, :top]
     scores = np.take_along_axis(probabilities, best, axis=1).tolist()
     return [
-        {"label": classes[row[0]], "score": values[0], "scores": {str(classes[p]): v for p, v in zip(row, values, strict=True)}}
+        {
+            "label": classes[row[0]],
+            "score": values[0],
+            "scores": {str(classes[p]): v for p, v in zip(row, values, strict=True)},
+        }
         for row, values in zip(best.tolist(), scores, strict=True)
     ]
 
@@ -183,18 +222,36 @@ def openapi(schema: Schema, version: int | None, predict: str, health: str) -> d
     """The API as an OpenAPI document, made from the model's own columns."""
 
     def body(name: str) -> dict[str, Any]:
-        return {"content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}}
+        return {
+            "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
+        }
 
     responses = {
-        "200": {"description": "One prediction for each instance, in their order", **body("Response")},
-        "400": {"description": "The request is at fault; the error names the instance and the column", **body("Error")},
+        "200": {
+            "description": "One prediction for each instance, in their order",
+            **body("Response"),
+        },
+        "400": {
+            "description": "The request is at fault; the error names the instance and the column",
+            **body("Error"),
+        },
         "413": {"description": "The body is too large", **body("Error")},
     }
-    asking = {"summary": f"Predict {schema.label}", "requestBody": {"required": True, **body("Request")}, "responses": responses}
-    healthy = {"summary": "Whether a model is served", "responses": {"200": {"description": "It is", **body("Health")}}}
+    asking = {
+        "summary": f"Predict {schema.label}",
+        "requestBody": {"required": True, **body("Request")},
+        "responses": responses,
+    }
+    healthy = {
+        "summary": "Whether a model is served",
+        "responses": {"200": {"description": "It is", **body("Health")}},
+    }
     return {
         "openapi": "3.1.0",
-        "info": {"title": f"Predict {schema.label}", "version": "unversioned" if version is None else str(version)},
+        "info": {
+            "title": f"Predict {schema.label}",
+            "version": "unversioned" if version is None else str(version),
+        },
         "paths": {predict: {"post": asking}, health: {"get": healthy}},
         "components": {"schemas": _components(schema)},
     }
@@ -204,12 +261,28 @@ def _components(schema: Schema) -> dict[str, Any]:
     columns = {column.name: _column_schema(column) for column in schema.columns}
     label = {"enum": list(schema.classes)}
     score = {"type": "number", "minimum": 0, "maximum": 1}
-    version = {"type": ["integer", "null"], "description": "The model's version; null when it was served without a registry"}
+    version = {
+        "type": ["integer", "null"],
+        "description": "The model's version; null when it was served without a registry",
+    }
     many = {"type": "array", "minItems": 1, "maxItems": MAX_INSTANCES}
     told = f"the scores of all classes up to {FEW_CLASSES} classes, of the best {TOP} above"
-    top = {"type": ["integer", "null"], "minimum": 1, "description": f"How many of the best classes' scores; otherwise {told}"}
-    instances = {"oneOf": [{**many, "items": {"$ref": f"#/components/schemas/{name}"}} for name in ("Instance", "InstanceArray")]}
-    parameters = {"type": ["object", "null"], "properties": {"top": top}, "additionalProperties": False}
+    top = {
+        "type": ["integer", "null"],
+        "minimum": 1,
+        "description": f"How many of the best classes' scores; otherwise {told}",
+    }
+    instances = {
+        "oneOf": [
+            {**many, "items": {"$ref": f"#/components/schemas/{name}"}}
+            for name in ("Instance", "InstanceArray")
+        ]
+    }
+    parameters = {
+        "type": ["object", "null"],
+        "properties": {"top": top},
+        "additionalProperties": False,
+    }
     return {
         "Instance": {
             "type": "object",
@@ -232,13 +305,20 @@ def _components(schema: Schema) -> dict[str, Any]:
         },
         "Prediction": {
             "type": "object",
-            "properties": {"label": label, "score": score, "scores": {"type": "object", "additionalProperties": score}},
+            "properties": {
+                "label": label,
+                "score": score,
+                "scores": {"type": "object", "additionalProperties": score},
+            },
             "required": ["label", "score", "scores"],
         },
         "Response": {
             "type": "object",
             "properties": {
-                "predictions": {"type": "array", "items": {"$ref": "#/components/schemas/Prediction"}},
+                "predictions": {
+                    "type": "array",
+                    "items": {"$ref": "#/components/schemas/Prediction"},
+                },
                 "version": version,
             },
             "required": ["predictions", "version"],
@@ -248,11 +328,18 @@ def _components(schema: Schema) -> dict[str, Any]:
             "properties": {
                 "status": {"const": "ok"},
                 "version": version,
-                "manifest_sha256": {"type": "string", "description": "The SHA-256 of the saved model's model.json"},
+                "manifest_sha256": {
+                    "type": "string",
+                    "description": "The SHA-256 of the saved model's model.json",
+                },
             },
             "required": ["status", "version", "manifest_sha256"],
         },
-        "Error": {"type": "object", "properties": {"error": {"type": "string"}}, "required": ["error"]},
+        "Error": {
+            "type": "object",
+            "properties": {"error": {"type": "string"}},
+            "required": ["error"],
+        },
     }
 
 

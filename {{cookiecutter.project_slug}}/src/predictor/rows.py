@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from core.errors import UserError
+from core.schema import BLANKS, Schema
 from predictor.client import json_values, require
-from project.errors import UserError
-from project.schema import BLANKS, Schema
 
 ROW_BYTES = 1_000_000  # a CSV row that is longer has a quotation mark that nobody closed
 
@@ -63,7 +63,9 @@ def open_input(path: Path | None) -> Iterator[TextIO]:
         yield stream
 
 
-def read_rows(stream: TextIO, name: str, schema: Schema, *, is_csv: bool, key: str | None = None) -> Iterator[Row]:
+def read_rows(
+    stream: TextIO, name: str, schema: Schema, *, is_csv: bool, key: str | None = None
+) -> Iterator[Row]:
     """The rows of a CSV file or of JSON lines; blank lines are none.
 
     Args:
@@ -89,7 +91,9 @@ def read_rows(stream: TextIO, name: str, schema: Schema, *, is_csv: bool, key: s
         except ValueError as error:
             problem = str(error)
         digest = zlib.crc32(text.encode(errors="surrogateescape"))
-        yield Row(json.dumps({"key": row_key, "hash": f"{digest:08x}"})[:-1], text, instance, problem)
+        yield Row(
+            json.dumps({"key": row_key, "hash": f"{digest:08x}"})[:-1], text, instance, problem
+        )
 
 
 def _records(stream: TextIO, name: str, is_csv: bool) -> Iterator[str]:
@@ -122,7 +126,9 @@ class _CSV:
     def __init__(self, name: str, header: str, schema: Schema, key: str | None) -> None:
         self.columns = schema.columns
         try:
-            self.names = [cell.strip(BLANKS) for cell in next(csv.reader([header], strict=True), [])]
+            self.names = [
+                cell.strip(BLANKS) for cell in next(csv.reader([header], strict=True), [])
+            ]
         except csv.Error as error:
             raise UserError(f"{name}: the header cannot be read as CSV: {error}.") from None
         if not self.names:
@@ -130,7 +136,9 @@ class _CSV:
         if len(set(self.names)) < len(self.names):
             raise UserError(f"{name}: a column name stands twice.")
         if key is not None and key not in self.names:
-            raise UserError(f"{name} has no column '{key}' for --key. Found: {', '.join(self.names[:10])}.")
+            raise UserError(
+                f"{name} has no column '{key}' for --key. Found: {', '.join(self.names[:10])}."
+            )
         require(self.columns, self.names)
 
     def parse(self, text: str) -> dict[str, str]:
@@ -141,7 +149,9 @@ class _CSV:
         except csv.Error as error:
             raise ValueError(f"the row cannot be read as CSV: {error}.") from None
         if len(cells) != len(self.names):
-            raise ValueError(f"the row has {len(cells)} cells, but the header has {len(self.names)}.")
+            raise ValueError(
+                f"the row has {len(cells)} cells, but the header has {len(self.names)}."
+            )
         return dict(zip(self.names, cells, strict=True))
 
     def instance(self, _: str, values: dict[str, str]) -> str:

@@ -65,7 +65,11 @@ def environment() -> "str | None":
     ready, lock = ROOT / ".venv" / ".ready", ROOT / "requirements" / "dev.txt"
     if not ready.is_file() or ready.stat().st_mtime < lock.stat().st_mtime:
         return None
-    return version_of(str(ROOT / ".venv" / "bin" / "python"), "-c", "import torch; print('torch', torch.__version__)")()
+    return version_of(
+        str(ROOT / ".venv" / "bin" / "python"),
+        "-c",
+        "import torch; print('torch', torch.__version__)",
+    )()
 
 
 def accelerator() -> "str | None":
@@ -100,23 +104,43 @@ CHECKS = (
         "git",
         "keeps versions",
         version_of("git", "--version"),
-        {"linux": "sudo apt install git", "macos": "xcode-select --install", "wsl": "sudo apt install git"},
+        {
+            "linux": "sudo apt install git",
+            "macos": "xcode-select --install",
+            "wsl": "sudo apt install git",
+        },
     ),
     Check(
         0,
         "make",
         "runs the tasks",
         version_of("make", "--version"),
-        {"linux": "sudo apt install make", "macos": "xcode-select --install", "wsl": "sudo apt install make"},
+        {
+            "linux": "sudo apt install make",
+            "macos": "xcode-select --install",
+            "wsl": "sudo apt install make",
+        },
     ),
-    Check(0, "disk", f"the environment takes about 2 GB; {DISK_GB} GB should be free", disk, anywhere("free some space")),
-    Check(0, "environment", "packages as locked, torch with them", environment, anywhere("make setup")),
+    Check(
+        0,
+        "disk",
+        f"the environment takes about 2 GB; {DISK_GB} GB should be free",
+        disk,
+        anywhere("free some space"),
+    ),
+    Check(
+        0, "environment", "packages as locked, torch with them", environment, anywhere("make setup")
+    ),
     Check(
         0,
         "accelerator",
         "trains faster; not needed",
         accelerator,
-        {"linux": "with an NVIDIA GPU: make setup TORCH=auto", "macos": "-", "wsl": "with an NVIDIA GPU: make setup TORCH=auto"},
+        {
+            "linux": "with an NVIDIA GPU: make setup TORCH=auto",
+            "macos": "-",
+            "wsl": "with an NVIDIA GPU: make setup TORCH=auto",
+        },
         needed=False,
     ),
     Check(
@@ -178,9 +202,17 @@ def report(checks: "tuple[Check, ...]" = CHECKS) -> bool:
         else:
             sign = "✗" if check.needed else "·"
             there = check.start and shutil.which(check.name)
-            problem, mend = ("does not answer", check.start) if there else ("missing", f"get it: {check.get[system()]}")
+            problem, mend = (
+                ("does not answer", check.start)
+                if there
+                else ("missing", f"get it: {check.get[system()]}")
+            )
             print(f"  {sign} {check.name:<12} {problem}: {check.purpose}\n      {mend}")
-    print("\nLevels 0 and 1 can start on this machine." if complete else "\nSomething that level 0 needs is missing (✗).")
+    print(
+        "\nLevels 0 and 1 can start on this machine."
+        if complete
+        else "\nSomething that level 0 needs is missing (✗)."
+    )
     return complete
 
 
@@ -190,9 +222,16 @@ def main() -> None:
         check = CHECKS[0]
         if check.find() is None:
             wanted = ".".join(map(str, OLDEST_PYTHON))
-            print(f"error: Python {wanted} or newer is needed, this is {platform.python_version()}.", file=sys.stderr)
+            print(
+                f"error: Python {wanted} or newer is needed, this is {platform.python_version()}.",
+                file=sys.stderr,
+            )
             print(f"       get it: {check.get[system()]}", file=sys.stderr)
             sys.exit(2)
+    elif len(sys.argv) > 1:
+        sys.exit(
+            f"error: LEVEL={sys.argv[1]}: expected 1 or 2; without LEVEL, this machine is checked."
+        )
     elif not report():
         sys.exit(2)
 

@@ -9,20 +9,34 @@ import subprocess
 import sys
 from pathlib import Path
 
-from project.errors import run_command
+from core.errors import run_command
 
 # A hook is told by these where its repository is; the project's own is found from its folder.
-LOCATION = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY")
+LOCATION = (
+    "GIT_DIR",
+    "GIT_WORK_TREE",
+    "GIT_INDEX_FILE",
+    "GIT_PREFIX",
+    "GIT_COMMON_DIR",
+    "GIT_OBJECT_DIRECTORY",
+)
 INSTEAD = "`make lint` checks the same at any time."
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
     """Run a command in the current folder; exit code 127 when it is not installed."""
-    environment = {name: value for name, value in os.environ.items() if name not in LOCATION} | {"LC_ALL": "C"}
+    environment = {name: value for name, value in os.environ.items() if name not in LOCATION} | {
+        "LC_ALL": "C"
+    }
     try:
         # Names of files may be in any encoding, and must come out as they came in.
         return subprocess.run(
-            command, env=environment, capture_output=True, encoding="utf-8", errors="surrogateescape", check=False
+            command,
+            env=environment,
+            capture_output=True,
+            encoding="utf-8",
+            errors="surrogateescape",
+            check=False,
         )
     except FileNotFoundError:
         return subprocess.CompletedProcess(command, 127, "", f"{command[0]} is not installed")

@@ -10,10 +10,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from project.errors import UserError, run_command
-from project.manifest import write_json
-from project.registry import LocalRegistry
-from project.settings import Settings, load, project_root
+from core.errors import UserError, run_command
+from core.manifest import write_json
+from core.paths import project_root
+from core.registry import LocalRegistry
+from project.settings import Settings, load_settings
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,13 @@ class Run:
     def start(self, settings: Settings) -> "Run":
         """Make the folder and note the settings."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.settings, {"data": settings.data.model_dump(), "train": asdict(settings.train)})
+        write_json(
+            self.settings,
+            {
+                "data": settings.data.model_dump(),
+                "hyperparameters": asdict(settings.hyperparameters),
+            },
+        )
         return self
 
     def require(self, path: Path, notebook: str) -> Path:
@@ -65,7 +72,9 @@ class Run:
             UserError: says which notebook to run first.
         """
         if not path.exists():
-            raise UserError(f"{path.name} is not in {self.folder} yet. Run {notebook}.ipynb first (Run ▸ Run All Cells).")
+            raise UserError(
+                f"{path.name} is not in {self.folder} yet. Run {notebook}.ipynb first (Run ▸ Run All Cells)."
+            )
         return path
 
 
@@ -98,9 +107,13 @@ def find(name: str | None = None) -> Run:
     if name:
         run = Run(runs_folder() / name)
         if not run.model.is_dir():
-            raise UserError(f"there is no run '{name}' with a model in {runs_folder()}. `make runs` lists them.")
+            raise UserError(
+                f"there is no run '{name}' with a model in {runs_folder()}. `make runs` lists them."
+            )
         return run
-    finished = [run for run in all_runs() if (run.model / "model.json").is_file() and not _turned_down(run)]
+    finished = [
+        run for run in all_runs() if (run.model / "model.json").is_file() and not _turned_down(run)
+    ]
     if not finished:
         raise UserError("no model is trained yet. Type `make level0` first.")
     return max(finished, key=lambda run: (run.model / "model.json").stat().st_mtime)
@@ -114,7 +127,9 @@ def _turned_down(run: Run) -> bool:
 def all_runs() -> list[Run]:
     """Every run's folder, in the order of their names."""
     folder = runs_folder()
-    return [Run(path) for path in sorted(folder.iterdir()) if path.is_dir()] if folder.is_dir() else []
+    return (
+        [Run(path) for path in sorted(folder.iterdir()) if path.is_dir()] if folder.is_dir() else []
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -137,14 +152,31 @@ def table(metric: str) -> str:
     rows.sort(key=lambda row: (row[0], row[1]), reverse=True)
     champion = LocalRegistry(registry_folder()).champion_number()
     settings_shown = ("epochs", "batch_size", "learning_rate", "seed")
-    lines: list[tuple[str, ...]] = [("run", "data", *settings_shown, "accuracy", "macro F1", "log loss", "test rows", "made by")]
+    lines: list[tuple[str, ...]] = [
+        ("run", "data", *settings_shown, "accuracy", "macro F1", "log loss", "test rows", "made by")
+    ]
     for _, name, settings, metrics in rows:
-        used = [str(settings.get("train", {}).get(key, "")) for key in settings_shown]
-        scores = [f"{metrics[key]:.4f}" if key in metrics else "–" for key in ("accuracy", "macro_f1", "log_loss")]
+        used = [str(settings.get("hyperparameters", {}).get(key, "")) for key in settings_shown]
+        scores = [
+            f"{metrics[key]:.4f}" if key in metrics else "–"
+            for key in ("accuracy", "macro_f1", "log_loss")
+        ]
         source = str(settings.get("data", {}).get("source", ""))
-        lines.append((name, source, *used, *scores, str(metrics.get("rows", "not finished")), _made_by(name, champion)))
+        lines.append(
+            (
+                name,
+                source,
+                *used,
+                *scores,
+                str(metrics.get("rows", "not finished")),
+                _made_by(name, champion),
+            )
+        )
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
 
 
 def _made_by(name: str, champion: int | None) -> str:
@@ -159,7 +191,7 @@ def _made_by(name: str, champion: int | None) -> str:
 
 def main() -> None:
     """python -m project.runs"""
-    print(table(load("").gate.metric))
+    print(table(load_settings("").gate.metric))
     print(f"\nReports: {runs_folder()}{os.sep}RUN{os.sep}*.html", file=sys.stderr)
 
 

@@ -11,8 +11,8 @@ import re
 import shlex
 from pathlib import Path
 
-from project.errors import UserError, run_command
-from project.settings import load
+from core.errors import UserError, run_command
+from project.settings import load_settings
 
 
 def link_command(address: str) -> str:
@@ -22,8 +22,10 @@ def link_command(address: str) -> str:
         UserError: the address is a folder that is not there, or project.yaml holds no commit that the template can know.
     """
     if not re.search(r"[:@]", address) and not Path(address).expanduser().is_dir():
-        raise UserError(f"TEMPLATE={address}: there is no such folder. An address begins with https:// or git@.")
-    template = load("").template
+        raise UserError(
+            f"TEMPLATE={address}: there is no such folder. An address begins with https:// or git@."
+        )
+    template = load_settings("").template
     if not re.fullmatch("[0-9a-f]{40}", template.commit):
         raise UserError(
             f"template.commit in project.yaml is '{template.commit}', which is no commit: the template was edited, or no "
@@ -31,12 +33,25 @@ def link_command(address: str) -> str:
             "`git log` in the template), commit project.yaml, and try again."
         )
     answers = json.dumps(template.answers, ensure_ascii=False)
-    return shlex.join(["cruft", "link", address, "--no-input", "--checkout", template.commit, "--extra-context", answers])
+    return shlex.join(
+        [
+            "cruft",
+            "link",
+            address,
+            "--no-input",
+            "--checkout",
+            template.commit,
+            "--extra-context",
+            answers,
+        ]
+    )
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m project.template", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m project.template", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("address", help="of the template's repository, or the folder of a clone")
     print(link_command(parser.parse_args().address))
 

@@ -21,7 +21,7 @@ Run it here cell by cell, or as a program: `python -m trainer.data --csv data/di
 
 # %% tags=["active-ipynb"]
 """
-from project import notebooks
+import notebooks
 
 notebooks.require_in_step()
 """
@@ -41,12 +41,12 @@ from typing import Any
 import duckdb
 import numpy as np
 
-from project.errors import UserError, run_command
-from project.manifest import flush, sha256
-from project.schema import Column, Schema
-from project.storage import local_path
-from trainer import csv_file
-from trainer.csv_file import TEST, file_in_sql, name_in_sql, text_in_sql
+from core.errors import UserError, run_command
+from core.manifest import flush, sha256
+from core.paths import local_path
+from core.schema import Column, Schema
+from trainer import csv_reader
+from trainer.csv_reader import TEST, file_in_sql, name_in_sql, text_in_sql
 
 # %% [markdown]
 """
@@ -81,7 +81,9 @@ def _write_sample(name: str, path: Path) -> None:
             writer = csv.writer(stream)
             writer.writerow([*sample.feature_names, label])
             for features, target in zip(sample.data, sample.target, strict=True):
-                writer.writerow([*(f"{value:.17g}" for value in features), sample.target_names[target]])
+                writer.writerow(
+                    [*(f"{value:.17g}" for value in features), sample.target_names[target]]
+                )
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -100,7 +102,9 @@ def is_test(names: Iterable[str], test_share: float, split_seed: int) -> str:
     """The SQL condition under which a row is a test row; MD5 because every system and version computes it alike."""
     cells = ", ".join(f"coalesce({name_in_sql(name)}, '')" for name in sorted(names))
     bound = f"{round(test_share * 16**8):08x}"
-    return f"(left(md5(concat_ws(chr(31), {text_in_sql(str(split_seed))}, {cells})), 8) < '{bound}')"
+    return (
+        f"(left(md5(concat_ws(chr(31), {text_in_sql(str(split_seed))}, {cells})), 8) < '{bound}')"
+    )
 
 
 def check_split(database: duckdb.DuckDBPyConnection, label: str) -> tuple[int, int]:
@@ -120,7 +124,9 @@ def check_split(database: duckdb.DuckDBPyConnection, label: str) -> tuple[int, i
             )
     train_rows, test_rows = sum(side[1] for side in sides), sum(side[2] for side in sides)
     if not test_rows:
-        raise UserError("the split leaves no row to test on. Add rows, or raise data.test_share in project.yaml.")
+        raise UserError(
+            "the split leaves no row to test on. Add rows, or raise data.test_share in project.yaml."
+        )
     return train_rows, test_rows
 
 
@@ -128,21 +134,30 @@ def check_split(database: duckdb.DuckDBPyConnection, label: str) -> tuple[int, i
 """
 ## From CSV to Parquet
 The file is checked before anything is written: the header, the label, and what each column holds, which is decided by all of its rows and
-not by the first few (the checks themselves are in `src/trainer/csv_file.py`). A mistake is told with its row, column and value.
+not by the first few (the checks themselves are in `src/trainer/csv_reader.py`). A mistake is told with its row, column and value.
 """
 
 
 # %%
-def write_sides(database: duckdb.DuckDBPyConnection, origin: str, train_path: Path, test_path: Path) -> None:
+def write_sides(
+    database: duckdb.DuckDBPyConnection, origin: str, train_path: Path, test_path: Path
+) -> None:
     """Write the rows of both sides. Whenever both files are there, they belong together, also after an interruption."""
     sides = {train_path: f"NOT {TEST}", test_path: TEST}
     partial = {path: path.with_name(path.name + ".partial") for path in sides}
     try:
         for path, condition in sides.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            csv_file.write_parquet(database, f"SELECT * EXCLUDE ({TEST}) FROM rows WHERE {condition}", partial[path], origin)
+            csv_reader.write_parquet(
+                database,
+                f"SELECT * EXCLUDE ({TEST}) FROM rows WHERE {condition}",
+                partial[path],
+                origin,
+            )
             flush(partial[path])
-        test_path.unlink(missing_ok=True)  # or a new train.parquet would for a moment lie beside an old test.parquet
+        test_path.unlink(
+            missing_ok=True
+        )  # or a new train.parquet would for a moment lie beside an old test.parquet
         for path in sides:
             partial[path].replace(path)
     finally:
@@ -170,21 +185,28 @@ def prepare(
     Raises:
         UserError: one message that names the row, the column and the value; nothing is written then.
     """
-    names = csv_file.read_header(csv_path)
-    features = csv_file.choose_features(names, label, ignore, categorical)
+    names = csv_reader.read_header(csv_path)
+    features = csv_reader.choose_features(names, label, ignore, categorical)
     test = is_test([*features, label], test_share, split_seed)
     # The condition says all that decides on which side a row is: columns, share, seed.
     split = hashlib.sha256(test.encode()).hexdigest()
     with (
-        csv_file.explained(csv_path, train_path),
-        csv_file.scratch_folder(train_path) as scratch,
-        csv_file.open_csv(csv_path, names, scratch) as database,
+        csv_reader.explained(csv_path, train_path),
+        csv_reader.scratch_folder(train_path) as scratch,
+        csv_reader.open_csv(csv_path, names, scratch) as database,
     ):
-        numbers = csv_file.read_once(database, features, label, categorical, test, scratch / "rows.parquet")
-        csv_file.check_label(database, label)
-        kinds = csv_file.infer_kinds(database, features, numbers, categorical)
+        numbers = csv_reader.read_once(
+            database, features, label, categorical, test, scratch / "rows.parquet"
+        )
+        csv_reader.check_label(database, label)
+        kinds = csv_reader.infer_kinds(database, features, numbers, categorical)
         sides = check_split(database, label)
-        write_sides(database, json.dumps({"label": label, "sha256": sha256(csv_path), "split": split}), train_path, test_path)
+        write_sides(
+            database,
+            json.dumps({"label": label, "sha256": sha256(csv_path), "split": split}),
+            train_path,
+            test_path,
+        )
     return {"train_rows": sides[0], "test_rows": sides[1], "label": label, "kinds": kinds}
 
 
@@ -200,15 +222,21 @@ CSV file that they came from.
 def read_origin(path: Path) -> dict[str, str]:
     """The label's name, the SHA-256 of the CSV file that a Parquet file came from, and that of the rule that divided its rows."""
     if not path.is_file():
-        raise UserError(f"there is no file {path}. Make it with `python -m trainer.data`, or run data.ipynb.")
+        raise UserError(
+            f"there is no file {path}. Make it with `python -m trainer.data`, or run data.ipynb."
+        )
     query = f"SELECT value FROM parquet_kv_metadata({file_in_sql(path)}) WHERE key = 'origin'"
     try:
         entry = duckdb.execute(query).fetchone()
     except duckdb.Error as error:
         told = str(error).splitlines()[0]
-        raise UserError(f"{path} is damaged ({told}). Make it again with `python -m trainer.data`, or run data.ipynb.") from None
+        raise UserError(
+            f"{path} is damaged ({told}). Make it again with `python -m trainer.data`, or run data.ipynb."
+        ) from None
     if entry is None:
-        raise UserError(f"{path} was not written by trainer.data: it does not say what its label is.")
+        raise UserError(
+            f"{path} was not written by trainer.data: it does not say what its label is."
+        )
     origin: dict[str, str] = json.loads(entry[0])
     return origin
 
@@ -243,7 +271,9 @@ def read_schema(train_path: Path) -> Schema:
         columns.append(Column(name, "categorical", known.total() < len(values), tuple(often)))
     found = sorted({str(value) for value in rows[label]})
     integers = all(re.fullmatch(r"0|-?[1-9]\d{0,17}", value) for value in found)
-    classes: tuple[int, ...] | tuple[str, ...] = tuple(sorted(map(int, found))) if integers else tuple(found)
+    classes: tuple[int, ...] | tuple[str, ...] = (
+        tuple(sorted(map(int, found))) if integers else tuple(found)
+    )
     return Schema(label, tuple(columns), classes)
 
 
@@ -253,7 +283,9 @@ def notes(rows: dict[str, np.ndarray]) -> list[str]:
     for name, values in rows.items():
         different = len(set(values.tolist())) if values.dtype != np.float64 else 0
         if different > 0.5 * len(values) and different > MOST_CATEGORIES // 50:
-            told = f"note: column '{name}' has {different:,} different values in {len(values):,} rows"
+            told = (
+                f"note: column '{name}' has {different:,} different values in {len(values):,} rows"
+            )
             found.append(f"{told}. Is it an id? Then put it into data.ignore in project.yaml.")
     return found
 
@@ -266,20 +298,24 @@ These cells use the source that project.yaml names. Change `data` there, and run
 
 # %% tags=["active-ipynb"]
 """
-from project import plots, runs, settings
+from core.paths import project_root
+from project import runs
+from project.settings import load_settings
+from trainer import plots
 
-chosen = settings.load().data
-run = runs.current().start(settings.load())
-csv_path = find_csv(chosen.source, settings.project_root() / "data")
+settings = load_settings()
+data = settings.data
+run = runs.current().start(settings)
+csv_path = find_csv(data.source, project_root() / "data")
 summary = prepare(
     csv_path,
-    chosen.label,
+    data.label,
     run.train_data,
     run.test_data,
-    ignore=chosen.ignore,
-    categorical=chosen.categorical,
-    test_share=chosen.test_share,
-    split_seed=chosen.split_seed,
+    ignore=data.ignore,
+    categorical=data.categorical,
+    test_share=data.test_share,
+    split_seed=data.split_seed,
 )
 schema = read_schema(run.train_data)
 print(f"{csv_path.name}: {summary['train_rows']:,} rows to train on, {summary['test_rows']:,} to test on,")
@@ -323,12 +359,23 @@ plots.columns(train_rows, schema)
 # %% tags=["active-py"]
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m trainer.data", description="CSV → train.parquet and test.parquet")
-    parser.add_argument("--csv", required=True, help="a CSV file with a header; gs:// works where the bucket is mounted")
-    parser.add_argument("--label", required=True, help="the column to predict")
-    parser.add_argument("--ignore", nargs="*", default=[], help="columns that the model must not see")
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.data", description="CSV → train.parquet and test.parquet"
+    )
     parser.add_argument(
-        "--categorical", nargs="*", default=[], help="columns that are categories although they look like numbers"
+        "--csv",
+        required=True,
+        help="a CSV file with a header; gs:// works where the bucket is mounted",
+    )
+    parser.add_argument("--label", required=True, help="the column to predict")
+    parser.add_argument(
+        "--ignore", nargs="*", default=[], help="columns that the model must not see"
+    )
+    parser.add_argument(
+        "--categorical",
+        nargs="*",
+        default=[],
+        help="columns that are categories although they look like numbers",
     )
     parser.add_argument("--test-share", type=float, default=0.2)
     parser.add_argument("--split-seed", type=int, default=0)
@@ -345,7 +392,9 @@ def main() -> None:
         test_share=arguments.test_share,
         split_seed=arguments.split_seed,
     )
-    print(f"{summary['train_rows']:,} rows → {arguments.train}, {summary['test_rows']:,} rows → {arguments.test}")
+    print(
+        f"{summary['train_rows']:,} rows → {arguments.train}, {summary['test_rows']:,} rows → {arguments.test}"
+    )
 
 
 if __name__ == "__main__":

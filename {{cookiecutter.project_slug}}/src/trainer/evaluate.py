@@ -21,7 +21,7 @@ Run it here cell by cell, or as a program: `python -m trainer.evaluate --model-d
 
 # %% tags=["active-ipynb"]
 """
-from project import notebooks
+import notebooks
 
 notebooks.require_in_step()
 """
@@ -33,12 +33,12 @@ from typing import Any
 
 import numpy as np
 
-from predictor.predict import Model
-from project import manifest
-from project.errors import UserError, run_command
-from project.manifest import write_json
-from project.registry import Registry
-from project.storage import local_path
+from core import manifest
+from core.errors import UserError, run_command
+from core.manifest import write_json
+from core.onnx_model import Model
+from core.paths import local_path
+from core.registry import Registry
 from trainer.data import read_origin, read_rows
 
 # %% [markdown]
@@ -95,7 +95,9 @@ def answer(model_dir: Path, test_path: Path) -> tuple[np.ndarray, np.ndarray]:
     """
     model, rows = Model.load(model_dir), read_rows(test_path)
     if model.schema.label not in rows:
-        raise UserError(f"the rows have no column '{model.schema.label}', which the model was trained to predict.")
+        raise UserError(
+            f"the rows have no column '{model.schema.label}', which the model was trained to predict."
+        )
     return model.probabilities(rows), model.schema.encode_labels(rows[model.schema.label])
 
 
@@ -106,7 +108,9 @@ def evaluate(model_dir: Path, test_path: Path, metrics_path: Path) -> dict[str, 
         UserError: also when the model was trained on another division of the same file, so that it may have seen these rows.
     """
     origin, trained_on = read_origin(test_path), manifest.read(model_dir)
-    if origin["sha256"] == trained_on.get("data_sha256") and origin["split"] != trained_on.get("data_split"):
+    if origin["sha256"] == trained_on.get("data_sha256") and origin["split"] != trained_on.get(
+        "data_split"
+    ):
         raise UserError(
             "the rows were divided anew since this model was trained, so it has seen some of these. Run train.ipynb again."
         )
@@ -137,7 +141,12 @@ def score_champion(registry: Registry, test_path: Path) -> dict[str, Any]:
         problem = str(error).rstrip(".")
     other = predicts if predicts != read_origin(test_path)["label"] else None
     number = registry.champion_number()
-    return {"champion": metrics, "champion_version": number, "champion_problem": problem, "champion_predicts": other}
+    return {
+        "champion": metrics,
+        "champion_version": number,
+        "champion_problem": problem,
+        "champion_predicts": other,
+    }
 
 
 # %% [markdown]
@@ -147,7 +156,8 @@ def score_champion(registry: Registry, test_path: Path) -> dict[str, Any]:
 
 # %% tags=["active-ipynb"]
 """
-from project import plots, runs
+from project import runs
+from trainer import plots
 
 run = runs.current()
 run.require(run.test_data, "data")
@@ -194,14 +204,18 @@ plots.calibration(probabilities, labels)
 # %% tags=["active-py"]
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m trainer.evaluate", description="saved model + test.parquet → metrics")
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.evaluate", description="saved model + test.parquet → metrics"
+    )
     parser.add_argument("--model-dir", required=True, help="a saved model's folder")
     parser.add_argument("--test", required=True, help="test rows, as trainer.data writes them")
     parser.add_argument("--metrics-file", required=True, help="where the metrics go, as JSON")
     arguments = parser.parse_args()
     model_dir, test = local_path(arguments.model_dir), local_path(arguments.test)
     metrics = evaluate(model_dir, test, local_path(arguments.metrics_file))
-    print(f"accuracy {metrics['accuracy']:.4f}, macro F1 {metrics['macro_f1']:.4f} on {metrics['rows']:,} rows")
+    print(
+        f"accuracy {metrics['accuracy']:.4f}, macro F1 {metrics['macro_f1']:.4f} on {metrics['rows']:,} rows"
+    )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ It is shaped by the data, so it needs no change when they do. To use another mod
 
 # %% tags=["active-ipynb"]
 """
-from project import notebooks
+import notebooks
 
 notebooks.require_in_step()
 """
@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from project.schema import Schema
+from core.schema import Schema
 
 # %% [markdown]
 """
@@ -65,12 +65,20 @@ class Scaling(nn.Module):
     def fit(self, features: np.ndarray) -> None:
         """Take median, mean and spread (standard deviation; 1 for a constant) from training rows."""
         numbers = features[:, self.numeric]
-        numbers = np.where(np.isnan(numbers).all(axis=0), 0.0, numbers)  # all values of a rare column may lie in other rows
+        numbers = np.where(
+            np.isnan(numbers).all(axis=0), 0.0, numbers
+        )  # all values of a rare column may lie in other rows
         # Halved first: the median of an even number of values adds the middle two.
-        median = np.nanmedian(numbers / 2, axis=0) * 2 if numbers.size else np.zeros(len(self.numeric))
+        median = (
+            np.nanmedian(numbers / 2, axis=0) * 2 if numbers.size else np.zeros(len(self.numeric))
+        )
         filled = np.where(np.isnan(numbers), median, numbers)
-        size = np.maximum(np.abs(filled).max(axis=0, initial=0), 1e-288)  # torch and ONNX round the smallest numbers differently
-        mean = (filled / size).mean(axis=0) * size  # divided first: the sum of large numbers would overflow
+        size = np.maximum(
+            np.abs(filled).max(axis=0, initial=0), 1e-288
+        )  # torch and ONNX round the smallest numbers differently
+        mean = (filled / size).mean(
+            axis=0
+        ) * size  # divided first: the sum of large numbers would overflow
         spread = (filled / size).std(axis=0) * size
         tiny = spread <= 1e-12 * size  # rounding, not spread
         self.median.copy_(torch.from_numpy(median))
@@ -184,7 +192,7 @@ What comes out of the scaling has a mean of 0 and a spread of 1, whatever the co
 
 # %% tags=["active-ipynb"]
 """
-from project import plots
+from trainer import plots
 
 plots.scaling(features[:, network.scaling.numeric], network.scaling(torch.from_numpy(features))[:, : len(network.scaling.numeric)])
 """

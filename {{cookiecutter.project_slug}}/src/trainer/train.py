@@ -23,7 +23,7 @@ Run it here cell by cell, or as a program:
 
 # %% tags=["active-ipynb"]
 """
-from project import notebooks
+import notebooks
 
 notebooks.require_in_step()
 """
@@ -45,12 +45,12 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from project.errors import UserError, run_command
-from project.manifest import sha256
-from project.storage import local_path
-from trainer import artifact, runtime
+from core.errors import UserError, run_command
+from core.manifest import sha256
+from core.paths import local_path
+from trainer import distributed, export
+from trainer.config import Hyperparameters
 from trainer.data import read_origin, read_rows, read_schema
-from trainer.hyperparameters import Hyperparameters
 from trainer.model import Network
 
 # %% [markdown]
@@ -72,7 +72,9 @@ def hold_back(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, 
     held = np.zeros(len(labels), dtype=bool)
     held[np.concatenate(validation)] = True
     if not held.any():
-        raise UserError(f"{len(labels)} training rows are too few to hold any back for validation. Add rows.")
+        raise UserError(
+            f"{len(labels)} training rows are too few to hold any back for validation. Add rows."
+        )
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
@@ -96,7 +98,10 @@ class Progress:
     def note(self, measured: dict[str, float], network: Network) -> None:
         """Add an epoch; keep its weights if its validation loss is the lowest so far."""
         self.history.append(measured)
-        if self.best_epoch == 0 or measured["validation_loss"] < self.history[self.best_epoch - 1]["validation_loss"]:
+        if (
+            self.best_epoch == 0
+            or measured["validation_loss"] < self.history[self.best_epoch - 1]["validation_loss"]
+        ):
             self.best_epoch = len(self.history)
             self.best_weights = copy.deepcopy(network.state_dict())
 
@@ -105,7 +110,9 @@ class Progress:
         return len(self.history) - self.best_epoch >= patience
 
 
-def save_checkpoint(folder: Path, network: Network, optimizer: torch.optim.Optimizer, progress: Progress, facts: str) -> None:
+def save_checkpoint(
+    folder: Path, network: Network, optimizer: torch.optim.Optimizer, progress: Progress, facts: str
+) -> None:
     """Keep network, optimiser and progress."""
     moments = {
         f"optimizer.{number}.{name}": value
@@ -114,15 +121,19 @@ def save_checkpoint(folder: Path, network: Network, optimizer: torch.optim.Optim
     }
     tensors = {f"network.{k}": v for k, v in network.state_dict().items()} | moments
     tensors |= {f"best.{k}": v for k, v in progress.best_weights.items()}
-    runtime.save_checkpoint(folder, tensors, {"history": progress.history, "best": progress.best_epoch, "facts": facts})
+    distributed.save_checkpoint(
+        folder, tensors, {"history": progress.history, "best": progress.best_epoch, "facts": facts}
+    )
 
 
-def load_checkpoint(folder: Path, network: Network, optimizer: torch.optim.Optimizer, facts: str) -> Progress:
+def load_checkpoint(
+    folder: Path, network: Network, optimizer: torch.optim.Optimizer, facts: str
+) -> Progress:
     """Put network and optimiser back where they were; an empty Progress when there is nothing to resume.
 
     A checkpoint of other data or hyper-parameters (`facts`) is of another run, and is not used.
     """
-    saved = runtime.load_checkpoint(folder)
+    saved = distributed.load_checkpoint(folder)
     if saved is None or saved[1]["facts"] != facts:
         return Progress()
     tensors, state = saved
@@ -135,7 +146,9 @@ def load_checkpoint(folder: Path, network: Network, optimizer: torch.optim.Optim
     for name, tensor in parts["optimizer"].items():
         number, moment = name.split(".")
         moments.setdefault(int(number), {})[moment] = tensor
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict(
+        {"state": moments, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
     return Progress(state["history"], state["best"], parts["best"])
 
 
@@ -148,7 +161,9 @@ share of every batch, and their gradients are added up, so one GPU and eight fol
 """
 
 # %%
-STEPS_AT_ONCE = 64  # whose rows are gathered together: enough to cost little, few enough to need little memory
+STEPS_AT_ONCE = (
+    64  # whose rows are gathered together: enough to cost little, few enough to need little memory
+)
 
 
 def fit(
@@ -156,7 +171,7 @@ def fit(
     features: np.ndarray,
     labels: np.ndarray,
     options: Hyperparameters,
-    machine: runtime.Runtime,
+    machine: distributed.Runtime,
     checkpoints: Path | None = None,
     facts: str = "",
 ) -> Progress:
@@ -166,31 +181,57 @@ def fit(
     with torch.no_grad():
         inputs = network.scaling(torch.from_numpy(features)).to(machine.device)
     targets = torch.from_numpy(labels).to(machine.device)
-    for part in (network.embeddings, network.layers):  # the scaling stays: its 64-bit numbers are unknown to MPS
+    for part in (
+        network.embeddings,
+        network.layers,
+    ):  # the scaling stays: its 64-bit numbers are unknown to MPS
         part.to(machine.device)
 
     weights, gradient = as_one_vector(network)
-    optimizer = torch.optim.AdamW([weights], lr=options.learning_rate, weight_decay=options.weight_decay, fused=True)
-    progress = load_checkpoint(checkpoints, network, optimizer, facts) if checkpoints else Progress()
+    optimizer = torch.optim.AdamW(
+        [weights], lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
+    )
+    progress = (
+        load_checkpoint(checkpoints, network, optimizer, facts) if checkpoints else Progress()
+    )
     if progress.history and machine.is_main:
         print(f"Resuming after epoch {len(progress.history)} from {checkpoints}")
 
     epochs = range(len(progress.history) + 1, options.epochs + 1)
     # To standard output: a notebook would show standard error on red, as if something had failed.
     silent = not machine.is_main
-    bar = tqdm(total=options.epochs, initial=len(progress.history), unit="epoch", ncols=100, file=sys.stdout, disable=silent)
+    bar = tqdm(
+        total=options.epochs,
+        initial=len(progress.history),
+        unit="epoch",
+        ncols=100,
+        file=sys.stdout,
+        disable=silent,
+    )
     for epoch in epochs:
         if progress.should_stop(options.patience):
             break
-        for group in optimizer.param_groups:  # cosine decay: large steps first, small ones to settle
-            group["lr"] = options.learning_rate * 0.5 * (1 + math.cos(math.pi * (epoch - 1) / options.epochs))
-        train_loss = run_epoch(network, gradient, optimizer, inputs, targets, learn, options, epoch, machine)
-        progress.note({"train_loss": train_loss, **measure(network, inputs, targets, validate)}, network)
+        for (
+            group
+        ) in optimizer.param_groups:  # cosine decay: large steps first, small ones to settle
+            group["lr"] = (
+                options.learning_rate * 0.5 * (1 + math.cos(math.pi * (epoch - 1) / options.epochs))
+            )
+        train_loss = run_epoch(
+            network, gradient, optimizer, inputs, targets, learn, options, epoch, machine
+        )
+        progress.note(
+            {"train_loss": train_loss, **measure(network, inputs, targets, validate)}, network
+        )
         latest = progress.history[-1]
-        bar.set_postfix(loss=f"{latest['validation_loss']:.4f}", accuracy=f"{latest['validation_accuracy']:.4f}")
+        bar.set_postfix(
+            loss=f"{latest['validation_loss']:.4f}", accuracy=f"{latest['validation_accuracy']:.4f}"
+        )
         bar.update()
         if not math.isfinite(latest["validation_loss"]):
-            raise UserError(f"the loss became {latest['validation_loss']} in epoch {epoch}. Try a smaller train.learning_rate.")
+            raise UserError(
+                f"the loss became {latest['validation_loss']} in epoch {epoch}. Try a smaller hyperparameters.learning_rate."
+            )
         if checkpoints and machine.is_main:
             save_checkpoint(checkpoints, network, optimizer, progress, facts)
     bar.close()
@@ -204,7 +245,9 @@ def as_one_vector(network: nn.Module) -> tuple[nn.Parameter, torch.Tensor]:
     vector = nn.Parameter(torch.cat([weight.detach().flatten() for weight in weights]))
     vector.grad = torch.zeros_like(vector)
     sizes = [weight.numel() for weight in weights]
-    parts = zip(weights, torch.split(vector.detach(), sizes), torch.split(vector.grad, sizes), strict=True)
+    parts = zip(
+        weights, torch.split(vector.detach(), sizes), torch.split(vector.grad, sizes), strict=True
+    )
     for weight, values, gradient in parts:
         weight.data, weight.grad = values.view_as(weight), gradient.view_as(weight)
     return vector, vector.grad
@@ -219,18 +262,22 @@ def run_epoch(
     learn: np.ndarray,
     options: Hyperparameters,
     epoch: int,
-    machine: runtime.Runtime,
+    machine: distributed.Runtime,
 ) -> float:
     """One pass over the rows to learn from; returns the mean loss."""
     chance = torch.Generator().manual_seed(options.seed * 100_003 + epoch)  # the same on every rank
-    torch.manual_seed(options.seed * 100_003 + epoch + 7919 * machine.rank)  # for dropout: its own on each rank
+    torch.manual_seed(
+        options.seed * 100_003 + epoch + 7919 * machine.rank
+    )  # for dropout: its own on each rank
     order = torch.from_numpy(learn)[torch.randperm(len(learn), generator=chance)].to(machine.device)
     network.train()
     total = torch.zeros((), device=machine.device)
     for rows in torch.split(order, options.batch_size * STEPS_AT_ONCE):
         batches = (torch.split(part, options.batch_size) for part in (inputs[rows], targets[rows]))
         for batch, answers in zip(*batches, strict=True):
-            loss = cross_entropy(network.from_scaled(machine.share(batch)), machine.share(answers), reduction="sum")
+            loss = cross_entropy(
+                network.from_scaled(machine.share(batch)), machine.share(answers), reduction="sum"
+            )
             gradient.zero_()
             # Summed over the share and divided by the whole batch: the ranks' gradients then simply add up.
             (loss / len(batch)).backward()  # type: ignore[no-untyped-call]
@@ -244,13 +291,18 @@ def run_epoch(
 
 
 @torch.inference_mode()
-def measure(network: Network, inputs: torch.Tensor, targets: torch.Tensor, rows: np.ndarray) -> dict[str, float]:
+def measure(
+    network: Network, inputs: torch.Tensor, targets: torch.Tensor, rows: np.ndarray
+) -> dict[str, float]:
     """Loss and accuracy on the rows held back."""
     network.eval()
-    chosen = torch.from_numpy(rows).to(inputs.device)
-    logits = network.from_scaled(inputs[chosen])
-    right = (logits.argmax(dim=1) == targets[chosen]).float().mean()
-    return {"validation_loss": float(cross_entropy(logits, targets[chosen])), "validation_accuracy": float(right)}
+    held_out = torch.from_numpy(rows).to(inputs.device)
+    logits = network.from_scaled(inputs[held_out])
+    right = (logits.argmax(dim=1) == targets[held_out]).float().mean()
+    return {
+        "validation_loss": float(cross_entropy(logits, targets[held_out])),
+        "validation_accuracy": float(right),
+    }
 
 
 # %% [markdown]
@@ -261,17 +313,29 @@ Everything that made the model is written down beside it: the data's hash, the h
 
 
 # %%
-def train(train_path: Path, model_dir: Path, options: Hyperparameters, checkpoints: Path | None = None) -> dict[str, Any]:
+def train(
+    train_path: Path, model_dir: Path, options: Hyperparameters, checkpoints: Path | None = None
+) -> dict[str, Any]:
     """Train on a Parquet file of trainer.data and save the model; returns what metrics.json says."""
-    with runtime.start(options.threads) as machine:
-        schema, rows, origin = read_schema(train_path), read_rows(train_path), read_origin(train_path)
+    with distributed.start(options.threads) as machine:
+        schema, rows, origin = (
+            read_schema(train_path),
+            read_rows(train_path),
+            read_origin(train_path),
+        )
         features, labels = schema.encode(rows), schema.encode_labels(rows[schema.label])
         torch.manual_seed(options.seed)
         network = Network(schema, options.dropout)
-        code = sha256(Path(inspect.getfile(Network)))  # a checkpoint of another network is of no use
+        code = sha256(
+            Path(inspect.getfile(Network))
+        )  # a checkpoint of another network is of no use
         facts = f"{origin['sha256']} {origin['split']} {options.to_json()} {code}"
         progress = fit(network, features, labels, options, machine, checkpoints, facts)
-        metrics = {"rows": len(labels), "best_epoch": progress.best_epoch, "history": progress.history}
+        metrics = {
+            "rows": len(labels),
+            "best_epoch": progress.best_epoch,
+            "history": progress.history,
+        }
         if machine.is_main:
             made_from = {
                 "data_sha256": origin["sha256"],
@@ -281,7 +345,7 @@ def train(train_path: Path, model_dir: Path, options: Hyperparameters, checkpoin
                 "torch": torch.__version__,
                 "device": machine.device.type,
             }
-            artifact.save(model_dir, network, schema, metrics, made_from)
+            export.save(model_dir, network, schema, metrics, made_from)
         return metrics
 
 
@@ -292,11 +356,13 @@ def train(train_path: Path, model_dir: Path, options: Hyperparameters, checkpoin
 
 # %% tags=["active-ipynb"]
 """
-from project import plots, runs, settings
+from project import runs
+from project.settings import load_settings
+from trainer import plots
 
-chosen = settings.load()
+settings = load_settings()
 run = runs.current()
-metrics = train(run.require(run.train_data, "data"), run.model, chosen.train)
+metrics = train(run.require(run.train_data, "data"), run.model, settings.hyperparameters)
 best = metrics["history"][metrics["best_epoch"] - 1]
 print(f"best epoch {metrics['best_epoch']} of {len(metrics['history'])}: validation accuracy {best['validation_accuracy']:.4f}")
 """
@@ -316,30 +382,40 @@ plots.learning_curve(metrics["history"], metrics["best_epoch"])
 # %% tags=["active-py"]
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m trainer.train", description="train.parquet → saved model")
-    parser.add_argument("--train", required=True, help="rows to train on, as trainer.data writes them")
-    parser.add_argument("--model-dir", default=os.environ.get("AIP_MODEL_DIR"), help="where the saved model goes")
-    parser.add_argument(
-        "--checkpoint-dir", default=os.environ.get("AIP_CHECKPOINT_DIR"), help="where to keep and resume checkpoints"
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.train", description="train.parquet → saved model"
     )
-    parser.add_argument("--hyperparameters", help="one JSON object; without it, the train block of project.yaml")
+    parser.add_argument(
+        "--train", required=True, help="rows to train on, as trainer.data writes them"
+    )
+    parser.add_argument(
+        "--model-dir", default=os.environ.get("AIP_MODEL_DIR"), help="where the saved model goes"
+    )
+    parser.add_argument(
+        "--checkpoint-dir",
+        default=os.environ.get("AIP_CHECKPOINT_DIR"),
+        help="where to keep and resume checkpoints",
+    )
+    parser.add_argument(
+        "--hyperparameters", help="one JSON object; without it, the train block of project.yaml"
+    )
     arguments = parser.parse_args()
     if not arguments.model_dir:
         parser.error("--model-dir is needed (or AIP_MODEL_DIR)")
-    runtime.restart_on_all_gpus("trainer.train")
+    distributed.restart_on_all_gpus("trainer.train")
     if arguments.hyperparameters:
         options = Hyperparameters.from_json(arguments.hyperparameters)
     else:
-        from project import settings
-
-        options = settings.load().train
+        options = Hyperparameters.from_project()
     checkpoints = local_path(arguments.checkpoint_dir) if arguments.checkpoint_dir else None
     model_dir = local_path(arguments.model_dir)
-    with runtime.stoppable(checkpoints):
+    with distributed.stoppable(checkpoints):
         metrics = train(local_path(arguments.train), model_dir, options, checkpoints)
     if int(os.environ.get("RANK", "0")) == 0:
         best = metrics["history"][metrics["best_epoch"] - 1]
-        print(f"best epoch {metrics['best_epoch']}, validation accuracy {best['validation_accuracy']:.4f} → {model_dir}")
+        print(
+            f"best epoch {metrics['best_epoch']}, validation accuracy {best['validation_accuracy']:.4f} → {model_dir}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # Settings and resource names of one environment, derived from project.yaml. Creates no resources.
-# A test compares the names with those of src/project/cloud.py.
+# A test compares the names with those of src/gcp/environment.py.
 
 variable "environment" {
   description = "Key of cloud.environments in project.yaml, such as dev."

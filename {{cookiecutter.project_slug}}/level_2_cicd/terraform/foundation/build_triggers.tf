@@ -8,7 +8,7 @@ locals {
     split("/", local.repository.name)[0],
     "repositories", try(split("/", local.repository.name)[1], ""),
   ])
-  # The same as those of src/launcher/submit_build.py.
+  # The same as those of level_2_cicd/submit_build.py.
   _substitutions = {
     _ENVIRONMENT  = var.environment
     _REGISTRY     = local.names.image_prefix

@@ -1,0 +1,307 @@
+"""make doctor LEVEL=2: is everything there that a push needs? The checks that level 1 has not; see level_1_pipeline.vertex.doctor."""
+
+import re
+from collections.abc import Mapping, Sequence
+from urllib.parse import quote
+
+from core.errors import UserError, run_command
+from core.paths import PROJECT_FILE
+from gcp import client as api
+from gcp import pipeline_version
+from gcp.config import Repository
+from gcp.pipeline_version import POINTER
+from level_1_pipeline.vertex import doctor as vertex_doctor
+from level_1_pipeline.vertex.doctor import ACT_AS, Cloud, Level
+from level_1_pipeline.vertex.rest import CALL, Missing, Refused, Unchecked, enable
+from level_2_cicd import infra
+
+# What the foundation switches on, and what must be on before it can: Terraform asks these.
+FIRST = ("cloudresourcemanager.googleapis.com", "serviceusage.googleapis.com")
+APIS = (
+    "aiplatform",
+    "artifactregistry",
+    "cloudbuild",
+    "cloudscheduler",
+    "iam",
+    "monitoring",
+    "pubsub",
+    "run",
+    "storage",
+    "sts",
+)
+RIGHTS = (
+    "cloudbuild.builds.create",
+    "cloudbuild.builds.get",
+)  # roles/cloudbuild.builds.editor holds them
+USE_POOL = "cloudbuild.workerpools.use"  # and roles/cloudbuild.workerPoolUser this one
+
+# What cloud.repository must say, by CI: the form of its keys (or of others) and where to find them. Terraform checks it too.
+REPOSITORY: Mapping[str, tuple[Sequence[Mapping[str, str]], str]] = {
+    "github-actions": ([{"id": "[0-9]+"}], "id is what `gh api repos/OWNER/NAME --jq .id` prints"),
+    "gitlab": ([{"id": "[0-9]+"}], "id is the project's number, on its page"),
+    "azure-devops": (
+        [
+            {"name": ".+", "host": r"https://login\.microsoftonline\.com/.+"},
+            {"name": ".+", "id": ".+"},
+        ],
+        "host is the issuer, and name what stands behind /sc/ in the subject identifier, that the service connection shows; or, "
+        "where that is sc://…, id is the organisation's GUID and name is organisation/project/service-connection",
+    ),
+    "cloud-build": (
+        [{"name": "[^/]+/[^/]+"}],
+        "name is CONNECTION/NAME of the linked repository, as "
+        "`gcloud builds repositories list --connection=CONNECTION --region=REGION` shows it",
+    ),
+}
+
+
+def terraform_program(cloud: Cloud) -> str:
+    """The program."""
+    try:
+        return infra.require()
+    except UserError as error:
+        what, _, mend = str(error).partition(". ")
+        raise Missing(what, mend) from None
+
+
+def by_terraform(cloud: Cloud) -> str:
+    """That each environment has a project, and its buckets are Terraform's."""
+    if cloud.environment.by_hand:
+        key = f"cloud.environments.{cloud.environment.environment}.bucket"
+        mend = f"empty it in {PROJECT_FILE}: at level 2 Terraform makes three, and what is in this one stays there"
+        raise Missing(f"{key} names a bucket made by hand (level 1)", mend)
+    without = [
+        name for name, where in cloud.settings.cloud.environments.items() if not where.project
+    ]
+    if without:
+        mend = f"write the ids into {PROJECT_FILE}, or remove what you do not want; `gcloud projects list` shows those that you have"
+        raise Missing(f"{', '.join(without)}: no project is named", mend)
+    return ", ".join(
+        f"{name}: {where.project}" for name, where in cloud.settings.cloud.environments.items()
+    )
+
+
+def pushes(cloud: Cloud) -> str:
+    """Whose pushes may deploy."""
+    repository: Repository = cloud.settings.cloud.repository
+    ci = cloud.settings.cloud.ci
+    ways, how = REPOSITORY[ci]
+    lacking = [
+        key
+        for way in ways
+        for key, form in way.items()
+        if not re.fullmatch(form, getattr(repository, key))
+    ]
+    if all(set(way) & set(lacking) for way in ways):
+        wanted = ", or ".join(" and ".join(way) for way in ways)
+        said = ", ".join(f"{key} is '{getattr(repository, key)}'" for key in dict.fromkeys(lacking))
+        mend = f"write it into {PROJECT_FILE}: {how}"
+        raise Missing(
+            f"cloud.repository must say {wanted}, so that its pushes may deploy; {said}", mend
+        )
+    return f"{ci}: {', '.join(filter(None, [repository.name, repository.id]))}, branch {repository.branch}"
+
+
+def apis(cloud: Cloud) -> str:
+    """The APIs that must be on."""
+    wanted = [*FIRST, *(f"{name}.googleapis.com" for name in APIS)]
+    off = _off(cloud, wanted)
+    first = [name for name in FIRST if name in off]
+    if first:
+        raise Missing(
+            f"{', '.join(first)} must be on before Terraform can ask",
+            enable(first, cloud.environment.project),
+        )
+    if off:
+        raise Missing(
+            f"{', '.join(off)}: off", f"make foundation ENVIRONMENT={cloud.environment.environment}"
+        )
+    return f"{len(wanted)} are on"
+
+
+def _off(cloud: Cloud, wanted: Sequence[str]) -> list[str]:
+    names = [f"projects/{cloud.environment.project}/services/{name}" for name in wanted]
+    try:
+        answer = cloud.rest.ask(
+            "serviceusage",
+            f"/v1/projects/{cloud.environment.project}/services:batchGet",
+            {"names": names},
+        )
+    except Refused as refused:
+        raise vertex_doctor.no_project(refused, cloud.environment) from None
+    on = {
+        service["name"].rsplit("/", 1)[1]
+        for service in answer.get("services", [])
+        if service.get("state") == "ENABLED"
+    }
+    return [name for name in wanted if name not in on]
+
+
+def foundation(cloud: Cloud) -> str:
+    """That a person has applied it."""
+    _require_terraforms(cloud)
+    bucket = cloud.environment.terraform_state
+    if not _has_state(cloud, "foundation"):
+        mend = f"make foundation ENVIRONMENT={cloud.environment.environment}, by somebody who may grant rights there"
+        raise Missing(f"gs://{bucket}/foundation is not there", mend)
+    return f"its state is in gs://{bucket}"
+
+
+def _has_state(cloud: Cloud, part: str) -> bool:
+    """Whether this part of Terraform's has been applied."""
+    path = f"/storage/v1/b/{cloud.environment.terraform_state}/o/{quote(f'{part}/default.tfstate', safe='')}"
+    try:
+        cloud.rest.ask("storage", path)
+    except Refused as refused:
+        if refused.status != 404:
+            raise Unchecked(str(refused)) from None
+        return False
+    return True
+
+
+def metadata(cloud: Cloud) -> str:
+    """That the stack can make Vertex AI's metadata store, of which a region has one, or has made it."""
+    _require_terraforms(cloud)
+    where = cloud.environment
+    if cloud.settings.cloud.environments[where.environment].existing.metadata_store:
+        return f"{PROJECT_FILE} says that it is there already"
+    try:
+        service = api.client("MetadataService", where.region)
+        request = {"name": f"{where.parent}/metadataStores/default"}
+        api.call(
+            service.get_metadata_store, request, "looking for it", repeatable=False, patience=CALL
+        )
+    except UserError as error:
+        if isinstance(error, api.ApiError) and error.code == 404:
+            return "it is not there yet: the first apply makes it"
+        raise Unchecked(str(error)) from None
+    if not _has_state(cloud, "stack"):
+        mend = f"write existing: {{metadata_store: true}} under cloud.environments.{where.environment} in {PROJECT_FILE}"
+        raise Missing("Vertex AI's metadata store is there already, from earlier use", mend)
+    return "it is there, and so is the stack's state"
+
+
+def _require_terraforms(cloud: Cloud) -> None:
+    """What is Terraform's cannot be there beside a bucket made by hand."""
+    if cloud.environment.by_hand:
+        raise Unchecked("the bucket made by hand comes first")
+
+
+def rights(cloud: Cloud) -> str:
+    """That you may start a build, as the build's account."""
+    _require_terraforms(cloud)
+    where = cloud.environment
+    account = where.account("build")
+    try:
+        lacking = cloud.rest.lacking(
+            "cloudresourcemanager", f"/v1/projects/{where.project}:testIamPermissions", RIGHTS
+        )
+        lacking += cloud.rest.lacking(
+            "iam", f"/v1/projects/-/serviceAccounts/{account}:testIamPermissions", [ACT_AS]
+        )
+    except Refused as refused:
+        if refused.status == 404:
+            raise Missing(
+                f"{account} is not there", f"make foundation ENVIRONMENT={where.environment}"
+            ) from None
+        raise Unchecked(str(refused)) from None
+    if ACT_AS in lacking:
+        mend = (
+            f"gcloud iam service-accounts add-iam-policy-binding {account} --project={where.project} "
+            "--member=user:YOU --role=roles/iam.serviceAccountUser"
+        )
+        raise Missing(f"you may not act as {account}", f"ask an owner to type: {mend}")
+    if lacking:
+        mend = f"gcloud projects add-iam-policy-binding {where.project} --member=user:YOU --role=roles/cloudbuild.builds.editor"
+        raise Missing(f"you lack {', '.join(lacking)}", f"ask an owner to type: {mend}")
+    if where.build_pool:
+        _require_pool(cloud)
+    return f"you may start builds as {account}; the CI may too, if the foundation is there"
+
+
+def _require_pool(cloud: Cloud) -> None:
+    """That you may build in the private pool, which may be another project's."""
+    project = cloud.environment.build_pool.split("/")[1]
+    try:
+        lacking = cloud.rest.lacking(
+            "cloudresourcemanager", f"/v1/projects/{project}:testIamPermissions", [USE_POOL]
+        )
+    except Refused as refused:
+        raise Unchecked(
+            f"whether you may build in {cloud.environment.build_pool}: {refused}"
+        ) from None
+    if lacking:
+        mend = f"gcloud projects add-iam-policy-binding {project} --member=user:YOU --role=roles/cloudbuild.workerPoolUser"
+        raise Missing(
+            f"you lack {USE_POOL} for {cloud.environment.build_pool}",
+            f"ask an owner to type: {mend}",
+        )
+
+
+def buckets(cloud: Cloud) -> str:
+    """The three: there, in the region, and yours to write; Terraform makes them."""
+    _require_terraforms(cloud)
+    environment = cloud.environment.environment
+    try:
+        return vertex_doctor.bucket(cloud)
+    except Missing as missing:
+        said = str(missing)
+        own = [
+            name
+            for name in cloud.settings.cloud.environments[environment].existing.buckets.values()
+            if f"gs://{name} " in said
+        ]
+        if "is not there" in said:
+            mend = f"its name stands in {PROJECT_FILE}: cloud.environments.{environment}.existing.buckets"
+            raise Missing(
+                said.split(",", maxsplit=1)[0],
+                mend if own else f"make foundation ENVIRONMENT={environment}",
+            ) from None
+        if " is in " in said:
+            raise Missing(
+                said,
+                f"buckets cannot move: write that region into cloud.region of {PROJECT_FILE}, or remove them there",
+            ) from None
+        raise
+
+
+def published(cloud: Cloud) -> str:
+    """Whether a push has published a pipeline already; that none has is no mistake."""
+    _require_terraforms(cloud)
+    pointer = f"{pipeline_version.templates_folder(cloud.environment)}/{POINTER}"
+    bucket, name = pointer.removeprefix("gs://").split("/", maxsplit=1)
+    try:
+        cloud.rest.ask("storage", f"/storage/v1/b/{bucket}/o/{quote(name, safe='')}")
+    except Refused as refused:
+        raise Unchecked(
+            "nothing is published yet: the first push does"
+            if refused.status == 404
+            else str(refused)
+        ) from None
+    return f"{pointer} names what runs"
+
+
+LEVEL_2 = Level(
+    2,
+    "Level 2",
+    {
+        "gcloud": vertex_doctor.gcloud,
+        "terraform": terraform_program,
+        "jobs": vertex_doctor.jobs,
+        "projects": by_terraform,
+        "pushes": pushes,
+        "APIs": apis,
+        "foundation": foundation,
+        "metadata": metadata,
+        "buckets": buckets,
+        "rights": rights,
+        "quota": vertex_doctor.quota,
+        "published": published,
+    },
+    local=("gcloud", "terraform", "jobs", "projects", "pushes"),
+    then="git push, or make submit",
+)
+
+
+if __name__ == "__main__":
+    run_command(lambda: vertex_doctor.run_level(LEVEL_2))

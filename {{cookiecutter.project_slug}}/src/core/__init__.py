@@ -1,0 +1,1 @@
+"""What every part needs: errors, schema, manifest, registry, paths. Imports no other package of this project."""

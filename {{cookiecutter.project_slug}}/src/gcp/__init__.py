@@ -1,0 +1,1 @@
+"""Google Cloud: Vertex AI, Cloud Storage and the names of resources."""
