@@ -47,7 +47,7 @@ def git(repository: Path, *arguments: str) -> str:
     return done.stdout.strip()
 
 
-def write_cruft_file(answers: dict[str, str]) -> str:
+def write_cruft_file(answers: dict[str, str]) -> None:
     """Write what `cruft update` reads, unless the template is not a git repository."""
     # A relative path starts where cookiecutter was started, which a hook does not know: try the
     # shell's folder and the output folder, which is the same by default.
@@ -56,7 +56,7 @@ def write_cruft_file(answers: dict[str, str]) -> str:
     folders = [f for f in folders if (f / ".git").exists() and (f / "cookiecutter.json").exists()]
     commit = git(folders[0], "rev-parse", "HEAD") if folders else ""
     if not commit:
-        return ""
+        return
     address = str(folders[0])
     if answers["_template"] != answers["_repo_dir"]:  # cookiecutter cloned it
         address = git(folders[0], "remote", "get-url", "origin")
@@ -66,15 +66,6 @@ def write_cruft_file(answers: dict[str, str]) -> str:
     state = {"template": address, "commit": commit, "checkout": answers["_checkout"]}
     state.update(context={"cookiecutter": context}, directory=None)
     Path(".cruft.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-    return commit
-
-
-def record_commit(commit: str) -> None:
-    """Write template.commit to project.yaml, until `make link` is gone."""
-    with open("project.yaml", "r+b") as settings:
-        text = settings.read().replace(b'commit: ""', f'commit: "{commit}"'.encode(), 1)
-        settings.seek(0)
-        settings.write(text)
 
 
 def main() -> None:
@@ -87,9 +78,8 @@ def main() -> None:
     os.replace(f"LICENSE-{answers['license']}", "LICENSE")
     delete_caches()
     if "_commit" in answers:  # cruft runs this hook, and writes .cruft.json itself
-        record_commit(answers["_commit"])
         return
-    record_commit(write_cruft_file(answers) or "unknown")
+    write_cruft_file(answers)
     print(f"cd {answers['project_slug']}")
     print("make setup     # installs the project's packages into .venv")
     print("make level0    # trains a model and writes HTML reports to runs/")

@@ -4,14 +4,17 @@ import os
 import re
 import shlex
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = ROOT / "{{cookiecutter.project_slug}}"
-PAGES = [ROOT / "AGENTS.md"]
-CHEAP_TARGETS = {"help"}
+PAGES = [ROOT / "AGENTS.md", PROJECT / "AGENTS.md"]
+CHEAP_TARGETS = {"help", "sync"}
+VENV = Path(sys.executable).parents[1]
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -21,17 +24,17 @@ def commands(page: Path) -> list[list[str]]:
     return [words for words in lines if words]
 
 
-def cheap(words: list[str], tmp_path: Path) -> list[str]:
-    """Replace a slow command by a quick one that fails if the command is invalid."""
-    program = Path(words[0]).name
+def cheap(words: list[str], output: Path) -> list[str]:
+    """Use this environment, and replace a slow command by a quick one that fails if it is invalid."""
+    program, *rest = words
     if program == "make":
-        return words if set(words[1:]) <= CHEAP_TARGETS else ["make", "-n", *words[1:]]
-    if "pytest" in words:
-        return [*words, "--collect-only"]
-    if program == "cookiecutter":
-        folder = words.index("--output-dir") + 1
-        return [*words[:folder], str(tmp_path), *words[folder + 1 :]]
-    return words
+        environment = [f"VENV={VENV}", "-o", f"{VENV}/.ready"]
+        return ["make", *environment, *([] if rest[0] in CHEAP_TARGETS else ["-n"]), *rest]
+    program = program.replace(".venv", str(VENV))
+    if "pytest" in rest:
+        return [program, *rest, "--collect-only"]
+    folder = rest.index("--output-dir") + 1
+    return [program, *rest[:folder], str(output), *rest[folder + 1 :]]
 
 
 CASES = [(page, words) for page in PAGES for words in commands(page)]
@@ -40,13 +43,15 @@ CASES = [(page, words) for page in PAGES for words in commands(page)]
 @pytest.mark.parametrize(
     ("page", "words"), CASES, ids=lambda case: " ".join(case) if isinstance(case, list) else ""
 )
-def test_command_works(page: Path, words: list[str], config: Path, tmp_path: Path) -> None:
+def test_command_works(
+    page: Path, words: list[str], config: Path, generate: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = generate(tmp_path) if page.parent == PROJECT else ROOT
     own = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "VIRTUAL_ENV", "PYTHONPATH")
     environment = {name: value for name, value in os.environ.items() if name not in own}
-    environment["COOKIECUTTER_CONFIG"] = str(config)
-    done = subprocess.run(
-        cheap(words, tmp_path), cwd=page.parent, env=environment, capture_output=True, text=True
-    )
+    environment |= {"COOKIECUTTER_CONFIG": str(config), "PYTHONPATH": f"{folder}/src"}
+    command = cheap(words, tmp_path / "output")
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout
 
@@ -58,4 +63,5 @@ def test_page_is_short_and_names_existing_files(page: Path) -> None:
     names = re.findall(r"`([\w./{}-]+\.\w+|[\w./{}-]+/)`", text)
     assert names
     for name in names:
-        assert any((folder / name).exists() for folder in (page.parent, PROJECT)), name
+        folders = [page.parent, PROJECT, PROJECT / "src/trainer"]
+        assert any((folder / name).exists() for folder in folders), name

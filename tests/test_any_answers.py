@@ -1,6 +1,6 @@
-"""All answers at once, whatever they are: a whole project is made, or none, and then it is said why.
+"""Any combination of answers gives a complete project, or no project and an error message.
 
-The same 500 sets of answers are drawn each time. To look at others:
+Each run tests the same 500 sets of answers. To test others:
 
     .venv/bin/python -m pytest tests/test_any_answers.py --hypothesis-profile=explore
 """
@@ -37,9 +37,9 @@ CHOICES = {
     name: value for name, value in QUESTIONS.items() if name[0] != "_" and isinstance(value, list)
 }
 
-# ── answers that have to be taken ───────────────────────────────────────────────────────────────────────────
+# ── valid answers ───────────────────────────────────────────────────────────────────────────
 
-# What YAML, TOML, Markdown, HTML, Jinja or a shell could take for its own; and difficult scripts.
+# Text with a meaning in YAML, TOML, Markdown, HTML, Jinja or a shell; and difficult scripts.
 NASTY = [
     *(
         '"',
@@ -110,7 +110,7 @@ LOCAL, DOMAIN = r"[a-zA-Z0-9_%+'-]{1,9}", r"[a-z0-9]{1,9}"
 
 
 def line(limit: int, without: str = "") -> st.SearchStrategy[str]:
-    """One line of visible characters, as nasty as it may be."""
+    """One line of visible characters, with special ones."""
     pieces = st.lists(
         st.sampled_from(NASTY) | st.text(VISIBLE, max_size=8), min_size=1, max_size=30
     )
@@ -131,7 +131,7 @@ GOOD: dict[str, st.SearchStrategy[str]] = {
     **{question: st.sampled_from(choices) for question, choices in CHOICES.items()},
 }
 
-# ── answers that may be refused ─────────────────────────────────────────────────────────────────────────────
+# ── answers that may be invalid ─────────────────────────────────────────────────────────────────────────────
 
 HIDDEN = [
     *("\n", "\r", "\t", "\0", "\x1b[31m", "\x85", "\ud83d", "\ufeff", "\uffff"),
@@ -155,7 +155,7 @@ BAD_CHOICES = st.sampled_from(["", "k80", "L4", "mit", " l4", "gitlab\n", "{{ 1 
 
 
 def stays_inside(slug: str) -> bool:
-    """Ways out of the output folder are tried in test_answers.py, where it is known what to look for."""
+    """Paths outside the output folder are tested in test_answers.py."""
     return not slug.startswith("/") and ".." not in slug
 
 
@@ -171,20 +171,20 @@ ANY: dict[str, st.SearchStrategy[Any]] = {
 
 @st.composite
 def answers(draw: st.DrawFn) -> tuple[dict[str, Any], set[str]]:
-    """Answers to all questions, and those questions of which the answer may be bad; often there are none."""
-    given = {question: draw(good) for question, good in GOOD.items()}
+    """Draw answers, and the set of questions whose answers may be invalid (often empty)."""
+    values = {question: draw(valid) for question, valid in GOOD.items()}
     doubtful: set[str] = set()
     if draw(st.booleans()):
         doubtful = draw(st.sets(st.sampled_from(list(ANY)), min_size=1, max_size=4))
-    given.update({question: draw(ANY[question]) for question in sorted(doubtful)})
-    return given, doubtful
+    values.update({question: draw(ANY[question]) for question in sorted(doubtful)})
+    return values, doubtful
 
 
-# ── what must be true ───────────────────────────────────────────────────────────────────────────────────────
+# ── assertions ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def assert_whole(project: Path, template: Path, answers: dict[str, Any]) -> None:
-    """Every file is there and can be used, and the answers are found again."""
+def assert_complete(project: Path, template: Path, answers: dict[str, Any]) -> None:
+    """Every file is present and valid, and contains the answers."""
     assert files(project) == expected_files(template, answers)
     assert_copied(project, template)
     assert_all_parse(project, RENDERED & files(project))
@@ -195,24 +195,23 @@ def assert_whole(project: Path, template: Path, answers: dict[str, Any]) -> None
 
 
 def lint(project: Path) -> None:
-    """Ruff takes the project's pyproject.toml, and finds nothing."""
+    """Ruff accepts the project with its own configuration."""
     ruff = [sys.executable, "-m", "ruff", "check", "--no-cache", "."]
     done = subprocess.run(ruff, cwd=project, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def assert_refused(
+def assert_rejected(
     error: Exception, message: str, answers: dict[str, Any], doubtful: set[str]
 ) -> None:
-    """The user is told which answer is bad; and it is one that may be."""
+    """The message names only answers that may be invalid."""
     if isinstance(error, FailedHookException):
         named = set(re.findall(r"^  (\w+): ", message, re.MULTILINE))
         assert named
         assert named <= doubtful
         assert "Traceback" not in message.split("Run the command again", maxsplit=1)[0]
         return
-    # cookiecutter itself refuses what never reaches a hook: a choice that is none, Jinja that cannot run,
-    # a slug that cannot be a folder's name. What it says is not ours.
+    # cookiecutter itself rejects an unknown choice, invalid Jinja, and a slug that cannot be a folder.
     assert str(error)
     wrong = {question for question in CHOICES if answers[question] not in CHOICES[question]}
     if wrong:
@@ -222,8 +221,8 @@ def assert_refused(
 
 
 @pytest.fixture(scope="module")
-def copied(template: Path, default_project: Path) -> None:
-    """What is copied, and so the same in every project, is looked at once."""
+def copied_files(template: Path, default_project: Path) -> None:
+    """Check the copied files once: they are the same in every project."""
     lint(default_project)
     copied = template_files(template) - RENDERED
     assert_all_parse(template, copied)
@@ -233,13 +232,13 @@ def copied(template: Path, default_project: Path) -> None:
 
 
 @pytest.mark.heavy
-@pytest.mark.usefixtures("copied")
+@pytest.mark.usefixtures("copied_files")
 @given(answers())
 @settings(
     max_examples=500,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-def test_a_project_is_whole_or_refused(
+def test_any_answers_give_a_complete_project_or_an_error(
     generate: Callable[..., Path],
     template: Path,
     capfd: pytest.CaptureFixture[str],
@@ -252,13 +251,13 @@ def test_a_project_is_whole_or_refused(
             project = generate(folder, **answers)
         except (
             Exception
-        ) as error:  # cookiecutter lets through whatever the operating system or Jinja raises
-            event("refused")
-            assert_refused(error, capfd.readouterr().err, answers, doubtful)
+        ) as error:  # cookiecutter also raises the operating system's and Jinja's errors
+            event("rejected")
+            assert_rejected(error, capfd.readouterr().err, answers, doubtful)
             assert not files(folder)
             assert "/" in str(answers["project_slug"]) or not list(folder.iterdir())
         else:
-            event("made")
-            assert_whole(project, template, answers)
+            event("created")
+            assert_complete(project, template, answers)
             assert list(folder.iterdir()) == [project]
         capfd.readouterr()

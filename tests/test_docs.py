@@ -1,4 +1,4 @@
-"""The documentation names what is there: commands, files, links, questions, packages, settings, messages."""
+"""The documentation is correct: commands, files, links, questions, packages, settings, messages."""
 
 import json
 import os
@@ -15,13 +15,15 @@ import pytest
 import yaml
 from level_1_pipeline.vertex import gpu_jobs
 
+from tests.projects import CRUFT
+
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = ROOT / "{{cookiecutter.project_slug}}"
 LEVELS = sorted(PROJECT.glob("level_*/README.md"))
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "AGENTS.md")),
     *sorted((ROOT / "docs").glob("*.md")),
-    *(PROJECT / "README.md", *LEVELS),
+    *(PROJECT / "README.md", PROJECT / "AGENTS.md", *LEVELS),
 ]
 PICTURES = sorted((ROOT / "docs").glob("*.svg"))
 
@@ -29,7 +31,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def name(path: Path) -> str:
-    """The path as a test's name."""
+    """Return the path as a test id."""
     return path.relative_to(ROOT).as_posix()
 
 
@@ -41,17 +43,17 @@ def read(path: Path) -> str:
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    """The page's fenced blocks of a language."""
+    """Return the page's code blocks in a language."""
     return [text for kind, text in FENCE.findall(read(page)) if kind == language]
 
 
 def spans(page: Path) -> list[str]:
-    """The page's pieces of code within sentences and tables."""
+    """Return the page's inline code."""
     return re.findall(r"`([^`\n]+)`", FENCE.sub("", read(page)))
 
 
 def section(page: Path, title: str) -> str:
-    """The text below a heading of the second level."""
+    """Return the text below a second-level heading."""
     return re.split(
         r"^## ", read(page).split(f"\n## {title}\n", 1)[1], maxsplit=1, flags=re.MULTILINE
     )[0]
@@ -59,7 +61,7 @@ def section(page: Path, title: str) -> str:
 
 # ── commands ────────────────────────────────────────────────────────────────────────────────────────────────
 
-# Where the commands of a page's sentences are typed.
+# Pages with commands for both folders, or for the template only.
 BOTH = {
     "README.md",
     "docs/index.md",
@@ -72,36 +74,36 @@ IN_TEMPLATE = {"CONTRIBUTING.md", "AGENTS.md"}
 
 
 def targets(makefile: Path) -> set[str]:
-    """What a Makefile documents, and so offers."""
+    """Return the documented targets of a Makefile."""
     return set(re.findall(r"^([a-z0-9-]+):.*?## ", read(makefile), re.MULTILINE))
 
 
 def goals(words: list[str]) -> set[str]:
-    """The targets among the words of a call of make."""
+    """Return the targets in a make command."""
     return {word for word in words[1:] if "=" not in word and not word.startswith("-")}
 
 
 def calls(code: str) -> Iterator[set[str]]:
-    """The targets of each call of make in a piece of code."""
+    """Yield the targets of each make command in code."""
     for call in re.findall(r"(?:^|[;&|]\s*)(make\s[^;&|>\n]*)", code):
         yield goals(shlex.split(call.replace("…", ""), comments=True))
 
 
 @pages
-def test_every_target_is_there(page: Path) -> None:
-    offered = (
+def test_inline_make_targets_exist(page: Path) -> None:
+    available = (
         targets(ROOT / "Makefile") if name(page) in IN_TEMPLATE else targets(PROJECT / "Makefile")
     )
     if name(page) in BOTH:
-        offered |= targets(ROOT / "Makefile")
+        available |= targets(ROOT / "Makefile")
     for code in spans(page):
-        assert all(call <= offered for call in calls(code)), code
+        assert all(call <= available for call in calls(code)), code
 
 
-def typed(page: Path, template: Path, project: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Each make command of the page's bash blocks, and the folder in which a reader types it."""
+def make_commands(page: Path, template: Path, project: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Yield each make command of the page's bash blocks, with its folder."""
     folder = template
-    if page == PROJECT / "README.md" or page.name.startswith(("level-", "update")):
+    if page.parent == PROJECT or page.name.startswith(("level-", "update")):
         folder = project
     elif page in LEVELS:
         folder = project / page.parent.name
@@ -115,7 +117,7 @@ def typed(page: Path, template: Path, project: Path) -> Iterator[tuple[Path, lis
 
 
 def make(folder: Path, *words: str) -> str:
-    """Run make in a folder as a person would; nothing of this test run's own environment counts."""
+    """Run make in a folder, without this test run's own environment."""
     own = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "VIRTUAL_ENV", "PYTHONPATH")
     environment = {key: value for key, value in os.environ.items() if key not in own}
     command = ["make", *words]
@@ -130,27 +132,27 @@ WITH_COMMANDS = [page for page in PAGES if blocks(page, "bash")]
 
 
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=name)
-def test_every_command_can_be_typed(page: Path, default_project: Path) -> None:
-    """As far as make goes without running it; test_project.py and .ci/run run the commands themselves."""
-    commands = list(typed(page, ROOT, default_project))
+def test_make_commands_are_valid(page: Path, default_project: Path) -> None:
+    """A dry run; test_project.py and .ci/run run the commands."""
+    commands = list(make_commands(page, ROOT, default_project))
     assert commands
     for folder, words in commands:
         project = folder if (folder / "project.yaml").exists() else folder.parent
         assert goals(words) <= targets((ROOT if folder == ROOT else project) / "Makefile"), words
-        # `make demo` asks make what it would do in the demonstration's project: let it look into this one.
+        # `make -n demo` runs make in the demo's project: use this one.
         demo = [f"DEMO={default_project.parent}"] if "demo" in words else []
         done = make(folder, "-n", *words[1:], *demo)
         assert "Nothing to be done" not in done or goals(words) == {"setup"}, words
     assert not (default_project / ".venv").exists()
 
 
-def test_the_readme_shows_the_two_commands() -> None:
+def test_readme_shows_two_commands() -> None:
     first = blocks(ROOT / "README.md", "bash")[0]
     assert re.findall(r"^make (\w+)", first, re.MULTILINE) == ["demo", "test"]
 
 
 @pytest.mark.parametrize("level", [page.parent.name for page in LEVELS])
-def test_make_works_inside_a_levels_folder(level: str, default_project: Path) -> None:
+def test_make_works_in_a_level_folder(level: str, default_project: Path) -> None:
     folder = default_project / level
     assert make(folder) == make(folder, "help") == make(default_project, "help")
     assert f"CSV='{level}/new.csv'" in make(folder, "-n", "predict", "CSV=new.csv")
@@ -167,13 +169,13 @@ def test_make_works_inside_a_levels_folder(level: str, default_project: Path) ->
 
 
 def anchors(page: Path) -> set[str]:
-    """What can stand behind # in a link to the page, as code hosts make it from the headings."""
+    """Return the anchors that code hosts make from the page's headings."""
     titles = re.findall(r"^#+ (.+)$", FENCE.sub("", read(page)), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 @pages
-def test_every_link_leads_somewhere(page: Path) -> None:
+def test_links_are_valid(page: Path) -> None:
     text = re.sub(r"`[^`\n]+`", "", FENCE.sub("", read(page)))
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
         if re.match(r"https://", link):
@@ -185,14 +187,14 @@ def test_every_link_leads_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(target), link
 
 
-def test_every_page_is_found_from_the_start_page() -> None:
+def test_start_page_links_every_page() -> None:
     start = read(ROOT / "docs" / "index.md")
     for page in (ROOT / "docs").glob("*.md"):
         assert page.name == "index.md" or f"({page.name})" in start, page.name
 
 
 def tree(page: Path, holding: str) -> list[str]:
-    """The paths of the annotated tree that holds this one; each has a word about it."""
+    """Return the paths of the annotated tree that contains a path."""
     for block in blocks(page, "text"):
         paths = re.findall(r"^(\S+) {2,}\S.*$", block, re.MULTILINE)
         if holding in paths:
@@ -205,53 +207,54 @@ def top(paths: list[str]) -> set[str]:
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", PROJECT / "README.md"], ids=name)
-def test_the_projects_tree_is_complete_and_true(page: Path, default_project: Path) -> None:
+def test_project_tree_is_complete(page: Path, default_project: Path) -> None:
     paths = tree(page, "project.yaml")
-    for path in set(paths) - {".cruft.json"}:  # depends on git
-        there = default_project / path
-        assert there.is_dir() if path.endswith("/") else there.is_file(), path
-    assert top(paths) == {path.name for path in default_project.iterdir()} | {".cruft.json"}
+    generated = {path.name for path in default_project.iterdir()} | {CRUFT}
+    assert top(paths) == generated
+    for path in set(paths) - {CRUFT}:  # depends on git
+        target = default_project / path
+        assert target.is_dir() if path.endswith("/") else target.is_file(), path
     packages = {f"src/{path.name}/" for path in (default_project / "src").iterdir()}
     assert {path for path in paths if path.startswith("src/")} == packages
 
 
-def test_what_is_made_later_is_not_in_git() -> None:
+def test_created_folders_are_ignored_by_git() -> None:
     ignored = {line.strip("/") for line in read(PROJECT / ".gitignore").splitlines()}
     assert {path.strip("/") for path in tree(PROJECT / "README.md", "runs/")} <= ignored
 
 
-def test_the_templates_tree_is_complete_and_true() -> None:
+def test_template_tree_is_complete() -> None:
     paths = tree(ROOT / "CONTRIBUTING.md", "cookiecutter.json")
     assert all((ROOT / path).exists() for path in paths), paths
     ignored = {line.strip("/") for line in read(ROOT / ".gitignore").splitlines()} | {".git"}
     assert top(paths) == {path.name for path in ROOT.iterdir()} - ignored
 
 
-def test_levels_are_promised_only_while_they_are_not_there() -> None:
-    """When a level comes, these sentences and the picture have to change."""
+def test_readmes_announce_missing_levels_only() -> None:
+    """A new level changes these sentences and the picture."""
     texts = [read(path) for path in (ROOT / "README.md", PROJECT / "README.md", *PICTURES)]
     for level, folder in ((1, "level_1_pipeline"), (2, "level_2_cicd")):
-        there = f"level{level}" in targets(
+        exists = f"level{level}" in targets(
             PROJECT / "Makefile"
         )  # of level 2, the folder comes before the command
         row = re.search(rf"^\| .*{level} · .*$", texts[1], re.MULTILINE)
-        assert row and ("later version" in row[0]) != there
-        assert (f"`{folder}/`" in texts[0]) != there
+        assert row and ("later version" in row[0]) != exists
+        assert (f"`{folder}/`" in texts[0]) != exists
         assert f"level_{level}" in " ".join(tree(PROJECT / "README.md", "project.yaml"))
 
 
 # ── questions, packages, settings ───────────────────────────────────────────────────────────────────────────
 
 
-def test_every_question_every_choice_and_every_default(
+def test_questions_page_has_every_choice_and_default(
     questions: dict[str, Any], default_project: Path
 ) -> None:
     page = ROOT / "docs" / "questions.md"
-    asked = {
+    values = {
         variable: value for variable, value in questions.items() if not variable.startswith("_")
     }
-    assert re.findall(r"^## ([a-z_]+)$", read(page), re.MULTILINE) == list(asked)
-    for variable, value in asked.items():
+    assert re.findall(r"^## ([a-z_]+)$", read(page), re.MULTILINE) == list(values)
+    for variable, value in values.items():
         text = section(page, variable)
         default = value[0] if isinstance(value, list) else value
         if variable == "project_slug":
@@ -263,7 +266,7 @@ def test_every_question_every_choice_and_every_default(
         )
 
 
-def test_the_jobs_of_each_gpu(questions: dict[str, Any]) -> None:
+def test_questions_page_has_the_jobs_of_each_gpu(questions: dict[str, Any]) -> None:
     rows = re.findall(
         r"^\| `([^`]+)` \|.*\| (.*) \|$", section(ROOT / "docs/questions.md", "gpu"), re.MULTILINE
     )
@@ -277,7 +280,7 @@ def test_the_jobs_of_each_gpu(questions: dict[str, Any]) -> None:
         *(f"{PROJECT.name}/requirements/{part}" for part in ("dev.in", "torch.txt", "uv.in")),
     ],
 )
-def test_every_package_has_its_reason(requirements: str) -> None:
+def test_every_package_has_a_reason(requirements: str) -> None:
     text = " ".join(re.findall(r"\*\*([^*]+)\*\*", read(ROOT / "docs" / "decisions.md")))
     for package in re.findall(r"^([A-Za-z0-9_.-]+)", read(ROOT / requirements), re.MULTILINE):
         assert re.search(rf"(?<![\w-]){package}(?![\w-])", text, re.IGNORECASE), package
@@ -287,7 +290,7 @@ FILES = {"py", "ipynb", "html", "parquet", "json", "csv"}
 
 
 @pages
-def test_every_setting_is_one_of_project_yaml(page: Path) -> None:
+def test_settings_exist_in_project_yaml(page: Path) -> None:
     settings = yaml.safe_load(read(PROJECT / "project.yaml"))
     lines = [line for line in read(page).splitlines() if "no such key" not in line]
     blocks_of_settings = "|".join(key for key, value in settings.items() if isinstance(value, dict))
@@ -296,22 +299,22 @@ def test_every_setting_is_one_of_project_yaml(page: Path) -> None:
     ):
         if path.split(".")[1] in FILES:
             continue
-        found: Any = settings
+        value: Any = settings
         for key in path.split("."):
-            assert isinstance(found, dict), path
-            assert key in found, path
-            found = found[key]
+            assert isinstance(value, dict), path
+            assert key in value, path
+            value = value[key]
 
 
 @pages
-def test_every_yaml_example_is_a_part_of_project_yaml(page: Path) -> None:
+def test_yaml_examples_match_project_yaml(page: Path) -> None:
     settings = yaml.safe_load(read(PROJECT / "project.yaml"))
     for example in blocks(page, "yaml"):
         for key, block in yaml.safe_load(example).items():
             assert set(block) <= set(settings[key])
 
 
-def test_the_newest_version_is_this_one(questions: dict[str, Any]) -> None:
+def test_changelog_has_the_current_version(questions: dict[str, Any]) -> None:
     versions = re.findall(
         r"^## \[(\d+\.\d+\.\d+)\] - (?:unreleased|\d{4}-\d\d-\d\d)$",
         read(ROOT / "CHANGELOG.md"),
@@ -323,15 +326,15 @@ def test_the_newest_version_is_this_one(questions: dict[str, Any]) -> None:
     )
 
 
-def test_the_prices_of_jobs_are_those_of_the_table() -> None:
-    found: dict[str, str] = {}
+def test_job_prices_match_the_table() -> None:
+    prices: dict[str, str] = {}
     for page in (ROOT / "docs" / "level-1-cloud.md", *LEVELS):
-        found |= {
+        prices |= {
             job: price
             for price, job in re.findall(r"([\d.]+)(?: an hour)? for `([a-z0-9-]+)`", read(page))
         }
-    assert set(found) == {"cpu", "l4", "h100x8"}
-    for job, price in found.items():
+    assert set(prices) == {"cpu", "l4", "h100x8"}
+    for job, price in prices.items():
         digits = len(price.partition(".")[2])
         assert (
             f"{float(gpu_jobs.describe(job, PROJECT, 'europe-west4').price):.{digits}f}" == price
@@ -340,7 +343,7 @@ def test_the_prices_of_jobs_are_those_of_the_table() -> None:
 
 # ── messages ────────────────────────────────────────────────────────────────────────────────────────────────
 
-# A file, the label, and the beginning of what is said about it; the whole of it stands in docs/level-0.md.
+# A file, its label column, and the start of the message; docs/level-0.md has the whole message.
 BAD_FILES = [
     ("", "y", "there is no file"),
     (
@@ -385,7 +388,7 @@ json.dump(messages, sys.stdout)
 """
 
 
-def test_messages_are_the_real_ones(default_project: Path, tmp_path: Path) -> None:
+def test_messages_match_the_code(default_project: Path, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "project.yaml").write_bytes((default_project / "project.yaml").read_bytes())
     done = subprocess.run(
@@ -414,7 +417,7 @@ DEVCONTAINER_KEYS = {
 }
 
 
-def test_the_dev_container() -> None:
+def test_dev_container_is_valid() -> None:
     container = json.loads(read(PROJECT / ".devcontainer" / "devcontainer.json"))
     assert set(container) <= DEVCONTAINER_KEYS
     assert re.fullmatch(
@@ -439,22 +442,22 @@ def test_the_dev_container() -> None:
 
 
 @pytest.mark.parametrize("picture", PICTURES, ids=name)
-def test_pictures_are_well_formed(picture: Path) -> None:
+def test_pictures_are_valid_svg(picture: Path) -> None:
     svg = ElementTree.fromstring(read(picture))
     assert svg.tag == "{http://www.w3.org/2000/svg}svg"
     assert {"viewBox", "role"} <= set(svg.attrib)
-    assert "href" not in read(picture)  # it fetches nothing
+    assert "href" not in read(picture)  # no downloads
     code = re.findall(r'class="code">make (\w+)<', read(picture))
     assert set(code) - {"level1"} <= targets(PROJECT / "Makefile")
 
 
-def test_pictures_are_described() -> None:
+def test_pictures_have_alt_text() -> None:
     for page in PAGES:
         assert all(re.findall(r"!\[([^\]]*)\]", read(page)))
 
 
 @pytest.mark.parametrize("path", [*PAGES, *PICTURES], ids=name)
-def test_nothing_is_left_over(path: Path) -> None:
+def test_no_placeholders_or_local_paths(path: Path) -> None:
     text = read(path)
     assert not re.findall(r"\b(TODO|FIXME|XXX|TBD|YOUR_\w+|DEMO_OUTPUT)\b|(?i:lorem ipsum)", text)
     assert not re.findall(r"(?<![\w.])/(?:root|opt|tmp|work|home|Users|mnt|var)\b", text)
@@ -463,8 +466,8 @@ def test_nothing_is_left_over(path: Path) -> None:
 
 
 @pytest.mark.parametrize("page", LEVELS, ids=name)
-def test_each_levels_page_has_the_same_headings(page: Path) -> None:
-    """Others may stand between them."""
+def test_level_pages_have_the_same_headings(page: Path) -> None:
+    """Other headings may be between them."""
     titles = re.findall(r"^## (.+)$", read(page), re.MULTILINE)
     same = [
         "Goal",

@@ -130,11 +130,10 @@ def test_answers_are_in_the_project(case: tuple[Path, dict[str, str]]) -> None:
         "name",
         "description",
         "data",
-        "train",
+        "hyperparameters",
         "gate",
         "containers",
         "cloud",
-        "template",
     ]
 
 
@@ -188,6 +187,7 @@ NAMES = [
 ]
 AT_THE_ROOT = [
     *(
+        "AGENTS.md",
         "Makefile",
         ".gitignore",
         ".dockerignore",

@@ -1,8 +1,7 @@
-"""A project follows its template: cruft brings what is new, keeps what was edited; see docs/update.md."""
+"""`cruft update` brings a new version of the template and keeps local edits; see docs/update.md."""
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +15,8 @@ from tests.projects import JOBS, assert_given_back, copy_template, files, git
 
 pytestmark = pytest.mark.heavy
 
+Run = Callable[..., str]
+
 ANSWERS = {
     "project_name": "O'Brien's",
     "project_slug": "obriens",
@@ -28,16 +29,15 @@ ANSWERS = {
     "data_ingestion": "none",
     "license": "MIT",
 }
+FOLDER = "{{cookiecutter.project_slug}}"
 MODEL, NOTEBOOK = "src/trainer/model.py", "level_0_manual/model.ipynb"
 SENTENCE = "Take median, mean and spread (standard deviation; 1 for a constant) from training rows."
 BINARIES = Path(sys.executable).parent
-QUICK_TESTS = [
-    f"tests/test_{name}.py" for name in ("settings", "schema", "notebooks", "model", "template")
-]
+QUICK_TESTS = [f"tests/test_{name}.py" for name in ("settings", "notebooks", "model")]
 
 
 class Template(NamedTuple):
-    """A repository of the template with two commits: one of yesterday, and what it is now."""
+    """A repository of the template, with two commits."""
 
     repository: Path
     older: str
@@ -45,7 +45,7 @@ class Template(NamedTuple):
 
 
 def edit(path: Path, old: str, new: str) -> None:
-    """Replace a text that stands there once."""
+    """Replace a text that occurs once."""
     text = path.read_text(encoding="utf-8")
     assert text.count(old) == 1, (path, old)
     path.write_text(text.replace(old, new), encoding="utf-8")
@@ -61,28 +61,38 @@ def commit_all(repository: Path, message: str) -> str:
 
 
 def make_older(project: Path) -> None:
-    """What the template's project may have been: one file is not there yet, one still is, and some differ."""
-    (project / "tests/test_client.py").unlink()
+    """Turn the project into an older version: a file is added, one is missing, some differ."""
+    (project / "tests/test_data.py").unlink()
     (project / "src/project/older.py").write_text("OLDER = True\n", encoding="utf-8")
     edit(project / "README.md", "## Before you commit", "## Before a commit")
     edit(project / "project.yaml", "# the column to predict", "# the label")
     edit(project / MODEL, SENTENCE, "Take them from training rows.")
 
 
+def restore_old_layout(project: Path) -> None:
+    """Turn the project into one of version 0.1.0 with the programs of all levels in src/launcher."""
+    launcher = project / "src/launcher"
+    launcher.mkdir(exist_ok=True)
+    for path in sorted(project.glob("level_*/*.py")):
+        path.rename(launcher / f"{path.parent.name}_{path.name}")
+    settings = project / "project.yaml"
+    edit(settings, "\nhyperparameters:\n", "\ntrain:\n")
+    text = settings.read_text(encoding="utf-8")
+    settings.write_text(f'{text}\ntemplate:\n  version: "0.1.0"\n', encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
-def run(config: Path) -> Callable[..., str]:
-    """Run a command as a person types it in a project, in the template's environment; returns its words."""
+def run(config: Path) -> Run:
+    """Run a command in a project, in the template's environment; returns its output."""
 
     def run(*command: str, cwd: Path) -> str:
-        environment = {
-            name: value for name, value in os.environ.items() if not name.startswith("GIT_")
-        }
+        environment = {name: value for name, value in os.environ.items() if name[:4] != "GIT_"}
         environment |= {
             "COOKIECUTTER_CONFIG": str(config),
-            "PYTHONPATH": f"{cwd / 'src'}:{cwd}",
+            "PYTHONPATH": f"{cwd}/src:{cwd}",
             "PYTHONDONTWRITEBYTECODE": "1",
+            "PATH": os.pathsep.join([str(BINARIES), os.environ["PATH"]]),
         }
-        environment["PATH"] = os.pathsep.join([str(BINARIES), os.environ["PATH"]])
         done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
@@ -91,92 +101,93 @@ def run(config: Path) -> Callable[..., str]:
 
 
 @pytest.fixture(scope="module")
-def make(run: Callable[..., str]) -> Callable[..., str]:
-    """A task of a project; its environment is the template's, and taken for ready."""
+def make(run: Run) -> Run:
+    """Run make in a project, with the template's environment in place of the project's."""
 
     def make(project: Path, *words: str) -> str:
-        return run(
-            "make",
-            *words,
-            f"VENV={BINARIES.parent}",
-            "-o",
-            f"{BINARIES.parent}/.ready",
-            cwd=project,
-        )
+        venv = BINARIES.parent
+        return run("make", *words, f"VENV={venv}", "-o", f"{venv}/.ready", cwd=project)
 
     return make
 
 
-@pytest.fixture(scope="module")
-def history(run: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Template:
-    repository = tmp_path_factory.mktemp("template")
+def template_history(repository: Path, change: Callable[[Path], None]) -> Template:
+    """Commit a changed template, then the template as it is."""
     copy_template(repository)
-    project = repository / "{{cookiecutter.project_slug}}"
-    make_older(project)
-    run(sys.executable, "-m", "level_0_manual.notebooks", "sync", "--from", "module", cwd=project)
+    change(repository / FOLDER)
     older = commit_all(repository, "older")
-    for path in repository.iterdir():  # git leaves folders that hold what it ignores
-        if path.is_dir() and path.name != ".git":
-            shutil.rmtree(path)
+    git("rm", "-r", "--quiet", ".", cwd=repository)
     copy_template(repository)
     return Template(repository, older, commit_all(repository, "newer"))
 
 
+@pytest.fixture(scope="module")
+def history(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Template:
+    """A template whose older version differs in a few files."""
+
+    def change(project: Path) -> None:
+        make_older(project)
+        sync = ("-m", "level_0_manual.notebooks", "sync", "--from", "module")
+        run(sys.executable, *sync, cwd=project)
+
+    return template_history(tmp_path_factory.mktemp("template"), change)
+
+
+def generate_older(history: Template, generate: Callable[..., Path], folder: Path) -> Path:
+    """Generate a project from the older commit with plain cookiecutter, and commit it."""
+    git("clone", "--quiet", str(history.repository), str(folder / "clone"), cwd=folder)
+    git("checkout", "--quiet", history.older, cwd=folder / "clone")
+    project = generate(folder / "plain", repository=folder / "clone", **ANSWERS)
+    commit_all(project, "first")
+    git("checkout", "--quiet", history.newer, cwd=folder / "clone")
+    return project
+
+
 @pytest.fixture
-def project(history: Template, run: Callable[..., str], tmp_path: Path) -> Path:
-    """A project that cruft made from the older template, in a repository."""
-    answers = json.dumps(ANSWERS)
-    template = [str(history.repository), "--checkout", history.older]
-    run("cruft", "create", *template, "--no-input", "--extra-context", answers, cwd=tmp_path)
-    commit_all(tmp_path / "obriens", "first")
-    return tmp_path / "obriens"
+def project(history: Template, generate: Callable[..., Path], tmp_path: Path) -> Path:
+    """A project that cookiecutter generated from the older template, in a repository."""
+    return generate_older(history, generate, tmp_path)
 
 
-def assert_new(project: Path, fresh: Path, history: Template, edited: set[str]) -> None:
-    """The project is what the newer template makes, but for what the user edited."""
+@pytest.fixture
+def fresh(history: Template, generate: Callable[..., Path], tmp_path: Path) -> Path:
+    """A project of the newer template."""
+    return generate(tmp_path / "fresh", repository=history.repository, **ANSWERS)
+
+
+def assert_updated(project: Path, fresh: Path, history: Template, edited: set[str]) -> None:
+    """The project equals a new one, except for the edited files."""
     assert files_of(project) == files_of(fresh)
     for path in files_of(fresh) - edited:
         assert (project / path).read_bytes() == (fresh / path).read_bytes(), path
-    assert (
-        json.loads((project / ".cruft.json").read_text(encoding="utf-8"))["commit"] == history.newer
-    )
+    state = json.loads((project / ".cruft.json").read_text(encoding="utf-8"))
+    assert state["commit"] == history.newer
     settings = yaml.safe_load((project / "project.yaml").read_text(encoding="utf-8"))
-    assert settings["template"]["commit"] == history.newer
     assert settings["cloud"]["train"]["jobs"] == JOBS[ANSWERS["gpu"]]
     assert_given_back(project, ANSWERS)
 
 
 def files_of(project: Path) -> set[str]:
-    """The project's files, without git's and cruft's own."""
-    return {
-        path
-        for path in files(project)
-        if not path.startswith((".git/", ".cruft.json", ".pytest_cache"))
-    }
+    """Return the project's files, without git's and caches."""
+    return {path for path in files(project) if not path.startswith((".git/", ".pytest_cache"))}
 
 
-@pytest.fixture
-def fresh(history: Template, generate: Callable[..., Path], tmp_path: Path) -> Path:
-    """A project of today."""
-    return generate(tmp_path / "fresh", repository=history.repository, **ANSWERS)
-
-
-def test_an_update_brings_what_is_new_and_keeps_what_was_edited(
-    project: Path, fresh: Path, history: Template, run: Callable[..., str], make: Callable[..., str]
+def test_update_brings_changes_and_keeps_edits(
+    project: Path, fresh: Path, history: Template, run: Run, make: Run
 ) -> None:
     edit(project / MODEL, "LIMIT = 10.0", "LIMIT = 8.0")
     make(project, "sync", "FROM=module")
     edit(project / "level_0_manual/evaluate.ipynb", "# Evaluate", "# How good is it?")
     make(project, "sync", "FROM=notebook")
     edit(project / "project.yaml", "epochs: 40", "epochs: 25")
-    commit_all(project, "my own edits")
+    commit_all(project, "my edits")
 
     assert "has been updated" in run("cruft", "update", "--skip-apply-ask", cwd=project)
     assert "model" in make(project, "sync", "FROM=module")
 
     pairs = {f"src/trainer/{name}.py" for name in ("model", "evaluate")}
     pairs |= {f"level_0_manual/{name}.ipynb" for name in ("model", "evaluate")}
-    assert_new(project, fresh, history, edited={*pairs, "project.yaml"})
+    assert_updated(project, fresh, history, edited={*pairs, "project.yaml"})
     for path in (MODEL, NOTEBOOK):
         text = (project / path).read_text(encoding="utf-8")
         assert "LIMIT = 8.0" in text
@@ -187,54 +198,59 @@ def test_an_update_brings_what_is_new_and_keeps_what_was_edited(
     assert (project / "project.yaml").read_bytes() == (fresh / "project.yaml").read_bytes()
 
     make(project, "lint", "SKIP=style,layout,types")
-    run(
-        sys.executable, "-m", "pytest", *QUICK_TESTS, "-k", "not level0_leaves_reports", cwd=project
-    )
+    quick = [*QUICK_TESTS, "-k", "not level0_leaves_reports"]
+    run(sys.executable, "-m", "pytest", *quick, cwd=project)
 
 
-def test_a_conflict_is_marked_in_the_file_and_found_by_lint(
-    project: Path, history: Template, run: Callable[..., str], make: Callable[..., str]
+def test_update_marks_a_conflict_and_lint_reports_it(
+    project: Path, history: Template, run: Run, make: Run
 ) -> None:
     edit(project / MODEL, "Take them from training rows.", "Look at training rows.")
     make(project, "sync", "FROM=module")
-    commit_all(project, "my own edit")
+    commit_all(project, "my edit")
 
-    said = run("cruft", "update", "--skip-apply-ask", cwd=project)
-    assert f"Applied patch to '{MODEL}' with conflicts." in said
+    output = run("cruft", "update", "--skip-apply-ask", cwd=project)
+    assert f"Applied patch to '{MODEL}' with conflicts." in output
     assert git("diff", "--name-only", "--diff-filter=U", cwd=project).split() == [MODEL]
     text = (project / MODEL).read_text(encoding="utf-8")
-    mine, theirs = text.split("<<<<<<< ours\n")[1].split(">>>>>>> theirs\n")[0].split("=======\n")
-    assert "Look at training rows." in mine
+    before, rest = text.split("<<<<<<< ours\n")
+    conflict, after = rest.split(">>>>>>> theirs\n")
+    ours, theirs = conflict.split("=======\n")
+    assert "Look at training rows." in ours
     assert SENTENCE in theirs
-    assert (project / "tests/test_client.py").is_file()
+    assert (project / "tests/test_data.py").is_file()
     with pytest.raises(AssertionError, match=f"{MODEL}:\\d+: an unresolved merge conflict"):
         make(project, "lint", "SKIP=in-step,style,layout,types")
 
-    (project / MODEL).write_text(
-        text.split("<<<<<<<")[0] + theirs + text.split(">>>>>>> theirs\n")[1], encoding="utf-8"
-    )
+    (project / MODEL).write_text(before + theirs + after, encoding="utf-8")
     make(project, "sync", "FROM=module")
     make(project, "lint", "SKIP=style,layout,types")
 
 
-def test_a_project_of_plain_cookiecutter_can_be_updated(
-    history: Template,
-    generate: Callable[..., Path],
-    fresh: Path,
-    run: Callable[..., str],
-    make: Callable[..., str],
-    tmp_path: Path,
+def test_update_across_the_restructuring_keeps_edits(
+    generate: Callable[..., Path], run: Run, tmp_path: Path
 ) -> None:
-    git("clone", "--quiet", str(history.repository), str(tmp_path / "clone"), cwd=tmp_path)
-    git("checkout", "--quiet", history.older, cwd=tmp_path / "clone")
-    project = generate(tmp_path / "plain", repository=tmp_path / "clone", **ANSWERS)
-    commit_all(project, "first")
+    """Programs move from src/launcher to their levels, and blocks of project.yaml change."""
+    template = tmp_path / "template"
+    template.mkdir()
+    history = template_history(template, restore_old_layout)
+    project = generate_older(history, generate, tmp_path)
+    moved = "level_1_pipeline/pipeline.py"
+    edit(project / MODEL, "LIMIT = 10.0", "LIMIT = 8.0")
+    edit(project / "project.yaml", "epochs: 40", "epochs: 25")
+    old = project / "src/launcher/level_1_pipeline_pipeline.py"
+    old.write_text(old.read_text(encoding="utf-8") + "\nMY_EDIT = True\n", encoding="utf-8")
+    (project / "src/mine.py").write_text("MINE = True\n", encoding="utf-8")
+    commit_all(project, "my edits")
 
-    state = json.loads((project / ".cruft.json").read_text(encoding="utf-8"))
-    assert state["commit"] == history.older
-    assert {name: state["context"]["cookiecutter"][name] for name in ANSWERS} == ANSWERS
-    git("checkout", "--quiet", history.newer, cwd=tmp_path / "clone")
+    output = run("cruft", "update", "--skip-apply-ask", cwd=project)
 
-    assert "has been updated" in run("cruft", "update", "--skip-apply-ask", cwd=project)
-    make(project, "sync", "FROM=module")
-    assert_new(project, fresh, history, edited=set())
+    assert "conflicts" not in output
+    fresh = generate(tmp_path / "fresh", repository=template, **ANSWERS)
+    (fresh / "src/mine.py").write_text("MINE = True\n", encoding="utf-8")
+    assert_updated(project, fresh, history, edited={MODEL, moved, "project.yaml"})
+    assert (project / moved).read_text(encoding="utf-8").endswith("MY_EDIT = True\n")
+    edit(project / MODEL, "LIMIT = 8.0", "LIMIT = 10.0")
+    edit(project / "project.yaml", "epochs: 25", "epochs: 40")
+    for path in (MODEL, "project.yaml"):
+        assert (project / path).read_bytes() == (fresh / path).read_bytes(), path

@@ -45,8 +45,8 @@ def test_settings_are_frozen(settings):
 
 
 CHANGES = {
-    "unknown key": ("train.epoch", 3, ["train.epoch", "no such key", "did you mean 'epochs'"]),
-    "misspelt": ("train", {"epoch": 3}, ["epoch: there is no such key"]),
+    "unknown key": ("hyperparameters.epoch", 3, ["hyperparameters.epoch", "no such key", "did you mean 'epochs'"]),
+    "misspelt": ("hyperparameters", {"epoch": 3}, ["epoch: there is no such key"]),
     "unknown block": ("clout", {}, ["clout", "did you mean 'cloud'"]),
     "unknown key below": (
         "cloud.serve.machin",
@@ -167,9 +167,9 @@ def test_a_malformed_override_is_told(project, overrides):
 
 def test_an_unknown_override_is_told(project):
     with pytest.raises(
-        UserError, match=r"train\.epoch: there is no such key; did you mean 'epochs'"
+        UserError, match=r"hyperparameters\.epoch: there is no such key; did you mean 'epochs'"
     ):
-        load_settings("train.epoch=3")
+        load_settings("hyperparameters.epoch=3")
 
 
 def test_outside_a_project_the_way_is_shown(tmp_path, monkeypatch):
@@ -195,5 +195,5 @@ def test_alerts_go_to_an_address():
 
 
 def test_a_misspelt_block_is_guessed():
-    with pytest.raises(UserError, match=r"did you mean 'train\.epochs'\?"):
-        load_settings("trian.epochs=3")
+    with pytest.raises(UserError, match=r"did you mean 'hyperparameters\.epochs'\?"):
+        load_settings("hyperparamters.epochs=3")

@@ -3,23 +3,15 @@
 import difflib
 from typing import Any, get_args, get_origin
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
 
-from core.config import Block, read_project_file
+from core.config import read_project_file
 from core.errors import UserError
 from core.paths import PROJECT_FILE
 from gcp.config import CloudSettings
 from trainer.config import Data, Gate, Hyperparameters
 
 UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")  # pydantic's names for it
-
-
-class Template(Block):
-    """The template's version and commit that this project came from, and the answers to its questions."""
-
-    version: str
-    commit: str
-    answers: dict[str, str] = Field(default_factory=dict)
 
 
 class Settings(CloudSettings):
@@ -29,7 +21,6 @@ class Settings(CloudSettings):
     data: Data
     hyperparameters: Hyperparameters
     gate: Gate
-    template: Template
 
     @model_validator(mode="after")
     def _folded(self) -> "Settings":
