@@ -36,7 +36,7 @@ EXAMPLES = {
 MAX_LENGTH = {"project_name": 60, "description": 200, "author_name": 60}
 # The project's packages, and those it installs: pip would confuse a project of the same name.
 PACKAGES = """
-core gcp launcher predictor project trainer
+core gcp predictor project trainer
 airflow apache-airflow duckdb fastapi functions-framework hypothesis ipykernel jupyter jupyterlab
 jupytext kfp matplotlib mypy nbclient nbconvert notebook numpy onnx onnxruntime onnxscript pandas
 pip pre-commit pyarrow pydantic pytest pyyaml ruff safetensors scikit-learn scipy setuptools sklearn

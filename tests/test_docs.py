@@ -73,9 +73,10 @@ BOTH = {
 IN_TEMPLATE = {"CONTRIBUTING.md", "AGENTS.md"}
 
 
-def targets(makefile: Path) -> set[str]:
-    """Return the documented targets of a Makefile."""
-    return set(re.findall(r"^([a-z0-9-]+):.*?## ", read(makefile), re.MULTILINE))
+def targets(folder: Path) -> set[str]:
+    """Return the make targets of the template or of a project."""
+    makefiles = [folder / "Makefile", *folder.glob("level_*/targets.mk")]
+    return set(re.findall(r"^([a-z0-9-]+):", "\n".join(map(read, makefiles)), re.MULTILINE))
 
 
 def goals(words: list[str]) -> set[str]:
@@ -91,11 +92,9 @@ def calls(code: str) -> Iterator[set[str]]:
 
 @pages
 def test_inline_make_targets_exist(page: Path) -> None:
-    available = (
-        targets(ROOT / "Makefile") if name(page) in IN_TEMPLATE else targets(PROJECT / "Makefile")
-    )
+    available = targets(ROOT) if name(page) in IN_TEMPLATE else targets(PROJECT)
     if name(page) in BOTH:
-        available |= targets(ROOT / "Makefile")
+        available |= targets(ROOT)
     for code in spans(page):
         assert all(call <= available for call in calls(code)), code
 
@@ -103,10 +102,8 @@ def test_inline_make_targets_exist(page: Path) -> None:
 def make_commands(page: Path, template: Path, project: Path) -> Iterator[tuple[Path, list[str]]]:
     """Yield each make command of the page's bash blocks, with its folder."""
     folder = template
-    if page.parent == PROJECT or page.name.startswith(("level-", "update")):
+    if page.is_relative_to(PROJECT) or page.name.startswith(("level-", "update")):
         folder = project
-    elif page in LEVELS:
-        folder = project / page.parent.name
     for block in blocks(page, "bash"):
         for line in block.splitlines():
             words = shlex.split(line, comments=True)
@@ -137,8 +134,7 @@ def test_make_commands_are_valid(page: Path, default_project: Path) -> None:
     commands = list(make_commands(page, ROOT, default_project))
     assert commands
     for folder, words in commands:
-        project = folder if (folder / "project.yaml").exists() else folder.parent
-        assert goals(words) <= targets((ROOT if folder == ROOT else project) / "Makefile"), words
+        assert goals(words) <= targets(folder), words
         # `make -n demo` runs make in the demo's project: use this one.
         demo = [f"DEMO={default_project.parent}"] if "demo" in words else []
         done = make(folder, "-n", *words[1:], *demo)
@@ -149,20 +145,6 @@ def test_make_commands_are_valid(page: Path, default_project: Path) -> None:
 def test_readme_shows_two_commands() -> None:
     first = blocks(ROOT / "README.md", "bash")[0]
     assert re.findall(r"^make (\w+)", first, re.MULTILINE) == ["demo", "test"]
-
-
-@pytest.mark.parametrize("level", [page.parent.name for page in LEVELS])
-def test_make_works_in_a_level_folder(level: str, default_project: Path) -> None:
-    folder = default_project / level
-    assert make(folder) == make(folder, "help") == make(default_project, "help")
-    assert f"CSV='{level}/new.csv'" in make(folder, "-n", "predict", "CSV=new.csv")
-    assert level not in make(folder, "-n", "predict", "CSV=/elsewhere/new.csv")
-    assert make(folder, "-n", "level0", "SET=hyperparameters.epochs=50") == "".join(
-        [
-            "make -C .. level0 \n",
-            make(default_project, "-n", "level0", "SET=hyperparameters.epochs=50"),
-        ]
-    )
 
 
 # ── files and links ─────────────────────────────────────────────────────────────────────────────────────────
@@ -230,17 +212,14 @@ def test_template_tree_is_complete() -> None:
     assert top(paths) == {path.name for path in ROOT.iterdir()} - ignored
 
 
-def test_readmes_announce_missing_levels_only() -> None:
-    """A new level changes these sentences and the picture."""
-    texts = [read(path) for path in (ROOT / "README.md", PROJECT / "README.md", *PICTURES)]
-    for level, folder in ((1, "level_1_pipeline"), (2, "level_2_cicd")):
-        exists = f"level{level}" in targets(
-            PROJECT / "Makefile"
-        )  # of level 2, the folder comes before the command
-        row = re.search(rf"^\| .*{level} · .*$", texts[1], re.MULTILINE)
-        assert row and ("later version" in row[0]) != exists
-        assert (f"`{folder}/`" in texts[0]) != exists
-        assert f"level_{level}" in " ".join(tree(PROJECT / "README.md", "project.yaml"))
+def test_project_readme_shows_every_level() -> None:
+    text = read(PROJECT / "README.md")
+    folders = " ".join(tree(PROJECT / "README.md", "project.yaml"))
+    for level in LEVELS:
+        number = level.parent.name.split("_")[1]
+        row = re.search(rf"^\| \[{number} · .*$", text, re.MULTILINE)
+        assert row and "later version" not in row[0]
+        assert level.parent.name in folders
 
 
 # ── questions, packages, settings ───────────────────────────────────────────────────────────────────────────
@@ -362,7 +341,7 @@ BAD_FILES = [
     ("x,y\n1,a\n2,a\n", "y", "label 'y': every row"),
     ("x,y\n1,a\n2,a\n3,b\n", "y", "row 3, label"),
 ]
-BAD_SETTINGS = ["train.epoch=50", "gate.threshold=1.5"]
+BAD_SETTINGS = ["hyperparameters.epoch=50", "gate.threshold=1.5"]
 
 SAY = """
 import json, sys
@@ -448,7 +427,7 @@ def test_pictures_are_valid_svg(picture: Path) -> None:
     assert {"viewBox", "role"} <= set(svg.attrib)
     assert "href" not in read(picture)  # no downloads
     code = re.findall(r'class="code">make (\w+)<', read(picture))
-    assert set(code) - {"level1"} <= targets(PROJECT / "Makefile")
+    assert set(code) - {"level1"} <= targets(PROJECT)
 
 
 def test_pictures_have_alt_text() -> None:
