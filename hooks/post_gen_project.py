@@ -31,7 +31,7 @@ def delete_caches() -> None:
     for folder, children, _ in os.walk("."):
         for name in children:
             if any(fnmatch(name, pattern) for pattern in CACHES):
-                shutil.rmtree(os.path.join(folder, name))
+                shutil.rmtree(Path(folder, name))
         children[:] = [name for name in children if not name.startswith(".")]
 
 
@@ -73,9 +73,9 @@ def main() -> None:
     answers = json.loads(r"""{{ cookiecutter | jsonify }}""")  # see pre_gen_project.py
     for (question, choice), paths in ONLY_FOR.items():
         for path in paths if answers[question] != choice else []:
-            delete = shutil.rmtree if os.path.isdir(path) else os.unlink
-            delete(path)
-    os.replace(f"LICENSE-{answers['license']}", "LICENSE")
+            delete = shutil.rmtree if Path(path).is_dir() else Path.unlink
+            delete(Path(path))
+    Path(f"LICENSE-{answers['license']}").replace("LICENSE")
     delete_caches()
     if "_commit" in answers:  # cruft runs this hook, and writes .cruft.json itself
         return

@@ -169,6 +169,14 @@ def test_links_are_valid(page: Path) -> None:
         assert not anchor or anchor in anchors(target), link
 
 
+@pages
+def test_source_paths_exist(page: Path) -> None:
+    example = "src/trainer/copy.py"
+    folders = (ROOT, PROJECT, page.parent)
+    for path in re.findall(r"\b(?:src|level_\d_\w+|hooks|tests)/[\w/.-]*\w", " ".join(spans(page))):
+        assert path == example or any((folder / path).exists() for folder in folders), path
+
+
 def test_start_page_links_every_page() -> None:
     start = read(ROOT / "docs" / "index.md")
     for page in (ROOT / "docs").glob("*.md"):
