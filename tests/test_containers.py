@@ -82,21 +82,20 @@ class Project:
     folder: Path
 
     def environment(self, **variables: str) -> dict[str, str]:
-        """This environment takes the place of the project's own .venv."""
+        """The project's code in this environment."""
         return {
             **os.environ,
-            "RUN_PYTHON": sys.executable,
             "PYTHONPATH": f"{self.folder / 'src'}:{self.folder}",
             **variables,
         }
 
     def build(self, *arguments: str, **variables: str) -> Done:
-        """build_containers.sh."""
-        script = "level_1_pipeline/build_containers.sh"
-        return run(script, *arguments, cwd=self.folder, env=self.environment(**variables))
+        """Run level_1_pipeline.containers."""
+        command = [sys.executable, "-m", "level_1_pipeline.containers", *arguments]
+        return run(*command, cwd=self.folder, env=self.environment(**variables))
 
     def built(self, *arguments: str, **variables: str) -> str:
-        """What build_containers.sh writes when it succeeds."""
+        """The output of a build that succeeds."""
         done = self.build(*arguments, **variables)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -114,7 +113,7 @@ class Project:
     def copy(self, name: str, target: Path) -> "Project":
         """Another project of the same files, under another name."""
         ignored = shutil.ignore_patterns(
-            "__pycache__", "data", "runs", "scratch", "registry", "build"
+            "__pycache__", ".venv", "data", "runs", "scratch", "registry", "build"
         )
         folder = shutil.copytree(self.folder, target / name, ignore=ignored)
         settings = folder / "project.yaml"
@@ -148,6 +147,7 @@ def project(
     """A project from the default answers, with its data; no image is built yet."""
     folder = generate(tmp_path_factory.mktemp("containers"), project_slug=slug)
     find_csv("sample:digits", folder / "data")
+    (folder / ".venv").symlink_to(sys.prefix)  # the READMEs call .venv/bin/python
     for command in ("init --quiet", f"remote add origin {REMOTE.replace('://', '://ada:secret@')}"):
         subprocess.run(["git", *command.split()], cwd=folder, check=True)
     for path in (folder / "src").rglob("*"):  # a careful person's files are nobody else's
@@ -208,7 +208,7 @@ def test_named_ones_are_built_alone_and_an_unknown_name_builds_nothing(
     project: Project, first_build: str
 ) -> None:
     before = project.images()
-    module = project.folder / "src" / "project" / "errors.py"
+    module = project.folder / "src" / "core" / "errors.py"
     text = module.read_text(encoding="utf-8")
     module.write_text(text + "# changed\n", encoding="utf-8")  # it goes into all
     try:
@@ -232,7 +232,7 @@ def test_docker_sends_just_the_files_that_the_tag_is_made_of(
 ) -> None:
     strays = [
         "src/trainer/__pycache__/x.pyc",
-        "src/project/__pycache__/x.pyc",
+        "src/core/__pycache__/x.pyc",
         ".env",
         "registry/1/model.onnx",
     ]
@@ -293,19 +293,20 @@ def test_an_image_runs_under_any_user_and_says_what_it_is(
 
 
 def test_the_predictor_is_small_and_holds_nothing_to_train_with(images: dict[str, str]) -> None:
-    packages = ["torch", "trainer", "kfp", "launcher", "predictor", "onnxruntime"]
+    packages = ["torch", "trainer", "kfp", "gcp", "predictor", "onnxruntime", "level_1_pipeline"]
+    packages += ["level_2_cicd"]
     code = f"from importlib.util import find_spec; print(*[n for n in {packages} if find_spec(n)])"
     held = {
         name: engine("run", "--rm", image, "python", "-c", code) for name, image in images.items()
     }
     assert held == {
-        "predict": "predictor onnxruntime",
-        "deploy": "kfp launcher",
-        "train": "torch trainer kfp predictor onnxruntime",
-        "vertex_train": "trainer kfp launcher",  # of the trainer its hyperparameters only
-        "kfp_compile": "trainer kfp launcher",
-        "kfp_run": "launcher",
-        "trigger_function": "trainer launcher",
+        "predict": "gcp predictor onnxruntime",  # of gcp the storage client only
+        "deploy": "kfp gcp level_1_pipeline",
+        "train": "torch trainer kfp onnxruntime",
+        "vertex_train": "trainer kfp gcp level_2_cicd",  # of the trainer its hyperparameters only
+        "kfp_compile": "trainer kfp gcp level_1_pipeline level_2_cicd",
+        "kfp_run": "gcp level_2_cicd",
+        "trigger_function": "trainer gcp level_2_cicd",
     }
     size, base = (int(str(inspect(image, ".Size"))) for image in (images["predict"], BASE))
     assert 50 * MEGABYTE < size - base <= 220 * MEGABYTE
@@ -397,7 +398,7 @@ def test_a_password_of_the_python_index_is_used_and_nowhere_kept(
         "-E",
         "/app",
     )
-    assert "/app/launcher/deploy.py" in positive.stdout  # it can find something
+    assert "/app/gcp/deployment.py" in positive.stdout  # it can find something
 
 
 # ── by hand, as the READMEs say ─────────────────────────────────────────────────────────────────────────
@@ -926,7 +927,5 @@ def test_a_base_image_or_an_index_that_cannot_be_reached_is_told_for_what_it_is(
 
 
 def test_without_docker_one_line_tells_the_way_around(project: Project, tmp_path: Path) -> None:
-    for program in ("bash", "dirname"):
-        (tmp_path / program).symlink_to(str(shutil.which(program)))
     assert "Docker is not installed" in one_line(project.build(PATH=str(tmp_path)))
     assert "engine does not run" in one_line(project.build(DOCKER_HOST="unix:///nowhere.sock"))

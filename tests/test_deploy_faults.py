@@ -310,10 +310,9 @@ def image(
     project = generate(tmp_path_factory.mktemp("deploy"))
     environment = {
         **os.environ,
-        "RUN_PYTHON": sys.executable,
         "PYTHONPATH": f"{project / 'src'}:{project}",
     }
-    script = [str(project / "level_1_pipeline" / "build_containers.sh")]
+    script = [sys.executable, "-m", "level_1_pipeline.containers"]
     for options in ([], ["--print"]):
         done = subprocess.run(
             [*script, *options, "deploy"],

@@ -399,10 +399,9 @@ def image(docker: str, project: Path) -> str:
     """The function's image, built unless it is there."""
     environment = {
         **os.environ,
-        "RUN_PYTHON": sys.executable,
         "PYTHONPATH": f"{project / 'src'}:{project}",
     }
-    command = [str(project / "level_1_pipeline" / "build_containers.sh"), "trigger_function"]
+    command = [sys.executable, "-m", "level_1_pipeline.containers", "trigger_function"]
     done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (container,) = containers.find(project, ["trigger_function"])

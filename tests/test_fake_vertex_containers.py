@@ -191,10 +191,9 @@ def images(
     project = generate(tmp_path_factory.mktemp("vertex"))
     environment = {
         **os.environ,
-        "RUN_PYTHON": sys.executable,
         "PYTHONPATH": f"{project / 'src'}:{project}",
     }
-    script = [project / "level_1_pipeline" / "build_containers.sh"]
+    script = [sys.executable, "-m", "level_1_pipeline.containers"]
 
     def build(*arguments: str) -> str:
         command = [*script, *arguments]

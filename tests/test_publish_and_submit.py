@@ -72,10 +72,9 @@ def images_of(project: Path, names: list[str]) -> dict[str, str]:
     """Container → its image, built unless it is there."""
     environment = {
         **os.environ,
-        "RUN_PYTHON": sys.executable,
         "PYTHONPATH": f"{project / 'src'}:{project}",
     }
-    command = [str(project / "level_1_pipeline" / "build_containers.sh"), *names]
+    command = [sys.executable, "-m", "level_1_pipeline.containers", *names]
     done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return {

@@ -268,10 +268,9 @@ def built(project: Path, name: str) -> str:
     """A container of the project, built as a person builds it; its image."""
     environment = {
         **os.environ,
-        "RUN_PYTHON": sys.executable,
         "PYTHONPATH": f"{project / 'src'}:{project}",
     }
-    command = ["level_1_pipeline/build_containers.sh", name]
+    command = [sys.executable, "-m", "level_1_pipeline.containers", name]
     done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = re.search(rf"{project.name}/{name}:\w+", done.stdout)

@@ -66,7 +66,6 @@ def run(project: Path, *command: str) -> str:
     environment = {
         **os.environ,
         "PYTHONPATH": f"{project / 'src'}:{project}",
-        "RUN_PYTHON": sys.executable,
     }
     done = subprocess.run(
         command, cwd=project, env=environment, capture_output=True, text=True, check=False
@@ -77,9 +76,9 @@ def run(project: Path, *command: str) -> str:
 
 
 def build(project: Path, *names: str) -> float:
-    """Seconds that build_containers.sh takes."""
+    """Seconds that `make containers` takes."""
     began = time.monotonic()
-    run(project, "level_1_pipeline/build_containers.sh", *names)
+    run(project, sys.executable, "-m", "level_1_pipeline.containers", *names)
     return time.monotonic() - began
 
 
@@ -92,7 +91,7 @@ def seconds_to_build(project: Path, name: str, changed: str) -> float:
 
 def reference(project: Path, name: str) -> str:
     """The image's name."""
-    return run(project, "level_1_pipeline/build_containers.sh", "--print", name).strip()
+    return run(project, sys.executable, "-m", "level_1_pipeline.containers", "--print", name).strip()
 
 
 def image_size(name: str) -> float:

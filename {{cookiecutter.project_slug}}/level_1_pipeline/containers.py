@@ -1,7 +1,6 @@
 """The containers' images: what goes into each, the tag that follows from it, building and pushing.
 
 python -m level_1_pipeline.containers [NAME …] [--push | --print] [--digests FILE] [--pin-base]
-                                                                level_1_pipeline/build_containers.sh calls it
 
 A container is a folder `level_*/NAME_container/` with a Dockerfile. Its Dockerfile.dockerignore lists what goes in, and
 the tag is a hash of just that: whoever has the same files has the same tag, with git or without.
@@ -441,7 +440,7 @@ def chosen_registry(settings: Settings) -> str:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
-        prog="build_containers.sh", description="Build the containers' images."
+        prog="python -m level_1_pipeline.containers", description="Build the containers' images."
     )
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help="a container, such as train; otherwise all"

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Used while an image is built: puts locked packages into /opt/venv.     install_packages.sh LOCK…
 #
-# Where they come from is no part of the image: build_containers.sh hands PIP_* and UV_* variables, and a network's own
+# Where they come from is no part of the image: level_1_pipeline/containers.py hands PIP_* and UV_* variables, and a network's own
 # certificates, to the build as secrets.
 set -eu
 

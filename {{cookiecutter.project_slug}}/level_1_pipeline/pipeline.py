@@ -68,11 +68,12 @@ def evaluate(
     from pathlib import Path
 
     from core.manifest import write_json
-    from gcp.model_registry import open_registry
+    from core.paths import local_path
+    from core.registry import LocalRegistry
     from trainer.evaluate import answer, score, score_champion
 
     challenger = score(*answer(Path(model.path), Path(test_data.path)))
-    champion = score_champion(open_registry(registry), Path(test_data.path))
+    champion = score_champion(LocalRegistry(local_path(registry)), Path(test_data.path))
     write_json(Path(scores.path), {"challenger": challenger, **champion})
     scores.metadata["accuracy"] = challenger["accuracy"]
 
