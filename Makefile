@@ -107,8 +107,11 @@ bench: setup ## Measure, and write docs/benchmarks.md; ONLY=server measures one 
 lint: setup ## Check style and types of the template and of the project; changes nothing
 	@$(BIN)/ruff check hooks tests
 	@$(BIN)/ruff format --check hooks tests
-	@# project.yaml is a Jinja template here: skip its check.
-	@PYTHONPATH=src:. $(MAKE) -C '$(PROJECT)' lint SKIP=settings VENV=../.venv UV='$(UV_BELOW)'
+	@# The project's hooks, on the template's files: project.yaml is a Jinja template here.
+	@SKIP=settings,notebook-sync,ruff,ruff-format,mypy $(BIN)/pre-commit run --all-files \
+		--config '$(PROJECT)/.pre-commit-config.yaml'
+	@cd '$(PROJECT)' && export PYTHONPATH=src:. && bin=../$(BIN) && $$bin/ruff check && \
+		$$bin/ruff format --check && $$bin/mypy && $$bin/python -m level_0_manual.notebooks check
 
 .PHONY: format
 format: setup ## Format code and notebooks

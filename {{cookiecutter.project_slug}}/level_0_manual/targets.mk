@@ -23,7 +23,7 @@ predict: setup ## Predict with the server or the newest model: ROW=3 (test row),
 sync: setup ## Synchronize notebooks and modules; FROM=notebook or FROM=module decides when both have changed
 	@$(RUN_PYTHON) -m level_0_manual.notebooks sync $(if $(FROM),--from "$$FROM") $(if $(PAIR),"$$PAIR")
 
-# Remove the outputs from the notebooks; a commit does this by itself.
+# Remove the outputs from the notebooks; the pre-commit hook does this too.
 .PHONY: strip
 strip: setup
-	@$(RUN_PYTHON) -m level_0_manual.checks --fix outputs
+	@$(VENV)/bin/nbstripout --keep-id level_0_manual/*.ipynb

@@ -45,7 +45,11 @@ def test_settings_are_frozen(settings):
 
 
 CHANGES = {
-    "unknown key": ("hyperparameters.epoch", 3, ["hyperparameters.epoch", "no such key", "did you mean 'epochs'"]),
+    "unknown key": (
+        "hyperparameters.epoch",
+        3,
+        ["hyperparameters.epoch", "no such key", "did you mean 'epochs'"],
+    ),
     "misspelt": ("hyperparameters", {"epoch": 3}, ["epoch: there is no such key"]),
     "unknown block": ("clout", {}, ["clout", "did you mean 'cloud'"]),
     "unknown key below": (

@@ -1,13 +1,19 @@
-"""project.yaml as one frozen model: every name, size and threshold of the project, checked before anything runs."""
+"""project.yaml as one frozen model.
+
+python -m project.settings             check project.yaml and the GPU jobs that it names
+python -m project.settings --schema    print the JSON schema that editors use
+"""
 
 import difflib
+import json
+import sys
 from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError, model_validator
 
 from core.config import read_project_file
-from core.errors import UserError
-from core.paths import PROJECT_FILE
+from core.errors import UserError, run_command
+from core.paths import PROJECT_FILE, project_root
 from gcp.config import CloudSettings
 from trainer.config import Data, Gate, Hyperparameters
 
@@ -36,10 +42,8 @@ def load_settings(overrides: str | None = None) -> Settings:
     """Read and check project.yaml.
 
     Args:
-        overrides: changes for one run, as "hyperparameters.epochs=50 hyperparameters.learning_rate=0.01"; without it, the SET variable.
-
-    Raises:
-        UserError: names each wrong key, what it is and what is allowed.
+        overrides: changes for one run: "hyperparameters.epochs=50 data.split_seed=1".
+            None: the variable SET.
     """
     document = read_project_file(overrides)
     try:
@@ -109,3 +113,35 @@ def _keys(location: tuple[Any, ...]) -> list[str]:
         field = getattr(block, "model_fields", {}).get(part)
         block = field.annotation if field else None
     return list(getattr(block, "model_fields", None) or getattr(block, "__dataclass_fields__", {}))
+
+
+def schema() -> str:
+    """The JSON schema of project.yaml, for editors."""
+    document = {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        **Settings.model_json_schema(),
+    }
+    return json.dumps(document, ensure_ascii=False) + "\n"
+
+
+def check() -> None:
+    """Check project.yaml, and that each GPU job that it names exists."""
+    folder = project_root() / "level_1_pipeline" / "gpu_jobs"
+    jobs = sorted(path.stem for path in folder.glob("*.yaml"))
+    for name in load_settings("").cloud.train.jobs:
+        if name not in jobs:
+            near = difflib.get_close_matches(name, jobs, 1)
+            hint = f"did you mean '{near[0]}'?" if near else f"available: {', '.join(jobs)}"
+            raise UserError(f"cloud.train.jobs: unknown GPU job '{name}'; {hint}")
+
+
+def main() -> None:
+    """Command line."""
+    if sys.argv[1:] == ["--schema"]:
+        print(schema(), end="")
+    else:
+        check()
+
+
+if __name__ == "__main__":
+    run_command(main)
