@@ -91,7 +91,9 @@ def seconds_to_build(project: Path, name: str, changed: str) -> float:
 
 def reference(project: Path, name: str) -> str:
     """The image's name."""
-    return run(project, sys.executable, "-m", "level_1_pipeline.containers", "--print", name).strip()
+    return run(
+        project, sys.executable, "-m", "level_1_pipeline.containers", "--print", name
+    ).strip()
 
 
 def image_size(name: str) -> float:
