@@ -186,13 +186,13 @@ import json, os, signal, sys, time
 import google.cloud.aiplatform_v1, google.cloud.storage, requests
 from google.api_core.future import polling
 from pathlib import Path
-from launcher import api, deploy, endpoint, vertex_registry
+from gcp import client as api, deployment, endpoint, model_registry
 
 api.FIRST_WAIT = endpoint.PAUSE = polling.DEFAULT_POLLING._initial = 0.01
 send = requests.Session.send
 
 def attempt(order):
-    vertex_registry.clock = lambda: time.time() + order["passed"]
+    model_registry.clock = lambda: time.time() + order["passed"]
     sent = 0
     def count(*arguments, **options):
         nonlocal sent
@@ -201,7 +201,7 @@ def attempt(order):
         sent += 1
         return send(*arguments, **options)
     requests.Session.send = count
-    outcome = deploy.deploy(order["registry"], Path(order["model"]), {}, order["run"], "x", order["replaces"], order["serving"])
+    outcome = deployment.deploy(order["registry"], Path(order["model"]), {}, order["run"], "x", order["replaces"], order["serving"])
     os._exit(0 if outcome["champion"] else 3)
 
 for line in sys.stdin:

@@ -120,7 +120,7 @@ def test_when_the_network_is_gone_for_good_it_says_what_remains_and_a_restart_en
     vertex: FakeVertex, index: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as impatient:
-        impatient.setattr(api, "PATIENCE", 0.05)
+        impatient.setattr(api, "RETRY_TIMEOUT", 0.05)
         impatient.setattr(api, "WATCH", 0.05)
         vertex.fail(after=index, status=0, done=index % 2 == 1, times=100_000)
         with pytest.raises(UserError) as told:

@@ -400,7 +400,7 @@ def test_of_two_versions_of_the_same_run_the_lower_one_counts(cloud):
 
 def test_a_deployment_that_is_interrupted_does_not_come_alive_later(cloud, monkeypatch, capsys):
     cloud.deploy("run-1", None)
-    finish, register = api.finish, VertexRegistry.register
+    finish, register = api.wait_for_operation, VertexRegistry.register
 
     def slow_from_here(*arguments):
         found = register(*arguments)
@@ -413,7 +413,7 @@ def test_a_deployment_that_is_interrupted_does_not_come_alive_later(cloud, monke
         return finish(operation, what)
 
     monkeypatch.setattr(VertexRegistry, "register", slow_from_here)
-    monkeypatch.setattr(api, "finish", interrupt)
+    monkeypatch.setattr(api, "wait_for_operation", interrupt)
     with pytest.raises(KeyboardInterrupt):
         cloud.deploy("run-2", 1)
     assert (

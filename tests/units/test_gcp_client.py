@@ -95,10 +95,10 @@ def test_what_must_not_happen_twice_is_tried_once():
     assert (told.value.code, told.value.transient, method.answers) == (503, True, ["answer"])
 
 
-def test_patience_ends_and_the_last_reason_is_told():
+def test_retries_end_and_the_last_reason_is_told():
     method = Calls(*[exceptions.ServiceUnavailable("under repair")] * 1000)
     with pytest.raises(ApiError, match="asking failed: under repair") as told:
-        api.call(method, {}, "asking", patience=0.05)
+        api.call(method, {}, "asking", timeout=0.05)
     assert (told.value.code, told.value.transient) == (503, True)
     assert method.received == [0.05]  # a call's own deadline is no longer
 
@@ -176,7 +176,7 @@ class World:
     ],
 )
 def test_what_must_not_be_made_twice_is_made_once(world, answer):
-    assert api.once(world.find, world.create) == answer
+    assert api.get_or_create(world.find, world.create) == answer
     assert len(world.there) == 1
     assert world.attempts == []
 
@@ -184,7 +184,7 @@ def test_what_must_not_be_made_twice_is_made_once(world, answer):
 def test_a_refusal_is_told_and_not_repeated():
     world = World((False, refusal(403)), (True, None))
     with pytest.raises(ApiError):
-        api.once(world.find, world.create)
+        api.get_or_create(world.find, world.create)
     assert (world.there, world.asked) == ([], 1)
 
 
@@ -195,17 +195,17 @@ def test_the_time_that_looking_takes_is_no_attempt(monkeypatch):
 
     class Slow(World):
         def find(self):
-            clock[0] += api.PATIENCE + 1 if self.asked == 0 else 0
+            clock[0] += api.RETRY_TIMEOUT + 1 if self.asked == 0 else 0
             return super().find()
 
-    assert api.once((world := Slow((False, LOST), (True, None))).find, world.create) == "made"
+    assert api.get_or_create((world := Slow((False, LOST), (True, None))).find, world.create) == "made"
 
 
 def test_attempts_end(monkeypatch):
-    monkeypatch.setattr(api, "PATIENCE", 0.0)
+    monkeypatch.setattr(api, "RETRY_TIMEOUT", 0.0)
     world = World(*[(False, LOST)] * 3)
     with pytest.raises(ApiError):
-        api.once(world.find, world.create)
+        api.get_or_create(world.find, world.create)
     assert len(world.attempts) == 2
 
 
@@ -217,17 +217,17 @@ class Operation:
         self.ending = ending
 
     def result(self, timeout, retry):
-        assert timeout == api.LONGEST_OPERATION
+        assert timeout == api.OPERATION_TIMEOUT
         return Calls(self.ending)(None, None, retry)
 
 
 def test_a_long_operation_is_waited_for():
-    assert api.finish(Operation("result"), "deploying") == "result"
+    assert api.wait_for_operation(Operation("result"), "deploying") == "result"
 
 
 def test_what_failed_on_googles_side_is_not_tried_again():
     with pytest.raises(ApiError, match=r"^deploying failed: ") as told:
-        api.finish(Operation(exceptions.Aborted("model server never became ready")), "deploying")
+        api.wait_for_operation(Operation(exceptions.Aborted("model server never became ready")), "deploying")
     assert not told.value.transient
 
 
@@ -251,14 +251,14 @@ def test_what_failed_on_googles_side_is_not_tried_again():
         ),
         (
             exceptions.Forbidden("Permission denied on Cloud KMS cryptoKey"),
-            "which account lacks it",
+            "without access",
         ),
         (
             exceptions.Unauthorized("Request had invalid authentication credentials"),
             "gcloud auth application-default login",
         ),
         (RefreshError("invalid_grant: Bad Request"), "gcloud auth application-default login"),
-        (exceptions.NotFound("The specified bucket does not exist"), "README of level_1_pipeline"),
+        (exceptions.NotFound("The specified bucket does not exist"), "level_1_pipeline/README.md"),
         (
             exceptions.BadRequest("Image europe-docker.pkg.dev/p/r/train@sha256:1 not found"),
             "make containers PUSH=1",
@@ -273,7 +273,7 @@ def test_what_failed_on_googles_side_is_not_tried_again():
             "make gpu-jobs",
         ),
         (exceptions.ServiceUnavailable("later"), "nothing is started twice"),
-        (requests.exceptions.ConnectionError("Name or service not known"), "is there a network?"),
+        (requests.exceptions.ConnectionError("Name or service not known"), "check the network"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -287,7 +287,7 @@ def test_an_error_is_one_line_that_says_what_to_do(error, advice):
 def test_a_long_answer_is_cut_and_lines_are_joined():
     told = str(api.explain(exceptions.BadRequest("line\n" * 500), "asking"))
     assert told.startswith("asking failed: line line")
-    assert len(told) < api.LONGEST + 50
+    assert len(told) < api.LONGEST_MESSAGE + 100
 
 
 def test_labels_are_made_to_fit():

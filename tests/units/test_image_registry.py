@@ -76,14 +76,14 @@ def test_a_connection_that_is_always_cut_is_told_in_one_line_and_nothing_is_left
     registries, monkeypatch
 ):
     source, target = registries
-    monkeypatch.setattr(api, "PATIENCE", 0.1)
+    monkeypatch.setattr(api, "RETRY_TIMEOUT", 0.1)
     there = source.push(f"{source.host}/demo/train:abc", b"a layer" * 1000)
     source.fail(
         "^blobs.get$", status=None, fraction=0.5, after=1, times=1000
     )  # the description is whole, the layer never
     with pytest.raises(
         api.ApiError,
-        match=rf"^reading {source.host}/demo/train@{there} failed: .*Type the same again",
+        match=rf"^reading {source.host}/demo/train@{there} failed: .*retry",
     ) as told:
         image_registry.copy(f"{source.host}/demo/train@{there}", f"{target.host}/other/train:abc")
     assert "\n" not in str(told.value)
@@ -96,7 +96,7 @@ def test_a_connection_that_is_always_cut_is_told_in_one_line_and_nothing_is_left
 
 def test_a_layer_that_is_not_what_its_name_says_is_not_sent(registries, monkeypatch):
     source, target = registries
-    monkeypatch.setattr(api, "PATIENCE", 0.1)
+    monkeypatch.setattr(api, "RETRY_TIMEOUT", 0.1)
     there = source.push(f"{source.host}/demo/train:abc", b"a layer")
     [layer] = [key for key, content in source.blobs.items() if content == b"a layer"]
     source.blobs[layer] = b"another"

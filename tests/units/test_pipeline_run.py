@@ -339,7 +339,7 @@ def test_a_followed_run_tells_its_steps_and_ends_as_it_ends(vertex, submit, caps
 
 def test_an_outage_while_a_run_is_followed_is_survived(vertex, submit, monkeypatch):
     submit()
-    monkeypatch.setattr(api, "PATIENCE", 0.001)  # another call's patience would end at once
+    monkeypatch.setattr(api, "RETRY_TIMEOUT", 0.001)  # another call's patience would end at once
     vertex.fail("pipelineJobs.get", times=5)
     assert (
         pipeline_follow.follow(vertex.calls("pipelineJobs.create")[0].name, 0).state == "SUCCEEDED"

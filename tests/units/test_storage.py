@@ -84,7 +84,7 @@ def test_an_object_is_written_and_read_with_its_generation(cloud, tmp_path):
     assert second > first
     for generation in (0, first):
         with pytest.raises(
-            storage.Conflict, match=r"gs://b/champion.json was written by somebody else"
+            storage.Conflict, match=r"gs://b/champion.json was changed by another process"
         ):
             storage.write("gs://b/champion.json", b"3", if_generation_match=generation)
     assert storage.read("gs://b/champion.json") == (b"2", second)
@@ -136,15 +136,15 @@ def test_each_request_is_repeated_when_its_answer_is_lost(cloud, tmp_path, fault
 @pytest.mark.parametrize(
     ("fault", "told"),
     [
-        ({"status": 401}, r"Type: gcloud auth application-default login"),
+        ({"status": 401}, r"Run `gcloud auth application-default login`"),
         ({"status": 403}, r"denied\..*`gcloud auth list`.*roles/storage.objectUser"),
-        ({"status": 503}, r"denied\. No good answer came in time\. Type the same again"),
-        ({"status": 0}, r"nobody answered\. Is there a network"),
+        ({"status": 503}, r"denied\. This may be temporary; retry"),
+        ({"status": 0}, r"No response; check the network"),
         ({"status": 400}, r"denied\. `make doctor LEVEL=1`"),
     ],
 )
 def test_a_failure_is_one_line_that_says_what_to_do(cloud, tmp_path, monkeypatch, fault, told):
-    monkeypatch.setattr(storage, "PATIENCE", 0.5)
+    monkeypatch.setattr(storage, "RETRY_TIMEOUT", 0.5)
     put(cloud, "x")
     cloud.fail(message="denied", times=1000, **fault)
     for act in (
@@ -162,7 +162,7 @@ def test_a_failure_is_one_line_that_says_what_to_do(cloud, tmp_path, monkeypatch
 
 
 def test_what_is_not_there_is_told(cloud, tmp_path):
-    with pytest.raises(UserError, match=r"nothing at gs://b/no. `gcloud storage ls gs://b`"):
+    with pytest.raises(UserError, match=r"gs://b/no not found. `gcloud storage ls gs://b`"):
         storage.fetch("gs://b/no", tmp_path)
     absent = r"gs://absent/x failed: The specified bucket does not exist\. `gcloud storage ls`"
     for act in (storage.read, storage.names, lambda address: storage.fetch(address, tmp_path)):
@@ -180,7 +180,7 @@ def test_without_credentials_it_says_how_to_sign_in(cloud, monkeypatch, tmp_path
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "nowhere.json"))
     storage._client_of.cache_clear()
     with pytest.raises(
-        UserError, match=r"there are no credentials\. Type: gcloud auth application-default login"
+        UserError, match=r"no Google Cloud credentials\. Run `gcloud auth application-default login`"
     ):
         storage.read("gs://b/x")
 
@@ -195,4 +195,4 @@ def test_a_full_or_closed_disk_is_no_matter_of_the_cloud(cloud, tmp_path):
 def test_nothing_is_copied_outside_of_the_folder(tmp_path):
     blob = type("Blob", (), {"name": "m/../../x", "bucket": type("Bucket", (), {"name": "b"})})
     with pytest.raises(UserError, match="outside"):
-        storage._copy(blob, tmp_path / "into", "../../x")
+        storage._download(blob, tmp_path / "into", "../../x")

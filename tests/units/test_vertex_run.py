@@ -170,7 +170,7 @@ def test_a_failed_step_is_named_with_what_it_said(vertex, pushed):
 
 
 def test_a_run_that_was_refused_is_told_from_one_that_may_have_started(vertex, pushed, monkeypatch):
-    monkeypatch.setattr(api, "PATIENCE", 0.1)
+    monkeypatch.setattr(api, "RETRY_TIMEOUT", 0.1)
     for fault, state in (
         ({"status": 403}, "failed"),
         ({"status": 503, "done": True, "times": 9999}, "running"),

@@ -169,7 +169,7 @@ def metadata(cloud: Cloud) -> str:
         service = api.client("MetadataService", where.region)
         request = {"name": f"{where.parent}/metadataStores/default"}
         api.call(
-            service.get_metadata_store, request, "looking for it", repeatable=False, patience=CALL
+            service.get_metadata_store, request, "looking for it", repeatable=False, timeout=CALL
         )
     except UserError as error:
         if isinstance(error, api.ApiError) and error.code == 404:

@@ -147,7 +147,7 @@ def _copy_blob(source: str, target: str, blob: str) -> None:
                 raise api.ApiError(str(error), 409, transient=False) from error
         return True
 
-    api.once(find, send)
+    api.get_or_create(find, send)
 
 
 def _download(source: str, blob: str, path: Path) -> None:

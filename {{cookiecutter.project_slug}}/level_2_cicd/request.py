@@ -18,6 +18,7 @@ from typing import Any
 from core.errors import UserError, run_command
 from core.paths import project_root
 from gcp import pipeline_template, pipeline_version
+from gcp.client import NO_CREDENTIALS
 from gcp.environment import Environment, resolve_environment
 from level_2_cicd.trigger_function_container import request as request_message
 from project.settings import load_settings
@@ -103,9 +104,7 @@ def _client() -> Any:
     try:
         return PublisherClient()
     except DefaultCredentialsError:
-        raise UserError(
-            "there are no credentials. Type: gcloud auth application-default login"
-        ) from None
+        raise UserError(NO_CREDENTIALS) from None
 
 
 def by_hand() -> str:

@@ -1,10 +1,10 @@
-"""Google Cloud's APIs as this project calls them: each call has a deadline, those that may be repeated are, and an error
-says what to type.
+"""Call Google Cloud APIs: deadlines, retries, long-running operations, error hints.
 
-gcloud's variable CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM names another server for Vertex AI, and STORAGE_EMULATOR_HOST
-one for Cloud Storage; no credentials are looked for then. Google's packages are imported where they are used: they take a
-second, and a mistake should be told sooner.
+CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM replaces the address of Vertex AI; no credentials then.
 """
+
+# Google's packages are imported where they are used: loading them takes a second,
+# and usage errors should appear first.
 
 import os
 import re
@@ -14,21 +14,60 @@ from typing import Any, TypeVar
 
 from core.errors import UserError
 
-DEADLINE = 60.0  # seconds for one call
-PATIENCE = 300.0  # seconds for a call with all its repetitions
-WATCH = 3600.0  # seconds for which what runs there is not given up while nobody answers
-LONGEST_OPERATION = 3600.0  # seconds for a long operation, such as the deployment of a model
-FIRST_WAIT, LONGEST_WAIT = 0.2, 20.0  # seconds between repetitions; each wait is twice the last
+# Seconds.
+DEADLINE = 60.0  # one call
+RETRY_TIMEOUT = 300.0  # one call with all its retries
+WATCH = 3600.0  # the same while watching a job, which outlives an outage
+OPERATION_TIMEOUT = 3600.0  # a long-running operation, such as a deployment
+FIRST_WAIT, LONGEST_WAIT = 0.2, 20.0  # between retries; each wait is twice the last
 
-Found = TypeVar("Found")
+LONGEST_MESSAGE = 400  # characters
+LOGIN = "Run `gcloud auth application-default login`."
+NO_CREDENTIALS = f"no Google Cloud credentials. {LOGIN}"
+
+# A quota of machines; a quota of calls per minute is only a reason to retry.
+QUOTA = r"(?=.*quota)(?=.*(exceed|exhaust|limit))(?!.*per (second|minute))"
+STOCK_OUT = (
+    r"stock.?out|resource.?pool.?exhausted|not have enough (resources|capacity)|"
+    r"(resources|capacity) (is|are|currently) (insufficient|unavailable)|"
+    r"insufficient (resources|capacity)"
+)
+# Pattern in "STATUS message" → hint; the first match counts.
+HINTS = {
+    QUOTA: "A quota is used up. Try another region or GPU; `make doctor LEVEL=1` names the quota.",
+    STOCK_OUT: "Google has no such machine available now. Retry later, or choose another job:"
+    " `make gpu-jobs` lists them.",
+    r"SERVICE_DISABLED|has not been used in project|API is disabled": "An API is disabled. Run"
+    " `gcloud services enable aiplatform.googleapis.com storage.googleapis.com"
+    " artifactregistry.googleapis.com`.",
+    r"actAs|iam\.serviceAccounts": "You may not act as that service account. Run"
+    " `gcloud iam service-accounts add-iam-policy-binding ACCOUNT --member=user:YOU"
+    " --role=roles/iam.serviceAccountUser`.",
+    r"UNAUTHENTICATED|invalid_grant|reauth|\b401\b": f"The credentials have expired. {LOGIN}",
+    r"kms|cryptoKey": "The key cannot be used; `make doctor LEVEL=2` names the account"
+    " without access.",
+    r"bucket does not exist|No such bucket": "`gcloud storage ls` lists the buckets;"
+    " level_1_pipeline/README.md shows how to create one.",
+    r"permission|PERMISSION_DENIED|\b403\b": "A permission is missing. `gcloud auth list` shows"
+    " your account; ask for roles/aiplatform.user in this project and roles/storage.objectUser"
+    " on its buckets.",
+    r"image.*(not found|does not exist|not exist)|MANIFEST_UNKNOWN": "The image is not in the"
+    " registry. Run `make containers PUSH=1`.",
+    r"(location|region).*(not supported|not found|invalid|mismatch)": "Vertex AI is not available"
+    " there. Choose another cloud.region in project.yaml.",
+    r"checksum": "The transfer was corrupted; retry.",
+    r"^400\b": "`make doctor LEVEL=1` checks the project.",
+}
+
+T = TypeVar("T")
 
 
 class ApiError(UserError):
-    """A call that Google refused, or that nobody answered.
+    """A failed API call.
 
     Attributes:
-        code: the HTTP status; 0 when there was no answer.
-        transient: the same call may succeed later; it is not known whether this one did.
+        code: HTTP status; 0 without a response.
+        transient: a retry may succeed; whether this call took effect is unknown.
     """
 
     def __init__(self, message: str, code: int, transient: bool) -> None:
@@ -37,30 +76,36 @@ class ApiError(UserError):
 
 
 def client(service: str, region: str) -> Any:
-    """A client of Vertex AI: client("JobService", "europe-west4").
-
-    Raises:
-        UserError: there are no credentials.
-    """
+    """Create a Vertex AI client: client("JobService", "europe-west4")."""
+    from google.auth.credentials import AnonymousCredentials
     from google.auth.exceptions import DefaultCredentialsError
     from google.cloud import aiplatform_v1
 
-    kind = getattr(aiplatform_v1, f"{service}Client")
+    create = getattr(aiplatform_v1, f"{service}Client")
     override = os.environ.get("CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM", "").rstrip("/")
     if override:
-        from google.auth.credentials import AnonymousCredentials
-
-        return kind(
+        return create(
             client_options={"api_endpoint": override},
             transport="rest",
             credentials=AnonymousCredentials(),
         )
     try:
-        return kind(client_options={"api_endpoint": f"{region}-aiplatform.googleapis.com"})
+        return create(client_options={"api_endpoint": f"{region}-aiplatform.googleapis.com"})
     except DefaultCredentialsError:
-        raise UserError(
-            "there are no credentials. Type: gcloud auth application-default login"
-        ) from None
+        raise UserError(NO_CREDENTIALS) from None
+
+
+def retry_policy(timeout: float | None = None) -> Any:
+    """Retry transient errors with exponential backoff, for RETRY_TIMEOUT by default."""
+    from google.api_core import retry
+
+    return retry.Retry(
+        predicate=is_transient,
+        initial=FIRST_WAIT,
+        maximum=LONGEST_WAIT,
+        multiplier=2.0,
+        timeout=RETRY_TIMEOUT if timeout is None else timeout,
+    )
 
 
 def call(
@@ -69,44 +114,27 @@ def call(
     what: str,
     *,
     repeatable: bool = True,
-    patience: float | None = None,
+    timeout: float | None = None,
 ) -> Any:
-    """Call a client's method with a deadline; again, with longer and longer waits, if it may be repeated.
+    """Call a client's method with a deadline, and retry it if it is repeatable.
 
     Args:
-        what: what is attempted, for the message: "starting the job".
-        repeatable: False for what must not happen twice; see `once`.
-        patience: seconds for all repetitions together; otherwise PATIENCE.
-
-    Raises:
-        ApiError: it was refused, or not answered in time.
+        what: the action, for the message: "starting the job".
+        repeatable: False for calls that are not idempotent; see `get_or_create`.
+        timeout: seconds for all attempts; RETRY_TIMEOUT by default.
     """
-    from google.api_core import retry
-
-    limit = PATIENCE if patience is None else patience
-    again = retry.Retry(
-        predicate=is_transient,
-        initial=FIRST_WAIT,
-        maximum=LONGEST_WAIT,
-        multiplier=2.0,
-        timeout=limit,
-    )
+    timeout = RETRY_TIMEOUT if timeout is None else timeout
+    retry = retry_policy(timeout) if repeatable else None
     try:
-        return method(
-            request=request, timeout=min(DEADLINE, limit), retry=again if repeatable else None
-        )
+        return method(request=request, timeout=min(DEADLINE, timeout), retry=retry)
     except Exception as error:
         raise explain(error, what) from error
 
 
-def cancel(method: Callable[..., Any], name: str, what: str, patience: float | None = None) -> bool:
-    """Ask for the end of what runs; False if it has ended already, or there is none.
-
-    Raises:
-        ApiError: it was refused, or nobody answers.
-    """
+def cancel(method: Callable[..., Any], name: str, what: str, timeout: float | None = None) -> bool:
+    """Cancel; False if already finished or not found."""
     try:
-        call(method, {"name": name}, what, patience=patience)
+        call(method, {"name": name}, what, timeout=timeout)
     except ApiError as error:
         if error.code not in {400, 404, 409}:
             raise
@@ -114,193 +142,137 @@ def cancel(method: Callable[..., Any], name: str, what: str, patience: float | N
     return True
 
 
-def once(find: Callable[[], Found | None], create: Callable[[], Found]) -> Found:
-    """Make something that must not be made twice: look whether it is there, make it, and after a lost answer look again.
+def get_or_create(find: Callable[[], T | None], create: Callable[[], T]) -> T:
+    """Create something at most once, although its creation is not idempotent.
 
-    Raises:
-        ApiError: it was refused, or PATIENCE has ended since it was first attempted; to look may take its time.
+    After a lost response, look for it before creating it again.
     """
-    began, wait = None, FIRST_WAIT
+    start, wait = None, FIRST_WAIT
     while True:
-        found = find()
-        if found is not None:
-            return found
-        began = began or time.monotonic()
+        resource = find()
+        if resource is not None:
+            return resource
+        # From the first attempt: `find` may have waited for an earlier operation.
+        start = start or time.monotonic()
         try:
             return create()
         except ApiError as error:
-            already = error.code == 409
-            if not (error.transient or already) or time.monotonic() - began > PATIENCE:
+            retry = error.transient or error.code == 409
+            if not retry or time.monotonic() - start > RETRY_TIMEOUT:
                 raise
         time.sleep(wait)
         wait = min(2 * wait, LONGEST_WAIT)
 
 
-def finish(operation: Any, what: str) -> Any:
-    """Wait for a long operation, and return its result. What fails on Google's side is not tried again.
-
-    Raises:
-        ApiError: it failed, or took longer than LONGEST_OPERATION.
-    """
-    from google.api_core import retry
-
-    again = retry.Retry(
-        predicate=is_transient,
-        initial=FIRST_WAIT,
-        maximum=LONGEST_WAIT,
-        multiplier=2.0,
-        timeout=PATIENCE,
-    )
+def wait_for_operation(operation: Any, what: str) -> Any:
+    """Wait for a long-running operation and return its result."""
     try:
-        return operation.result(timeout=LONGEST_OPERATION, retry=again)
+        return operation.result(timeout=OPERATION_TIMEOUT, retry=retry_policy())
     except Exception as error:
-        told = explain(error, what)
-        raise ApiError(str(told), told.code, transient=False) from error
+        failure = explain(error, what)
+        # The operation itself failed, so `get_or_create` must not repeat it.
+        raise ApiError(str(failure), failure.code, transient=False) from error
 
 
-def going_on(service: Any, name: str) -> list[Any]:
-    """The long operations on a resource that are not done, whoever began them."""
-    found, request = [], {"name": name}
+def pending_operations(service: Any, name: str) -> list[Any]:
+    """List the unfinished long-running operations on a resource, whichever process began them."""
+    operations, request = [], {"name": name}
     while True:
         try:
-            page = call(service.list_operations, request, "looking for what goes on")
+            page = call(service.list_operations, request, "listing operations")
         except ApiError as error:
-            if error.code == 404:  # there is no such resource yet
+            if error.code == 404:  # the resource does not exist yet
                 return []
             raise
-        found += [operation for operation in page.operations if not operation.done]
+        operations += [operation for operation in page.operations if not operation.done]
         if not page.next_page_token:
-            return found
+            return operations
         request = {"name": name, "page_token": page.next_page_token}
 
 
-def outwait(service: Any, name: str, what: str) -> bool:
-    """Wait until all that goes on on a resource has ended, well or not; returns whether anything did.
+def wait_for_pending_operations(service: Any, name: str, what: str) -> bool:
+    """Wait for the pending operations on a resource; return whether there were any.
 
-    What was begun before an answer was lost, or before its process died, comes about all the same.
-
-    Raises:
-        ApiError: it took longer than LONGEST_OPERATION.
+    An operation goes on after a lost response or the death of the process that began it.
     """
-    operations, began, wait = going_on(service, name), time.monotonic(), FIRST_WAIT
+    operations, start, wait = pending_operations(service, name), time.monotonic(), FIRST_WAIT
     for operation in operations:
         while not call(service.get_operation, {"name": operation.name}, what).done:
-            if time.monotonic() - began > LONGEST_OPERATION:
-                raise ApiError(
-                    f"{what} failed: {operation.name} does not end. Type the same again later.",
-                    0,
-                    transient=False,
-                )
+            if time.monotonic() - start > OPERATION_TIMEOUT:
+                message = f"{what} failed: {operation.name} is still running. Retry later."
+                raise ApiError(message, 0, transient=False)
             time.sleep(wait)
             wait = min(2 * wait, LONGEST_WAIT)
     return bool(operations)
 
 
 def is_transient(error: Exception) -> bool:
-    """Whether the same call may succeed later."""
+    """Return whether the same call may succeed later."""
     import requests
     from google.api_core import exceptions
     from google.auth.exceptions import TransportError
 
     kinds = (
-        exceptions.TooManyRequests,
-        exceptions.InternalServerError,
         exceptions.Unknown,
-        exceptions.BadGateway,
-        exceptions.ServiceUnavailable,
-        exceptions.GatewayTimeout,
         exceptions.RetryError,
+        ConnectionError,
         requests.exceptions.ConnectionError,
         requests.exceptions.Timeout,
         requests.exceptions.ChunkedEncodingError,
         TransportError,
     )
-    return isinstance(error, kinds) and not is_quota(str(error)) and not is_stock_out(str(error))
+    transient = isinstance(error, kinds) or status(error) in {429, 500, 502, 503, 504}
+    return transient and not is_quota(str(error)) and not is_stock_out(str(error))
 
 
 def is_quota(message: str) -> bool:
-    """Whether a refusal is about a quota of machines: waiting a little does not help, as it does with calls per minute."""
-    about_quota = re.search(r"quota", message, re.IGNORECASE) and re.search(
-        r"exceed|exhaust|limit", message, re.IGNORECASE
-    )
-    return bool(about_quota) and not re.search(r"per (second|minute)", message, re.IGNORECASE)
+    """Return whether a machine quota is exhausted, which a retry does not fix."""
+    return bool(re.match(QUOTA, message, re.IGNORECASE | re.DOTALL))
 
 
 def is_stock_out(message: str) -> bool:
-    """Whether a refusal says that Google has no such machine to spare just now."""
-    return bool(
-        re.search(
-            r"stock.?out|resource.?pool.?exhausted|not have enough (resources|capacity)|"
-            r"(resources|capacity) (is|are|currently) (insufficient|unavailable)|insufficient (resources|capacity)",
-            message,
-            re.IGNORECASE,
-        )
-    )
+    """Return whether Google has no such machine available now."""
+    return bool(re.search(STOCK_OUT, message, re.IGNORECASE))
 
 
-# What Google says → what a person can do.
-CAUSES = {
-    r"SERVICE_DISABLED|has not been used in project|API is disabled": (
-        "an API is off. Type: gcloud services enable aiplatform.googleapis.com storage.googleapis.com "
-        "artifactregistry.googleapis.com"
-    ),
-    r"actAs|iam\.serviceAccounts": (
-        "you may not act as that service account. Type: gcloud iam service-accounts add-iam-policy-binding ACCOUNT "
-        "--member=user:YOU --role=roles/iam.serviceAccountUser"
-    ),
-    r"UNAUTHENTICATED|invalid_grant|reauth|\b401\b": "your credentials have expired. Type: gcloud auth application-default login",
-    r"kms|cryptoKey": "the key cannot be used. `make doctor LEVEL=2` says which account lacks it",
-    r"bucket does not exist|No such bucket": "the bucket is not there. The README of level_1_pipeline says how to make one",
-    r"permission|PERMISSION_DENIED|\b403\b": (
-        "you lack a right. `gcloud auth list` shows who you are; ask for roles/aiplatform.user in this project"
-    ),
-    r"image.*(not found|does not exist|not exist)|MANIFEST_UNKNOWN": (
-        "the image is not in the registry. Type: make containers PUSH=1"
-    ),
-    r"(location|region).*(not supported|not found|invalid|mismatch)": (
-        "Vertex AI is not offered there. Choose another cloud.region in project.yaml"
-    ),
-}
-LONGEST = 400  # characters of what Google said that are shown
+def status(error: Any) -> int:
+    """Return an error's HTTP status; 0 without a response."""
+    response = getattr(error, "response", None)
+    return int(getattr(error, "code", None) or getattr(response, "status_code", None) or 0)
 
 
-def explain(error: Exception, what: str) -> ApiError:
-    """An error of Google's packages as one line: what was attempted, what they said, what to do."""
-    error = getattr(error, "cause", None) or error  # the last of many attempts says why
-    said = " ".join(str(getattr(error, "message", None) or error).split()) or type(error).__name__
-    said = re.sub(r"^[A-Z]+ https?://\S+: ", "", said)  # the address tells nobody anything
-    said = said if len(said) <= LONGEST else f"{said[:LONGEST]} …"
-    code = int(getattr(error, "code", None) or 0)
-    if is_quota(said):
-        advice = "a quota is used up. Another region or GPU may have some; `make doctor LEVEL=1` names the quota, and its page"
-    elif is_stock_out(said):
-        advice = "Google has no such machine to spare just now. Try later, or another job: `make gpu-jobs` lists them"
-    elif is_transient(error):
-        unanswered = "no good answer came" if code else "nobody answered; is there a network?"
-        advice = f"{unanswered}{'.' if code else ''} Type the same again: nothing is started twice"
+def error_message(error: Any) -> str:
+    """Extract Google's own message on one line, without the request's address."""
+    try:
+        text = error.response.json()["error"]["message"]
+    except (AttributeError, ValueError, KeyError, TypeError):
+        text = getattr(error, "message", None) or str(error) or type(error).__name__
+    text = re.sub(r"^[A-Z]+ https?://\S+: ", "", " ".join(str(text).split()))
+    return text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]} …"
+
+
+def explain(error: Any, what: str) -> ApiError:
+    """Convert an error of Google's packages: what failed, Google's message, a hint."""
+    error = getattr(error, "cause", None) or error  # a RetryError has the last attempt's error
+    message, transient = error_message(error), is_transient(error)
+    code = status(error)
+    if transient and code:
+        hint = "This may be temporary; retry, nothing is started twice."
+    elif transient:
+        hint = "No response; check the network and the proxy, then retry: nothing is started twice."
     else:
-        advice = next(
-            (
-                advice
-                for pattern, advice in CAUSES.items()
-                if re.search(pattern, f"{code} {said}", re.IGNORECASE)
-            ),
-            "",
-        )
-    advice = f" {advice[0].upper()}{advice[1:]}." if advice else ""
-    return ApiError(f"{what} failed: {said.rstrip('.')}.{advice}", code, is_transient(error))
+        text = f"{code} {message}"
+        matches = (HINTS[key] for key in HINTS if re.search(key, text, re.IGNORECASE))
+        hint = next(matches, "")
+    return ApiError(f"{what} failed: {message.rstrip('.')}. {hint}".rstrip(), code, transient)
 
 
-# ── labels ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-def labels(wanted: Mapping[str, str]) -> dict[str, str]:
-    """Labels as Google takes them: lower case letters, digits, - and _, at most 63 characters; a key begins with a letter.
-
-    What does not fit becomes "-"; a label without a value is left out.
-    """
-    fitting = {label(key).lstrip("-_0123456789"): label(value) for key, value in wanted.items()}
-    return {key: value for key, value in fitting.items() if key and value}
+def labels(values: Mapping[str, str]) -> dict[str, str]:
+    """Make labels valid, dropping empty ones. A key begins with a letter."""
+    fitted = {label(key).lstrip("-_0123456789"): label(value) for key, value in values.items()}
+    return {key: value for key, value in fitted.items() if key and value}
 
 
 def label(text: str) -> str:
-    """A label's value, made to fit."""
+    """Make a label's value valid: lower case, digits, - and _, at most 63 characters."""
     return re.sub(r"[^a-z0-9_-]+", "-", text.lower())[:63].strip("-")

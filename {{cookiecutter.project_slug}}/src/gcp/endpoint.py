@@ -42,7 +42,7 @@ class Endpoint:
         self.serving = serving
         self._endpoints = api.client("EndpointService", serving.region)
         self._begun = "VERSION"  # the last one whose deployment was begun here
-        self.name: str = api.once(self._find, self._create).name
+        self.name: str = api.get_or_create(self._find, self._create).name
         self._deployed()  # before anything is changed
 
     def deploy(self, version: int) -> str:
@@ -51,19 +51,19 @@ class Endpoint:
 
         def find() -> str | None:
             found = self._id(version)
-            if found is None and api.outwait(self._endpoints, self.name, what):
+            if found is None and api.wait_for_pending_operations(self._endpoints, self.name, what):
                 found = self._id(version)
             return found
 
         def deploy() -> str:
             self._begun = str(version)
             request = deploy_request(self.serving, self.name, version)
-            api.finish(
+            api.wait_for_operation(
                 api.call(self._endpoints.deploy_model, request, what, repeatable=False), what
             )
             return str(version)
 
-        return api.once(find, deploy)
+        return api.get_or_create(find, deploy)
 
     def try_out(self, deployed: str, champion: int | None) -> None:
         """Give a deployed version the canary's share of the requests, and the champion the rest."""
@@ -122,7 +122,10 @@ class Endpoint:
 
     def _end_deployments(self) -> None:
         """End deployments that go on still: they would come alive later, unserved and paid for."""
-        mark, everything = ".DeployModelOperationMetadata", api.going_on(self._endpoints, self.name)
+        mark, everything = (
+            ".DeployModelOperationMetadata",
+            api.pending_operations(self._endpoints, self.name),
+        )
         going = [
             operation for operation in everything if operation.metadata.type_url.endswith(mark)
         ]
@@ -140,7 +143,7 @@ class Endpoint:
                     {"name": operation.name},
                     "cancelling a deployment",
                 )
-        api.outwait(self._endpoints, self.name, "waiting for the endpoint")
+        api.wait_for_pending_operations(self._endpoints, self.name, "waiting for the endpoint")
 
     def _find(self) -> Any:
         found = self._named()
@@ -148,7 +151,9 @@ class Endpoint:
             made = f"{self.serving.parent}/endpoints/{self.serving.endpoint}"
             found = (
                 self._named()
-                if api.outwait(self._endpoints, made, "looking for the endpoint")
+                if api.wait_for_pending_operations(
+                    self._endpoints, made, "looking for the endpoint"
+                )
                 else []
             )
         if len(found) > 1:
@@ -201,7 +206,7 @@ class Endpoint:
             "endpoint": {"display_name": self.serving.endpoint, **self.serving.encryption},
         }
         what = "making the endpoint"
-        return api.finish(
+        return api.wait_for_operation(
             api.call(self._endpoints.create_endpoint, request, what, repeatable=False), what
         )
 
@@ -233,7 +238,7 @@ class Endpoint:
                 self._endpoints.update_endpoint, request, "sharing the requests", repeatable=False
             )
 
-        api.once(find, change)
+        api.get_or_create(find, change)
 
     def _undeploy(self, deployed: str) -> None:
         what = f"removing what is deployed as {deployed}"
@@ -243,17 +248,19 @@ class Endpoint:
 
         def gone() -> bool | None:
             return (
-                is_gone() or (api.outwait(self._endpoints, self.name, what) and is_gone()) or None
+                is_gone()
+                or (api.wait_for_pending_operations(self._endpoints, self.name, what) and is_gone())
+                or None
             )
 
         def undeploy() -> bool:
             request = {"endpoint": self.name, "deployed_model_id": deployed}
-            api.finish(
+            api.wait_for_operation(
                 api.call(self._endpoints.undeploy_model, request, what, repeatable=False), what
             )
             return True
 
-        api.once(gone, undeploy)
+        api.get_or_create(gone, undeploy)
 
 
 def tell(line: str) -> None:

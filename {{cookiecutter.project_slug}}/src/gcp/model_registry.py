@@ -242,7 +242,7 @@ class VertexRegistry(Registry):
 
         def find() -> int | None:
             number = self._registered(models, request["model"])
-            if number is None and api.outwait(models, self.serving.model, what):
+            if number is None and api.wait_for_pending_operations(models, self.serving.model, what):
                 number = self._registered(models, request["model"])
             return number
 
@@ -253,12 +253,12 @@ class VertexRegistry(Registry):
                 if there
                 else {"model_id": self.serving.endpoint}
             )
-            api.finish(
+            api.wait_for_operation(
                 api.call(models.upload_model, {**request, **which}, what, repeatable=False), what
             )
             return find()
 
-        number = api.once(find, upload)
+        number = api.get_or_create(find, upload)
         if number is None:
             raise UserError(
                 f"{self.serving.model} was uploaded, and is not to be found yet. Type the same again."

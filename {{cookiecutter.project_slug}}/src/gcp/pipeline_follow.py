@@ -42,15 +42,15 @@ class Seen:
     facts: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
 
 
-def look(name: str, patience: float | None = None) -> Seen:
-    """Ask for a run by its resource name; `patience` as in api.call.
+def look(name: str, timeout: float | None = None) -> Seen:
+    """Ask for a run by its resource name; `timeout` as in api.call.
 
     Raises:
         ApiError: there is no such run, or nobody answers.
     """
     client = api.client("PipelineService", name.split("/")[3])
     return read(
-        api.call(client.get_pipeline_job, {"name": name}, "looking at the run", patience=patience)
+        api.call(client.get_pipeline_job, {"name": name}, "looking at the run", timeout=timeout)
     )
 
 

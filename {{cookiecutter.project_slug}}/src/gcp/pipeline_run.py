@@ -153,13 +153,13 @@ def labels(asked: Submission, values: Mapping[str, Any]) -> dict[str, str]:
     )
 
 
-def submit(sent: Mapping[str, Any], patience: float | None = None) -> Started:
+def submit(sent: Mapping[str, Any], timeout: float | None = None) -> Started:
     """Start the run, or find that it was started already.
 
     It may be repeated as often as need be: Vertex AI knows a run by its id.
 
     Args:
-        patience: seconds for each call with its repetitions; otherwise api.PATIENCE.
+        timeout: seconds for each call with its repetitions; otherwise api.RETRY_TIMEOUT.
 
     Raises:
         ApiError: it was refused, or not answered.
@@ -179,15 +179,13 @@ def submit(sent: Mapping[str, Any], patience: float | None = None) -> Started:
     client = api.client("PipelineService", sent["parent"].split("/")[3])
     name = f"{sent['parent']}/pipelineJobs/{sent['pipelineJobId']}"
     try:
-        api.call(client.create_pipeline_job, message, "starting the run", patience=patience)
+        api.call(client.create_pipeline_job, message, "starting the run", timeout=timeout)
     except api.ApiError as error:
         if error.code != 409:
             raise
     else:
         return Started(name, new=True)
-    there = api.call(
-        client.get_pipeline_job, {"name": name}, "looking at the run", patience=patience
-    )
+    there = api.call(client.get_pipeline_job, {"name": name}, "looking at the run", timeout=timeout)
     return Started(
         name,
         new=False,

@@ -83,7 +83,7 @@ def ask_registry(method: str, address: str, what: str, **options: Any) -> Any:
     """
     import google.auth
     import requests
-    from google.api_core import exceptions, retry
+    from google.api_core import exceptions
     from google.auth.exceptions import DefaultCredentialsError
     from google.auth.transport.requests import AuthorizedSession
 
@@ -97,9 +97,7 @@ def ask_registry(method: str, address: str, what: str, **options: Any) -> Any:
             else requests.Session()
         )
     except DefaultCredentialsError:
-        raise UserError(
-            "there are no credentials. Type: gcloud auth application-default login"
-        ) from None
+        raise UserError(api.NO_CREDENTIALS) from None
 
     def ask() -> requests.Response:
         response = session.request(method, address, timeout=api.DEADLINE, **options)
@@ -107,16 +105,9 @@ def ask_registry(method: str, address: str, what: str, **options: Any) -> Any:
             raise exceptions.from_http_response(response)
         return response
 
-    again = retry.Retry(
-        predicate=api.is_transient,
-        initial=api.FIRST_WAIT,
-        maximum=api.LONGEST_WAIT,
-        multiplier=2.0,
-        timeout=api.PATIENCE,
-    )
     try:
         with session:
-            return again(ask)()
+            return api.retry_policy()(ask)()
     except Exception as error:
         raise api.explain(error, what) from error
 

@@ -188,14 +188,14 @@ class Jobs:
         self.service = api.client("JobService", request.region)
         self.sent: set[str] = set()
 
-    def all(self, patience: float | None = None) -> list[Any]:
+    def all(self, timeout: float | None = None) -> list[Any]:
         """Those that are known, the oldest first; cancelled ones do not count."""
         wanted = {"parent": self.request.parent, "filter": f'labels.request="{self.request.id}"'}
         found = api.call(
             lambda **how: list(self.service.list_custom_jobs(**how)),
             wanted,
             "looking for the job",
-            patience=patience,
+            timeout=timeout,
         )
         return sorted((job for job in found if state(job) != CANCELLED), key=age)
 
@@ -236,7 +236,7 @@ class Jobs:
     def get(self, name: str) -> Any:
         """A job as it is now; waits long for an answer."""
         return api.call(
-            self.service.get_custom_job, {"name": name}, "watching the job", patience=api.WATCH
+            self.service.get_custom_job, {"name": name}, "watching the job", timeout=api.WATCH
         )
 
     def keep_oldest(self, job: Any) -> Any:
@@ -251,9 +251,9 @@ class Jobs:
                 self.cancel(other.name)
         return kept
 
-    def cancel(self, name: str, patience: float | None = None) -> bool:
+    def cancel(self, name: str, timeout: float | None = None) -> bool:
         """Ask for a job's end; False if it has ended already."""
-        return api.cancel(self.service.cancel_custom_job, name, "cancelling the job", patience)
+        return api.cancel(self.service.cancel_custom_job, name, "cancelling the job", timeout)
 
     def cancel_all(self) -> None:
         """Cancel what lives; if that fails, say what remains."""
@@ -377,7 +377,7 @@ def first_with_a_machine(jobs: Jobs, waits: tuple[float, float]) -> Any:
 def find_or_send(jobs: Jobs, attempt: int, waits: tuple[float, float]) -> Any:
     """The job of this attempt, or of a later one that an earlier process has reached; sent only if there is none."""
     try:
-        job = api.once(lambda: jobs.find(attempt, waits), lambda: jobs.send(attempt))
+        job = api.get_or_create(lambda: jobs.find(attempt, waits), lambda: jobs.send(attempt))
     except ApiError as error:
         if not error.transient or error.code == 429:
             raise
