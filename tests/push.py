@@ -122,7 +122,7 @@ class Cloud:
         """Run cloudbuild.pr.yaml."""
         with within(self.project), settings_of_nobody():
             settings = load_settings("")
-            told = submit_build.substitutions_of_pull_request(
+            told = submit_build.pull_request_substitutions(
                 settings, resolve_environment(settings, "dev")
             )
         instead = {"terraform": ["true"], "plan": ["true"]}
@@ -141,7 +141,7 @@ class Cloud:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("COMMIT", COMMIT)
                 patch.setenv("JOB_SPEC", "cpu")
-                told = submit_build.substitutions(settings, resolve_environment(settings, "dev"))
+                told = submit_build.push_substitutions(settings, resolve_environment(settings, "dev"))
         shutil.rmtree(
             self.project / "build", ignore_errors=True
         )  # each build begins with an empty workspace

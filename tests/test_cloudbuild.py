@@ -173,14 +173,14 @@ def test_callers_set_exactly_the_substitutions_in_use(here: Path) -> None:
     settings = load_settings("")
     environment = resolve_environment(settings)
     train = containers.find(here, ["train"])[0]
-    assert set(submit_build.substitutions(settings, environment)) == used("cloudbuild.yaml")
-    assert set(submit_build.substitutions_of_pull_request(settings, environment)) == used(
+    assert set(submit_build.push_substitutions(settings, environment)) == used("cloudbuild.yaml")
+    assert set(submit_build.pull_request_substitutions(settings, environment)) == used(
         "cloudbuild.pr.yaml"
     )
-    assert set(submit_build.substitutions_of_image(environment, train)) == used(
+    assert set(submit_build.image_substitutions(environment, train)) == used(
         "cloudbuild.image.yaml"
     )
-    assert set(submit_build.substitutions_of_container(settings, environment, train)) == used(
+    assert set(submit_build.container_substitutions(settings, environment, train)) == used(
         "cloudbuild.container.yaml"
     )
 
@@ -196,8 +196,8 @@ def test_missing_or_unknown_substitutions_are_rejected() -> None:
 
 
 def test_values_with_commas_are_escaped_for_gcloud() -> None:
-    assert submit_build.as_flag({"_A": "1", "_B": ""}) == "_A=1,_B="
-    assert submit_build.as_flag({"_A": "1,2", "_B": "x|y"}) == "^;^_A=1,2;_B=x|y"
+    assert submit_build.format_flag({"_A": "1", "_B": ""}) == "_A=1,_B="
+    assert submit_build.format_flag({"_A": "1,2", "_B": "x|y"}) == "^;^_A=1,2;_B=x|y"
 
 
 # ── gcloud builds submit, over HTTP ────────────────────────────────────────────────────────────

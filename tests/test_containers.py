@@ -24,7 +24,7 @@ import pytest
 from core import manifest
 from core.errors import UserError
 from level_1_pipeline import containers
-from level_2_cicd import image_contents
+from level_2_cicd import sbom
 from level_2_cicd.rehearsal.storage import FakeStorage
 from packaging.requirements import Requirement
 from trainer.data import find_csv, prepare
@@ -328,14 +328,14 @@ def test_the_list_of_what_an_image_holds_is_what_its_locks_say(
         for one in wanted
         if one.marker is None or one.marker.evaluate()
     }
-    held = image_contents.ask(images[name])
-    python = [one for one in held if one.kind == "pypi"]
+    held = sbom.list_packages(images[name])
+    python = [one for one in held if one.type == "pypi"]
     found = {
         (re.sub(r"[-_.]+", "-", one.name).lower(), f"=={one.version.partition('+')[0]}")
         for one in python
     }
     assert found == here
-    assert {"libc6", "dpkg"} <= {one.name for one in held if one.kind == "deb"}
+    assert {"libc6", "dpkg"} <= {one.name for one in held if one.type == "deb"}
 
 
 class EmptyIndex(http.server.BaseHTTPRequestHandler):

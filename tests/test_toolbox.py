@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from level_1_pipeline import containers
-from level_2_cicd import image_registry
+from level_2_cicd import builds as images
 from level_2_cicd.rehearsal import build_steps, cloud_build
 from level_2_cicd.rehearsal.cloud_build import FakeCloudBuild
 from level_2_cicd.rehearsal.storage import FakeStorage
@@ -141,7 +141,7 @@ def toolbox(project: Path, address: str) -> str:
 
 
 def test_toolbox_is_built_once_and_then_pulled(project: Path, address: str, toolbox: str) -> None:
-    assert image_registry.digest(toolbox)
+    assert images.find_digest(toolbox)
     must("docker", "rmi", "--force", toolbox, "toolbox")
     assert "pulled from the registry" in must("sh", SCRIPT, address, MIRROR, cwd=project)
     assert must("docker", "image", "inspect", "--format", "{{.Id}}", "toolbox") == must(
@@ -157,7 +157,7 @@ def test_pull_request_does_not_push_a_changed_toolbox(
     name = must("sh", SCRIPT, "--name", address, cwd=other).strip()
     assert name != toolbox
     must("sh", SCRIPT, "--no-push", address, MIRROR, cwd=other)
-    assert image_registry.digest(name) is None
+    assert images.find_digest(name) is None
     must("docker", "tag", toolbox, "toolbox")
 
 
@@ -210,7 +210,7 @@ def test_build_steps_build_an_image(
 
     def push(name: str) -> str:
         must("docker", "push", name)
-        return str(image_registry.digest(name))
+        return str(images.find_digest(name))
 
     outcomes: list[build_steps.Outcome] = []
     with FakeStorage(tmp_path / "buckets") as storage, FakeCloudBuild() as builds:
@@ -259,7 +259,7 @@ def test_build_steps_build_an_image(
         [image] = kept.results.images
     [deploy] = containers.find(workspace, ["deploy"])
     assert image.name == f"{address}/deploy:{deploy.tag()}"
-    assert image.digest == image_registry.digest(image.name)
+    assert image.digest == images.find_digest(image.name)
     assert "pushed" in outcome.step("images").output
     must(
         "docker",

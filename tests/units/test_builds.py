@@ -74,7 +74,7 @@ def substitutions(command):
 def test_what_is_missing_is_built_and_the_rest_left_alone(sources, environment, registry, gcloud):
     wanted = containers.find(sources, ["train", "predict", "deploy"])
     there = registry.push(containers.image(wanted[0], environment.images))
-    made = builds.make(wanted, load_settings(), environment)
+    made = builds.provide_images(wanted, load_settings(), environment)
     assert sorted(substitutions(command)["_CONTAINER"] for command in gcloud) == [
         "deploy",
         "predict",
@@ -88,7 +88,7 @@ def test_what_is_missing_is_built_and_the_rest_left_alone(sources, environment, 
         assert told["_TOOLBOX"].startswith(f"{environment.images}/toolbox:")
         assert told["_COMMIT"] == "1a2b"
     gcloud.clear()
-    assert builds.make(wanted, load_settings(), environment) == made
+    assert builds.provide_images(wanted, load_settings(), environment) == made
     assert not gcloud
 
 
@@ -101,7 +101,7 @@ def test_they_are_built_at_the_same_time(sources, environment, gcloud, monkeypat
         push(command, log)
 
     monkeypatch.setattr(submit_build, "run", run)
-    assert len(builds.make(wanted, load_settings(), environment)) == len(wanted)
+    assert len(builds.provide_images(wanted, load_settings(), environment)) == len(wanted)
 
 
 def test_one_that_fails_is_told_and_the_others_are_there(
@@ -116,7 +116,7 @@ def test_one_that_fails_is_told_and_the_others_are_there(
 
     monkeypatch.setattr(submit_build, "run", run)
     with pytest.raises(UserError, match=r"^train: no space left$"):
-        builds.make(wanted, load_settings(), environment)
+        builds.provide_images(wanted, load_settings(), environment)
     assert registry.names() == {f"demo/predict:{wanted[1].tag()}"}
 
 
@@ -131,7 +131,7 @@ def test_an_image_that_another_build_has_sent_meanwhile_is_good(
         raise UserError("the build failed: the tag is there")
 
     monkeypatch.setattr(submit_build, "run", run)
-    assert builds.make([wanted], load_settings(), environment)["predict"].startswith(
+    assert builds.provide_images([wanted], load_settings(), environment)["predict"].startswith(
         f"{environment.images}/predict@sha256:"
     )
 
@@ -139,7 +139,7 @@ def test_an_image_that_another_build_has_sent_meanwhile_is_good(
 def test_a_build_without_an_image_is_a_failure(sources, environment, monkeypatch):
     monkeypatch.setattr(submit_build, "run", lambda *_: None)
     with pytest.raises(UserError, match="is not in the registry"):
-        builds.make(containers.find(sources, ["predict"]), load_settings(), environment)
+        builds.provide_images(containers.find(sources, ["predict"]), load_settings(), environment)
 
 
 def test_the_digests_are_kept_here_and_beside_the_builds(
@@ -148,7 +148,7 @@ def test_the_digests_are_kept_here_and_beside_the_builds(
     with FakeStorage(tmp_path / "buckets") as storage:
         folder = storage.create_bucket(environment.storage.removeprefix("gs://"))
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", storage.address)
-        builds.keep({"train": "x@sha256:0"}, environment)
+        builds.save_digests({"train": "x@sha256:0"}, environment)
         assert json.loads((folder / "builds" / "images.json").read_text()) == {
             "train": "x@sha256:0"
         }
@@ -184,14 +184,14 @@ def test_prod_copies_what_passed_in_dev_and_builds_nothing(
         for container in wanted
     }
     with pytest.raises(UserError, match="has not passed in dev yet"):  # built, and no more
-        builds.make(wanted, load_settings(), prod)
+        builds.provide_images(wanted, load_settings(), prod)
     assert not own.names()
     for _ in range(2):
-        builds.note_passed(
+        builds.record_passed(
             {name: f"{environment.images}/{name}@{digest}" for name, digest in digests.items()},
             environment,
         )
-    made = builds.make(wanted, load_settings(), prod)
+    made = builds.provide_images(wanted, load_settings(), prod)
     assert made == {name: f"{prod.images}/{name}@{digest}" for name, digest in digests.items()}
     assert own.names() == {f"prod/{container.name}:{container.tag()}" for container in wanted}
     assert not gcloud
@@ -206,7 +206,7 @@ def test_what_is_not_in_dev_does_not_get_into_prod(
     with pytest.raises(
         UserError, match=r"has not been built in dev yet.*make submit ENVIRONMENT=dev"
     ):
-        builds.make(containers.find(sources, ["predict"]), load_settings(), prod)
+        builds.provide_images(containers.find(sources, ["predict"]), load_settings(), prod)
     assert not own.names()
     assert not gcloud
 
@@ -227,7 +227,7 @@ def test_an_image_is_built_only_from_the_files_that_are_meant(sources, monkeypat
 
 def test_by_hand_there_is_no_such_build(sources, environment):
     with pytest.raises(UserError, match="make foundation"):
-        builds.make(
+        builds.provide_images(
             containers.find(sources, ["predict"]),
             load_settings(),
             dataclasses.replace(environment, by_hand=True),

@@ -243,8 +243,8 @@ def test_plan(here, program, founded, monkeypatch):
 
 def test_google_itself_is_named_by_nothing_but_the_bucket(here, founded, monkeypatch):
     monkeypatch.delenv("STORAGE_EMULATOR_HOST")
-    part = infra.Part("stack", resolve_environment(load_settings()), here)
-    assert infra.backend(part) == bucket_of("stack", founded)[:2]
+    module = infra.RootModule("stack", here, "dev", STATE, "")
+    assert module.backend() == bucket_of("stack", founded)[:2]
 
 
 def test_each_environment_has_folders_of_its_own(here, program, founded, monkeypatch):
@@ -283,7 +283,7 @@ def test_images_are_those_made_here_or_else_those_of_the_last_build(
     here, program, founded, monkeypatch
 ):
     with pytest.raises(
-        UserError, match=r"build/images\.json is not there.*Type: make images ENVIRONMENT=dev"
+        UserError, match=r"build/images\.json is missing.*Run: make images ENVIRONMENT=dev"
     ):
         launch(monkeypatch, "apply", "--yes")
     assert program.calls == []
@@ -313,10 +313,9 @@ def test_the_foundation_comes_first(here, program, store, monkeypatch, words, th
         (store.root / STATE).rmdir()
     with pytest.raises(UserError) as told:
         launch(monkeypatch, *words)
-    said = "the foundation of dev is not there yet: gs://my-project-animals-terraform/foundation/default.tfstate is missing. "
-    assert (
-        str(told.value)
-        == f"{said}Who may grant rights in my-project types once: make foundation ENVIRONMENT=dev"
+    assert str(told.value) == (
+        "the foundation of dev is missing: no gs://my-project-animals-terraform/foundation/default.tfstate. "
+        "An admin of my-project runs once: make foundation ENVIRONMENT=dev"
     )
     assert program.calls == []
 
@@ -329,7 +328,7 @@ def test_a_failure_is_told_with_terraforms_own_words(
     keep_images(here)
     program.fault(kind, "before", how)
     with pytest.raises(
-        UserError, match=f"terraform {kind} of the stack failed; what it says above names the cause"
+        UserError, match=f"terraform {kind} of the stack failed; see its output above"
     ):
         launch(monkeypatch, "apply", "--yes")
     out, err = capfd.readouterr()
@@ -378,7 +377,7 @@ def test_a_lock_is_told_with_what_takes_it_away(
     program.fault(kind, "before", "fails", said)
     with pytest.raises(UserError) as told:
         launch(monkeypatch, *words)
-    assert str(told.value).endswith(f"Where none goes on, type: {typed}")
+    assert str(told.value).endswith(f"If none is running, run: {typed}")
     assert said in capfd.readouterr().err  # Terraform's own words, as it says them
 
 
@@ -393,7 +392,7 @@ def test_what_is_no_lock_in_the_bucket_is_not_to_be_unlocked(
     program.fault("apply", "before", "fails", said)
     with pytest.raises(UserError) as told:
         launch(monkeypatch, "apply", "--yes")
-    assert str(told.value).endswith("what it says above names the cause.")
+    assert str(told.value).endswith("see its output above.")
 
 
 @pytest.mark.parametrize(("words", "part"), [([], "stack"), (["--foundation"], "foundation")])
@@ -489,13 +488,13 @@ def test_destroy_shows_asks_undeploys_and_then_removes(
 ):
     images = keep_images(here)
     seen = []
-    run = infra.Running.run
+    run = infra.run_to_end
 
-    def watch(running, command, *rest):
+    def watch(command, *rest):
         seen.append((command[2], served(vertex)))
-        return run(running, command, *rest)
+        return run(command, *rest)
 
-    monkeypatch.setattr(infra.Running, "run", watch)
+    monkeypatch.setattr(infra, "run_to_end", watch)
     launch(monkeypatch, "destroy", typed=PROJECT)
     assert seen == [("init", ["1", "2"]), ("plan", ["1", "2"]), ("apply", [])]
     plan = here / "build" / "terraform" / "dev" / "stack" / "destroy.plan"
@@ -513,10 +512,10 @@ def test_destroy_shows_asks_undeploys_and_then_removes(
     ]
     assert served(vertex, PROD) == ["1", "2"]
     said = capfd.readouterr().out
-    assert "This removes what serves in dev. To go on, type the project's id, my-project: " in said
+    assert "This removes the endpoint of dev. Type the project's ID, my-project, to continue: " in said
     assert (
         said.index("terraform plan -destroy speaks")
-        < said.index("To go on")
+        < said.index("to continue")
         < said.index("What remains in my-project")
     )
 
@@ -564,7 +563,7 @@ def test_where_no_endpoint_is_left_destroy_goes_on(
     launch(monkeypatch, "destroy", "--yes")
     assert [words[1] for words in program.words] == ["init", "plan", "apply"]
     out, err = capsys.readouterr()
-    assert "there is no endpoint animals, so nothing is deployed" in err
+    assert "no endpoint animals: nothing to undeploy" in err
     assert "What remains in my-project" in out
 
 
@@ -597,7 +596,7 @@ def test_a_destroy_that_failed_is_typed_again(here, program, founded, vertex, mo
 def test_what_remains_is_listed(here):
     def lines(more):
         settings = load_settings(f"{os.environ['SET']} {more}")
-        said = infra.remains(resolve_environment(settings), settings)
+        said = infra.describe_remains(resolve_environment(settings), settings)
         return {line.split()[0]: line for line in said.splitlines() if line.startswith("  ")}
 
     plain = lines("")
@@ -608,8 +607,8 @@ def test_what_remains_is_listed(here):
     )
     assert f"gs://{STATE}" in plain["state"]
     assert "europe-west4-docker.pkg.dev/my-project/animals" in plain["images"]
-    assert "never removes a key ring" in lines("cloud.encryption=customer-managed")["keys"]
-    assert "bills by the hour" in lines("cloud.private=true")["network"]
+    assert "never deletes a key ring" in lines("cloud.encryption=customer-managed")["keys"]
+    assert "billed by the hour" in lines("cloud.private=true")["network"]
     theirs = "{dev: {project: my-project, existing: {network: projects/p/global/networks/theirs}}}"
     assert "network" not in lines(f"cloud.private=true 'cloud.environments={theirs}'")
 
@@ -624,14 +623,14 @@ def test_the_first_foundation_begins_here_and_moves_to_the_bucket(
     here, program, store, monkeypatch, capsys
 ):
     (store.root / STATE).rmdir()  # which the apply makes
-    run = infra.Running.run
+    run = infra.run_to_end
 
-    def make_bucket(running, command, *rest):
+    def make_bucket(command, *rest):
         if command[2] == "apply":
             store.create_bucket(STATE)
-        return run(running, command, *rest)
+        return run(command, *rest)
 
-    monkeypatch.setattr(infra.Running, "run", make_bucket)
+    monkeypatch.setattr(infra, "run_to_end", make_bucket)
     launch(monkeypatch, "foundation", "--yes")
     assert program.words == [
         ("foundation", "init", "-reconfigure", "-input=false"),
@@ -663,7 +662,7 @@ def test_the_first_foundation_begins_here_and_moves_to_the_bucket(
     assert not local_of(here).exists()
     assert not OVERRIDE.exists()
     assert (
-        f"The state is in gs://{STATE}/foundation/default.tfstate from now on."
+        f"The state is now in gs://{STATE}/foundation/default.tfstate."
         in capsys.readouterr().out
     )
     program.forget()
@@ -723,7 +722,7 @@ def test_a_failed_apply_moves_the_state_if_it_has_made_the_bucket(
         launch(monkeypatch, "foundation", "--yes")
     out, err = capfd.readouterr()
     assert "that account does not exist" in err
-    assert ("from now on" in out) == bucket
+    assert ("The state is now in" in out) == bucket
     assert [words[1:3] for words in program.words] == [
         ("init", "-reconfigure"),
         ("apply", "-auto-approve"),
@@ -762,7 +761,7 @@ def test_once_moved_the_bucket_counts(here, program, store, monkeypatch):
 def test_two_states_are_not_laid_over_each_other(here, program, founded, monkeypatch, content):
     local_of(here).parent.mkdir(parents=True)
     local_of(here).write_text(content)
-    with pytest.raises(UserError, match="are two states that know nothing of each other"):
+    with pytest.raises(UserError, match="are unrelated states"):
         launch(monkeypatch, "foundation", "--yes")
     assert program.calls == []
     assert local_of(here).read_text() == content
@@ -842,8 +841,8 @@ def test_grants_are_those_of_a_new_foundation_whatever_is_there(
     [
         ('{"terraform_version": "1.8.5"}', "terraform 1.8.5 is too old; it must be 1.9 or newer"),
         ('{"terraform_version": "0.15.0"}', "terraform 0.15.0 is too old"),
-        ("Terraform v0.11.14", "`terraform version` does not answer: Terraform v0.11.14"),
-        ("", "`terraform version` does not answer"),
+        ("Terraform v0.11.14", "invalid output of `terraform version -json`: Terraform v0.11.14"),
+        ("", "invalid output of `terraform version -json`"),
     ],
 )
 def test_a_terraform_that_will_not_do(here, program, monkeypatch, version, said):
@@ -864,7 +863,7 @@ def test_no_terraform(here, program, monkeypatch):
     monkeypatch.setenv("PATH", str(here))
     with pytest.raises(
         UserError,
-        match=r"terraform is not installed\. https://developer\.hashicorp\.com.*make toolbox",
+        match=r"terraform is not installed\. See https://developer\.hashicorp\.com.*make toolbox",
     ):
         launch(monkeypatch, "plan")
 

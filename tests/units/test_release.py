@@ -267,7 +267,7 @@ def test_what_is_released_is_noted_as_passed(pushed):
     pushed.publish()
     pushed.test()
     digest = pushed.images["train"].partition("@")[2]
-    address = release.builds.passed_address(pushed.environment, "train", digest)
+    address = release.builds.passed_uri(pushed.environment, "train", digest)
     assert storage.read(address) is None
     pushed.release()
     assert storage.read(address)[0] == b"1a2b\n"
@@ -526,4 +526,4 @@ def test_what_a_person_has_chosen_stays(serving):
 def test_level_1_by_hand_is_told_what_level_2_needs(pushed, monkeypatch):
     monkeypatch.setenv("SET", f"{DEV} cloud.environments.dev.bucket=my-bucket")
     with pytest.raises(UserError, match="make foundation"):
-        submit_build.level_2(pushed.environment)
+        submit_build.require_level_2(pushed.environment)

@@ -54,19 +54,19 @@ def test_a_private_pool_is_named():
 def test_a_build_bears_the_codes_version(project, git, monkeypatch):
     settings = load_settings()
     with pytest.raises(UserError, match="COMMIT=1a2b3c"):
-        submit_build.substitutions(settings, resolve_environment(settings))
+        submit_build.push_substitutions(settings, resolve_environment(settings))
     git("init")
     git("commit", "--allow-empty", "--message=first")
     assert (
         len(
-            submit_build.substitutions(settings, resolve_environment(settings))[
+            submit_build.push_substitutions(settings, resolve_environment(settings))[
                 "_COMMIT"
             ].partition("-")[0]
         )
         == 40
     )
     monkeypatch.setenv("COMMIT", "1a2b")
-    assert submit_build.substitutions(settings, resolve_environment(settings))["_COMMIT"] == "1a2b"
+    assert submit_build.push_substitutions(settings, resolve_environment(settings))["_COMMIT"] == "1a2b"
 
 
 def test_a_program_that_is_not_there_or_fails_is_told(tmp_path):
@@ -75,24 +75,23 @@ def test_a_program_that_is_not_there_or_fails_is_told(tmp_path):
     log = tmp_path / "logs" / "x.log"
     said = "print('more'); print('ERROR: (gcloud.builds.submit) it is off.'); print('end'); raise SystemExit(1)"
     with pytest.raises(
-        UserError, match=r"ERROR: \(gcloud.builds.submit\) it is off. The whole log: .*x.log"
+        UserError, match=r"ERROR: \(gcloud.builds.submit\) it is off. Log: .*x.log"
     ):
         submit_build.run([sys.executable, "-c", said], log)
     page = "print('Logs: https://console.cloud.google.com/cloud-build/builds/1?project=2'); raise SystemExit(1)"
     with pytest.raises(
         UserError,
-        match=r"Its page: https://console.cloud.google.com/cloud-build/builds/1\?project=2 ",
+        match=r"Build: https://console.cloud.google.com/cloud-build/builds/1\?project=2 ",
     ):
         submit_build.run([sys.executable, "-c", page], log)
     log.write_text("")
-    assert "it does not say why" in submit_build.last_words(log)
+    assert "no reason given" in submit_build.summarize(log)
 
 
 def test_a_toolbox_that_is_not_there_is_told():
     with pytest.raises(UserError, match="toolbox"):
-        submit_build.toolbox(
-            resolve_environment(load_settings())
-        )  # this copy of the project has none
+        # This copy of the project has no toolbox.sh.
+        submit_build.image_substitutions(resolve_environment(load_settings()), None)
 
 
 def test_a_job_for_the_functional_test_that_is_not_there_is_told_before_anything_is_built(
@@ -101,4 +100,4 @@ def test_a_job_for_the_functional_test_that_is_not_there_is_told_before_anything
     monkeypatch.setenv("COMMIT", "1a2b")
     monkeypatch.setenv("JOB_SPEC", "l5")
     with pytest.raises(UserError, match="no GPU job 'l5'"):
-        submit_build.substitutions(load_settings(), resolve_environment(load_settings()))
+        submit_build.push_substitutions(load_settings(), resolve_environment(load_settings()))

@@ -1,192 +1,293 @@
-"""The images of a push: each that the registry lacks is built in a build of its own, in parallel; the rest is left alone.
+"""Build the images that the registry lacks, each in a child build, in parallel.
 
-python -m level_2_cicd.builds [NAME …]                           make images: all; writes their digests to build/images.json
-python -m level_2_cicd.builds NAME --image ADDRESS --tag TAG     make image: builds one, here; Cloud Build pushes it
+python -m level_2_cicd.builds [NAME …]                        make images: digests go to build/images.json
+python -m level_2_cicd.builds NAME --image IMAGE --tag TAG    make image: build one image, in its child build
 
-An image's tag is a hash of what goes into it (level_1_pipeline.containers), so the registry itself tells what is missing. An environment
-with promote_from in project.yaml builds nothing: it copies what passed where it promotes from, byte for byte, so that what
-runs there is what was tried.
+A tag is a hash of the image's inputs (level_1_pipeline.containers), so an existing tag needs no
+build. An environment with `promote_from` copies the images that passed there instead of building.
 """
 
 import argparse
 import contextlib
 import json
-import sys
-from collections.abc import Mapping, Sequence
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
+from urllib.parse import urljoin
 
 from core import manifest
 from core.errors import UserError, run_command
 from core.paths import project_root
+from gcp import client as api
 from gcp import command_line, storage
 from gcp.environment import Environment, resolve_environment
+from gcp.pipeline_template import ask_registry
 from level_1_pipeline import containers, together
 from level_1_pipeline.containers import Container
-from level_2_cicd import image_registry, submit_build
+from level_2_cicd import submit_build
 from project.settings import Settings, load_settings
 
 DIGESTS = Path("build/images.json")
 LOGS = Path("build/images")
+# Manifests of Docker and OCI, for one platform or several.
+MANIFESTS = ", ".join(
+    f"application/vnd.{kind}+json"
+    for kind in (
+        "docker.distribution.manifest.v2",
+        "docker.distribution.manifest.list.v2",
+        "oci.image.manifest.v1",
+        "oci.image.index.v1",
+    )
+)
+CHUNK = 8 * 1024 * 1024
 
 
-def make(
-    wanted: Sequence[Container], settings: Settings, environment: Environment
+# ── images of a push ───────────────────────────────────────────────────────────────────────────
+def provide_images(
+    selection: Sequence[Container], settings: Settings, environment: Environment
 ) -> dict[str, str]:
-    """Let the environment's registry have the images; what can be had is had, also when another fails.
+    """Build or copy the missing images; one failure does not stop the others.
 
     Returns:
-        Container → its image by digest.
-
-    Raises:
-        UserError: tells every failure.
+        Container → image by digest.
     """
-    submit_build.level_2(environment)
-    source = (
-        resolve_environment(settings, environment.promote_from)
-        if environment.promote_from
-        else None
-    )
+    submit_build.require_level_2(environment)
+    source = environment.promote_from and resolve_environment(settings, environment.promote_from)
 
-    def make_one(container: Container) -> str:
+    def provide(container: Container) -> str:
         name = containers.image(container, environment.images)
-        there = image_registry.digest(name)
-        if there:
-            tell(f"= {container.name:<12} unchanged   {name}")
+        digest = find_digest(name)
+        if digest:
+            log(f"= {container.name:<12} unchanged   {name}")
         elif source:
-            there = promote(container, source, name)
+            digest = promote(container, source, name)
         else:
-            there = build_elsewhere(container, environment, name)
-        return f"{environment.images}/{container.name}@{there}"
+            digest = build(container, environment, name)
+        return f"{environment.images}/{container.name}@{digest}"
 
-    return together.gather({container.name: partial(make_one, container) for container in wanted})
+    return together.gather({one.name: partial(provide, one) for one in selection})
 
 
-def build_elsewhere(container: Container, environment: Environment, name: str) -> str:
-    """Build an image in a build of its own, which pushes it; returns its digest.
-
-    Raises:
-        UserError: the build failed, or the image is not there afterwards.
-    """
-    log = LOGS / f"{container.name}.log"
-    tell(f"▶ {container.name:<12} building …  (log: {log})")
-    told = submit_build.substitutions_of_image(environment, container)
-    problem: UserError | None = None
+def build(container: Container, environment: Environment, name: str) -> str:
+    """Build and push an image in a child build; return its digest."""
+    path = LOGS / f"{container.name}.log"
+    log(f"▶ {container.name:<12} building …  (log: {path})")
+    values = submit_build.image_substitutions(environment, container)
+    command = submit_build.submit_command(environment, submit_build.IMAGE, values)
+    failure: UserError | None = None
     try:
-        submit_build.run(submit_build.submit_command(environment, submit_build.IMAGE, told), log)
+        submit_build.run(command, path)
     except UserError as error:
-        problem = error  # or another build has sent the same image meanwhile, and tags never move
-    there = image_registry.digest(name)
-    if there is None:
-        raise problem or UserError(
-            f"the build succeeded, and {name} is not in the registry. Its log: {log}"
+        # Tags are immutable: the push fails if another build has pushed the same image meanwhile.
+        failure = error
+    digest = find_digest(name)
+    if digest is None:
+        raise failure or UserError(
+            f"the build succeeded, but {name} is not in the registry. Log: {path}"
         )
-    tell(f"↑ {container.name:<12} pushed      {name}@{there}")
-    return there
+    log(f"↑ {container.name:<12} pushed      {name}@{digest}")
+    return digest
 
 
 def promote(container: Container, source: Environment, name: str) -> str:
-    """Copy an image from the registry of another environment; returns its digest, which is the same.
-
-    Raises:
-        UserError: it is not there yet, or has not passed there.
-    """
-    passed = containers.image(container, source.images)
-    there = image_registry.digest(passed)
-    if there is None:
+    """Copy an image that passed in another environment; return its digest."""
+    image = containers.image(container, source.images)
+    digest = find_digest(image)
+    if digest is None:
         raise UserError(
-            f"{passed} is not there: this code has not been built in {source.environment} yet, and is built nowhere else. "
-            f"Push it there first, or type: make submit ENVIRONMENT={source.environment}"
+            f"{image} not found: this code has not been built in {source.environment} yet. "
+            f"Push it there first, or run: make submit ENVIRONMENT={source.environment}"
         )
-    if storage.read(passed_address(source, container.name, there)) is None:
+    if storage.read(passed_uri(source, container.name, digest)) is None:
         raise UserError(
-            f"{passed} is there, and has not passed in {source.environment} yet: its tests and its functional test must, first. "
-            "When the build there has ended well, start this one again."
+            f"{image} has not passed in {source.environment} yet. Wait until its build there has "
+            "succeeded, then start this one again."
         )
-    tell(f"▶ {container.name:<12} copying from {source.environment} …")
-    copied = image_registry.copy(f"{source.images}/{container.name}@{there}", name)
-    tell(f"↑ {container.name:<12} copied      {name}@{copied}")
-    return copied
+    log(f"▶ {container.name:<12} copying from {source.environment} …")
+    copy_image(f"{source.images}/{container.name}@{digest}", name)
+    log(f"↑ {container.name:<12} copied      {name}@{digest}")
+    return digest
 
 
-def passed_address(environment: Environment, container: str, digest: str) -> str:
-    """Where an environment notes that an image has passed."""
+def passed_uri(environment: Environment, container: str, digest: str) -> str:
+    """URI of the record that an image passed all tests in an environment."""
     return f"{environment.builds}/passed/{container}/{digest.removeprefix('sha256:')}"
 
 
-def note_passed(images: Mapping[str, str], environment: Environment) -> None:
-    """Note that these images have passed all tests here: other environments may run them."""
+def record_passed(images: Mapping[str, str], environment: Environment) -> None:
+    """Record that images passed all tests: other environments may run them."""
     for container, image in images.items():
+        uri = passed_uri(environment, container, image.partition("@")[2])
         with contextlib.suppress(storage.Conflict):
-            address = passed_address(environment, container, image.partition("@")[2])
-            storage.write(address, f"{submit_build.commit()}\n".encode(), if_generation_match=0)
+            storage.write(uri, f"{submit_build.commit()}\n".encode(), if_generation_match=0)
 
 
 def build_here(container: Container, settings: Settings, address: str, tag: str) -> None:
-    """Build an image with this machine's Docker, under the name that it has in a registry; it is not pushed.
-
-    Raises:
-        UserError: the files here are not those of the tag, or Docker failed.
-    """
+    """Build an image with the local Docker; Cloud Build pushes it."""
     if container.tag() != tag:
         raise UserError(
-            f"the files that go into {container.name} make the tag {container.tag()} here, and {tag} is asked for: "
-            "what was sent is not what is meant. Does .gcloudignore leave out a file that goes in?"
+            f"the files of {container.name} have the tag {container.tag()}, expected {tag}: the "
+            "uploaded files differ. Does .gcloudignore exclude one of them?"
         )
     containers.build(container, f"{address}:{tag}", settings)
 
 
-def tell(line: str) -> None:
-    """A line of progress, written at once: others are written meanwhile."""
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
+def log(line: str) -> None:
+    """Print a line in one write, so that parallel builds do not mix lines."""
+    print(f"{line}\n", end="", flush=True)
 
 
-def keep(made: Mapping[str, str], environment: Environment) -> None:
-    """Write the digests to build/images.json, and beside the builds in the bucket."""
+def save_digests(images: Mapping[str, str], environment: Environment) -> None:
+    """Write the images by digest to build/images.json and to the bucket."""
     DIGESTS.parent.mkdir(exist_ok=True)
-    manifest.write_json(DIGESTS, dict(made))
-    content = (json.dumps(made, indent=2, sort_keys=True) + "\n").encode()
+    manifest.write_json(DIGESTS, dict(images))
+    content = (json.dumps(images, indent=2, sort_keys=True) + "\n").encode()
     storage.write(f"{environment.builds}/images.json", content)
 
 
-def read() -> dict[str, str]:
-    """What `keep` has written.
-
-    Raises:
-        UserError: it has not.
-    """
+def read_digests() -> dict[str, str]:
+    """Read build/images.json: container → image by digest."""
     if not DIGESTS.is_file():
-        raise UserError(f"there is no {DIGESTS}. Type first: make images")
-    return {
-        name: str(image)
-        for name, image in command_line.read_json(str(DIGESTS), str(DIGESTS)).items()
-    }
+        raise UserError(f"{DIGESTS} not found. Run first: make images")
+    images = command_line.read_json(str(DIGESTS), str(DIGESTS))
+    return {name: str(image) for name, image in images.items()}
 
 
+# ── the registry (Docker Registry HTTP API V2) ─────────────────────────────────────────────────
+def split_name(name: str) -> tuple[str, str]:
+    """Split an image's name into its repository's URL and a tag or digest."""
+    match = re.fullmatch(r"([^/]+)/([^@]+?)(?::([\w][\w.-]*)|@(sha256:[0-9a-f]{64}))", name)
+    if not match or containers.registry_of(name) == "docker.io":
+        raise UserError(
+            f"invalid image '{name}'; expected REGISTRY/NAME:TAG or REGISTRY/NAME@sha256:…"
+        )
+    host, repository, tag, digest = match.groups()
+    scheme = "http" if re.match(r"(localhost|127\.0\.0\.1)(:|$)", host) else "https"
+    return f"{scheme}://{host}/v2/{repository}", tag or digest
+
+
+def request_manifest(method: str, name: str, what: str, **options: Any) -> Any:
+    """Send a request for an image's manifest."""
+    repository, reference = split_name(name)
+    options.setdefault("headers", {"Accept": MANIFESTS})
+    return ask_registry(method, f"{repository}/manifests/{reference}", what, **options)
+
+
+def find_digest(name: str) -> str | None:
+    """Return the digest of an image in its registry; None if not found."""
+    try:
+        response = request_manifest("HEAD", name, f"looking for {name}")
+    except api.ApiError as error:
+        if error.code == 404:
+            return None
+        raise
+    return str(response.headers["Docker-Content-Digest"])
+
+
+def copy_image(source: str, target: str) -> None:
+    """Copy an image byte for byte; `docker push` would compress layers again: another digest.
+
+    Args:
+        source: REGISTRY/NAME@sha256:….
+        target: REGISTRY/NAME:TAG.
+    """
+    response = request_manifest("GET", source, f"reading {source}")
+    document = response.json()
+    if "manifests" in document:
+        raise UserError(f"{source} has several platforms; the project's images have one.")
+    for blob in (document["config"], *document["layers"]):
+        copy_blob(source, target, blob["digest"])
+    headers = {"Content-Type": response.headers["Content-Type"].partition(";")[0]}
+    what = f"copying {target}"
+    response = request_manifest("PUT", target, what, data=response.content, headers=headers)
+    digest = response.headers["Docker-Content-Digest"]
+    if digest != source.rpartition("@")[2]:
+        raise UserError(f"{what} changed its digest to {digest}; check the registry.")
+
+
+def copy_blob(source: str, target: str, digest: str) -> None:
+    """Copy a layer or an image's configuration, unless the target has it."""
+    repository, what = split_name(target)[0], f"copying {target}"
+
+    def find() -> bool | None:
+        try:
+            ask_registry("HEAD", f"{repository}/blobs/{digest}", what)
+        except api.ApiError as error:
+            if error.code == 404:
+                return None
+            raise
+        return True
+
+    def send() -> bool:
+        with tempfile.TemporaryDirectory() as folder:
+            blob = Blob(folder)
+            blob.download(f"{split_name(source)[0]}/blobs/{digest}", f"reading {source}")
+            uploads = f"{repository}/blobs/uploads/"
+            upload = urljoin(uploads, ask_registry("POST", uploads, what).headers["Location"])
+            upload += f"{'&' if '?' in upload else '?'}digest={digest}"
+            headers = {"Content-Type": "application/octet-stream"}
+            try:
+                ask_registry("PUT", upload, what, data=blob, headers=headers)
+            except api.ApiError as error:
+                if error.code != 404:
+                    raise
+                # A repeated request after a lost response: the upload is complete. Look again.
+                raise api.ApiError(str(error), 409, transient=False) from error
+        return True
+
+    api.get_or_create(find, send)
+
+
+class Blob:
+    """A file that requests can send again on a retry, without holding it in memory."""
+
+    def __init__(self, folder: str) -> None:
+        self.path = Path(folder, "blob")
+
+    def download(self, url: str, what: str) -> None:
+        """Fetch the content. The registry that receives it verifies its digest."""
+        response = ask_registry("GET", url, what, stream=True)
+        try:
+            with response, self.path.open("wb") as stream:
+                for chunk in response.iter_content(CHUNK):
+                    stream.write(chunk)
+        except Exception as error:
+            raise api.explain(error, what) from error
+
+    def __len__(self) -> int:
+        return self.path.stat().st_size
+
+    def __iter__(self) -> Iterator[bytes]:
+        with self.path.open("rb") as stream:
+            while chunk := stream.read(CHUNK):
+                yield chunk
+
+
+# ── command line ───────────────────────────────────────────────────────────────────────────────
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
-        prog="make images", description="Let the registry have the images of this code."
+        prog="make images", description="Build and push the images that the registry lacks."
     )
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="a container, such as train; otherwise all"
-    )
-    parser.add_argument("--image", help="build one image here, for this address without a tag")
-    parser.add_argument("--tag", help="with --image: the tag that its files must make")
-    asked = parser.parse_args()
+    parser.add_argument("names", nargs="*", metavar="NAME", help="containers; default: all")
+    parser.add_argument("--image", help="build one image locally, with this name without a tag")
+    parser.add_argument("--tag", help="with --image: the expected tag")
+    options = parser.parse_args()
     settings = load_settings()
-    wanted = containers.find(project_root(), asked.names)
-    if asked.image or asked.tag:
-        if not (asked.image and asked.tag and len(wanted) == 1):
-            raise UserError("to build one image here: make image NAME=train IMAGE=ADDRESS TAG=TAG")
-        build_here(wanted[0], settings, asked.image, asked.tag)
+    selection = containers.find(project_root(), options.names)
+    if options.image or options.tag:
+        if not (options.image and options.tag and len(selection) == 1):
+            raise UserError("expected one container: make image NAME=train IMAGE=IMAGE TAG=TAG")
+        build_here(selection[0], settings, options.image, options.tag)
         return
     environment = resolve_environment(settings)
-    made = make(wanted, settings, environment)
-    if not asked.names:
-        keep(made, environment)
-        print(f"{DIGESTS}: {len(made)} images by digest")
+    images = provide_images(selection, settings, environment)
+    if not options.names:
+        save_digests(images, environment)
+        print(f"{DIGESTS}: {len(images)} images by digest")
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def publish(settings: Settings, environment: Environment) -> dict[str, Any]:
     if not csv.startswith("gs://"):
         csv = rows.upload(environment, rows.find(settings))
     commit = kfp_compile.version_of_code(submit_build.commit(), needed=True)
-    images = builds.read()
+    images = builds.read_digests()
     made = kfp_compile.make(settings, environment, images, csv, commit)
     current = pipeline_version.read_current(environment)
     began = (
@@ -260,7 +260,7 @@ def release(environment: Environment) -> str:
     """
     told, found = publication(environment)
     before = pipeline_version.read_current(environment)
-    builds.note_passed(builds.read(), environment)
+    builds.record_passed(builds.read_digests(), environment)
     if not pipeline_version.is_later(told, before):
         return overtaken(before)
     done = []
@@ -376,7 +376,7 @@ def main() -> None:
     asked = parser.parse_args()
     settings = load_settings()
     environment = resolve_environment(settings)
-    submit_build.level_2(environment)
+    submit_build.require_level_2(environment)
     if asked.what == "publish":
         told = publish(settings, environment)
         PUBLICATION.parent.mkdir(exist_ok=True)

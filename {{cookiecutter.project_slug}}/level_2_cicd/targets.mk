@@ -73,7 +73,7 @@ image: setup
 # Store a software bill of materials (SBOM) of each image.
 .PHONY: sbom
 sbom: setup
-	@$(RUN_PYTHON) -m level_2_cicd.image_contents
+	@$(RUN_PYTHON) -m level_2_cicd.sbom
 
 # Compile the pipeline and publish it with its parameters; no event uses it yet.
 .PHONY: publish

@@ -12,13 +12,17 @@ from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 from gcp import storage
 from gcp.environment import resolve_environment
-from level_2_cicd import image_contents
-from level_2_cicd.image_contents import Package
+from level_2_cicd import sbom
 from level_2_cicd.rehearsal.storage import FakeStorage
+from packageurl import PackageURL
 from project.settings import load_settings
 
 IMAGE = f"example.com/demo/predict@sha256:{'1' * 64}"
 HELD = [["deb", "libc6", "2.36-9+deb12u9"], ["pypi", "typing_extensions", "4.16.0"]]
+PACKAGES = [
+    PackageURL("deb", "debian", "libc6", "2.36-9+deb12u9"),
+    PackageURL("pypi", None, "typing_extensions", "4.16.0"),
+]
 
 
 @pytest.fixture
@@ -46,7 +50,7 @@ def environment(tmp_path, project, monkeypatch):
 
 
 def test_the_list_is_what_cyclonedx_says_and_names_every_package():
-    text = image_contents.document("predict", IMAGE, [Package(*one) for one in HELD])
+    text = sbom.format_sbom("predict", IMAGE, PACKAGES)
     assert JsonStrictValidator(SchemaVersion.V1_5).validate_str(text) is None
     found = json.loads(text)
     assert (
@@ -65,8 +69,8 @@ def test_each_image_is_asked_once_and_its_list_lies_beside_the_builds(docker, en
         "predict": IMAGE,
         "train": IMAGE.replace("predict", "train").replace("1" * 64, "2" * 64),
     }
-    image_contents.keep(images, environment)
-    image_contents.keep(images, environment)
+    sbom.store_sboms(images, environment)
+    sbom.store_sboms(images, environment)
     told = sorted((docker / "told").read_text().splitlines())
     assert told == [
         f"run --rm --network=none --read-only --entrypoint=python {image}"
@@ -80,14 +84,14 @@ def test_each_image_is_asked_once_and_its_list_lies_beside_the_builds(docker, en
 def test_every_image_that_cannot_be_had_is_told(docker, environment):
     (docker / "answer").unlink()
     with pytest.raises(UserError) as told:
-        image_contents.keep({"predict": IMAGE, "train": IMAGE}, environment)
-    assert str(told.value).count("does not say what it holds: no such image") == 2
-    assert storage.generation(image_contents.address(environment, "predict", IMAGE)) is None
+        sbom.store_sboms({"predict": IMAGE, "train": IMAGE}, environment)
+    assert str(told.value).count("cannot list the packages of") == 2
+    assert storage.generation(sbom.sbom_uri(environment, "predict", IMAGE)) is None
 
 
 def test_what_runs_in_the_image_tells_of_this_environment():
     done = subprocess.run(
-        [sys.executable, "-c", image_contents.ASK], capture_output=True, text=True, check=True
+        [sys.executable, "-c", sbom.LIST_PACKAGES], capture_output=True, text=True, check=True
     )
     found = {(kind, name): version for kind, name, version in json.loads(done.stdout)}
     assert found["pypi", "pytest"] == pytest.__version__
