@@ -141,7 +141,9 @@ class Cloud:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("COMMIT", COMMIT)
                 patch.setenv("JOB_SPEC", "cpu")
-                told = submit_build.push_substitutions(settings, resolve_environment(settings, "dev"))
+                told = submit_build.push_substitutions(
+                    settings, resolve_environment(settings, "dev")
+                )
         shutil.rmtree(
             self.project / "build", ignore_errors=True
         )  # each build begins with an empty workspace

@@ -116,8 +116,9 @@ def test_steps_get_no_secrets(name: str) -> None:
 
 # ── steps ──────────────────────────────────────────────────────────────────────────────────────
 def targets() -> set[str]:
-    """The targets of the project's Makefile."""
-    text = (PROJECT / "Makefile").read_text(encoding="utf-8")
+    """The targets of the project's Makefile and of the files that it includes."""
+    paths = [PROJECT / "Makefile", *PROJECT.glob("level_*/targets.mk")]
+    text = "".join(path.read_text(encoding="utf-8") for path in paths)
     return {
         name for line in re.findall(r"^\.PHONY: (.*)$", text, re.MULTILINE) for name in line.split()
     }

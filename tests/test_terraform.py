@@ -812,7 +812,10 @@ def test_state_moves_from_this_machine_to_the_bucket(
             store.create_bucket(f"my-project-dev-digit-reader-{bucket}")
         first = launch("foundation", "--yes")
         assert first.returncode == 0, first.stderr
-        assert "is now in gs://my-project-dev-digit-reader-terraform/foundation/default.tfstate" in first.stdout
+        assert (
+            "is now in gs://my-project-dev-digit-reader-terraform/foundation/default.tfstate"
+            in first.stdout
+        )
         state = (
             tmp_path
             / "buckets"

@@ -103,7 +103,7 @@ def test_the_table(cloud: Cloud) -> None:
     ), "training code"
     assert served(cloud) == before
 
-    edit(project / "src" / "predictor" / "app.py", "import", "# another answer\nimport")
+    edit(project / "src" / "predictor" / "server.py", "import", "# another answer\nimport")
     assert effect(cloud) == Effect(("predict",), ("predict",), published=True, redeployed=1), (
         "predictor"
     )

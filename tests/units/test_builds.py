@@ -218,7 +218,7 @@ def test_an_image_is_built_only_from_the_files_that_are_meant(sources, monkeypat
     [predict] = containers.find(sources, ["predict"])
     builds.build_here(predict, load_settings(), "example.com/predict", predict.tag())
     assert built == [f"example.com/predict:{predict.tag()}"]
-    (sources / "src" / "predictor" / "app.py").write_text("# another\n")
+    (sources / "src" / "predictor" / "server.py").write_text("# another\n")
     with pytest.raises(UserError, match="gcloudignore"):
         builds.build_here(
             predict, load_settings(), "example.com/predict", built[0].rpartition(":")[2]

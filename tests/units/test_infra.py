@@ -512,7 +512,9 @@ def test_destroy_shows_asks_undeploys_and_then_removes(
     ]
     assert served(vertex, PROD) == ["1", "2"]
     said = capfd.readouterr().out
-    assert "This removes the endpoint of dev. Type the project's ID, my-project, to continue: " in said
+    assert (
+        "This removes the endpoint of dev. Type the project's ID, my-project, to continue: " in said
+    )
     assert (
         said.index("terraform plan -destroy speaks")
         < said.index("to continue")
@@ -662,8 +664,7 @@ def test_the_first_foundation_begins_here_and_moves_to_the_bucket(
     assert not local_of(here).exists()
     assert not OVERRIDE.exists()
     assert (
-        f"The state is now in gs://{STATE}/foundation/default.tfstate."
-        in capsys.readouterr().out
+        f"The state is now in gs://{STATE}/foundation/default.tfstate." in capsys.readouterr().out
     )
     program.forget()
     launch(monkeypatch, "foundation", "--yes")
@@ -875,7 +876,7 @@ def test_no_terraform(here, program, monkeypatch):
         (
             "dev",
             "{dev: {project: my-project, bucket: my-bucket}}",
-            "cloud.environments.dev.bucket in project.yaml names a bucket",
+            "cloud.environments.dev.bucket in project.yaml names a manually created bucket",
         ),
         ("dev", "{dev: {project: ''}}", "cloud.environments.dev.project in project.yaml is empty"),
         (

@@ -66,7 +66,10 @@ def test_a_build_bears_the_codes_version(project, git, monkeypatch):
         == 40
     )
     monkeypatch.setenv("COMMIT", "1a2b")
-    assert submit_build.push_substitutions(settings, resolve_environment(settings))["_COMMIT"] == "1a2b"
+    assert (
+        submit_build.push_substitutions(settings, resolve_environment(settings))["_COMMIT"]
+        == "1a2b"
+    )
 
 
 def test_a_program_that_is_not_there_or_fails_is_told(tmp_path):
@@ -74,9 +77,7 @@ def test_a_program_that_is_not_there_or_fails_is_told(tmp_path):
         submit_build.run(["no-such-program"])
     log = tmp_path / "logs" / "x.log"
     said = "print('more'); print('ERROR: (gcloud.builds.submit) it is off.'); print('end'); raise SystemExit(1)"
-    with pytest.raises(
-        UserError, match=r"ERROR: \(gcloud.builds.submit\) it is off. Log: .*x.log"
-    ):
+    with pytest.raises(UserError, match=r"ERROR: \(gcloud.builds.submit\) it is off. Log: .*x.log"):
         submit_build.run([sys.executable, "-c", said], log)
     page = "print('Logs: https://console.cloud.google.com/cloud-build/builds/1?project=2'); raise SystemExit(1)"
     with pytest.raises(

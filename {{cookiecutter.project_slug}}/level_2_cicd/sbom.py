@@ -41,7 +41,7 @@ def list_packages(image: str) -> list[PackageURL]:
     options = ["--rm", "--network=none", "--read-only", "--entrypoint=python"]
     command = ["docker", "run", *options, image, "-c", LIST_PACKAGES]
     try:
-        result = subprocess.run(command, capture_output=True, text=True)
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         raise UserError("docker is not installed: see docs.docker.com/engine/install") from None
     if result.returncode != 0:

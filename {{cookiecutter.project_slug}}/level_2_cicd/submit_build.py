@@ -142,14 +142,14 @@ def run(command: list[str], log: Path | None = None) -> None:
         if log:
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("w", encoding="utf-8") as stream:
-                result = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT)
+                code = subprocess.call(command, stdout=stream, stderr=subprocess.STDOUT)
         else:
-            result = subprocess.run(command)
+            code = subprocess.call(command)
     except FileNotFoundError:
         raise UserError(
             f"{command[0]} is not installed: see cloud.google.com/sdk/docs/install"
         ) from None
-    if result.returncode != 0:
+    if code != 0:
         reason = summarize(log) if log else "see its output above."
         raise UserError(f"`{' '.join(command[:3])}` failed; {reason}")
 
@@ -166,9 +166,7 @@ def summarize(log: Path) -> str:
 
 
 # ── a trigger for each container ───────────────────────────────────────────────────────────────
-def list_triggers(
-    environment: Environment, settings: Settings, root: Path
-) -> list[dict[str, Any]]:
+def list_triggers(environment: Environment, settings: Settings, root: Path) -> list[dict[str, Any]]:
     """Describe a trigger for each container: a push that changes its files builds its image."""
     if settings.cloud.ci != "cloud-build":
         raise UserError(
