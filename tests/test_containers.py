@@ -212,7 +212,7 @@ def test_named_ones_are_built_alone_and_an_unknown_name_builds_nothing(
     text = module.read_text(encoding="utf-8")
     module.write_text(text + "# changed\n", encoding="utf-8")  # it goes into all
     try:
-        assert f"there are {', '.join(NAMES)}." in one_line(project.build("deploy", "trian"))
+        assert f"expected: {', '.join(NAMES)}." in one_line(project.build("deploy", "trian"))
         printed = project.built("--print").split()
         assert project.images() == before
         project.built("deploy")
@@ -898,8 +898,8 @@ def test_a_registry_that_does_not_answer_or_refuses_is_told_in_one_line(
     nobody.write_text("")
     with registry(folder, auth={"htpasswd": {"realm": "here", "path": str(nobody)}}) as refusing:
         for address, message in (
-            (dead, f"{dead} does not answer"),
-            (refusing, "the registry refuses you"),
+            (dead, f"no response from the registry {dead}"),
+            (refusing, "the registry denied access"),
         ):
             project.set('registry: ""', f'registry: "{address}/{project.folder.name}"')
             try:
@@ -921,11 +921,11 @@ def test_a_base_image_or_an_index_that_cannot_be_reached_is_told_for_what_it_is(
             "deploy", PIP_INDEX_URL=f"http://{dead}/simple", BUILD_NETWORK="host", PIP_RETRIES="0"
         )
     )
-    assert "the Python packages cannot be had" in told
+    assert "the Python packages cannot be downloaded" in told
     copy.set("mirrors: {}", f'mirrors: {{base_images: "{dead}"}}')
-    assert f"{dead} does not answer" in one_line(copy.build("deploy"))
+    assert f"no response from the registry {dead}" in one_line(copy.build("deploy"))
 
 
 def test_without_docker_one_line_tells_the_way_around(project: Project, tmp_path: Path) -> None:
     assert "Docker is not installed" in one_line(project.build(PATH=str(tmp_path)))
-    assert "engine does not run" in one_line(project.build(DOCKER_HOST="unix:///nowhere.sock"))
+    assert "daemon is not running" in one_line(project.build(DOCKER_HOST="unix:///nowhere.sock"))

@@ -81,7 +81,7 @@ def test_a_mistake_in_the_data_is_one_message_from_inside_the_container(
     )
     done = level1(RUNNER="docker", SET="data.source=bad.csv data.label=label")
     assert done.returncode == 2
-    assert "step 'preprocess' failed; the champion is what it was" in done.stderr
+    assert "step 'preprocess' failed; the champion is unchanged" in done.stderr
     assert "'lonely' occurs only once" in done.stderr
     assert "Traceback" not in done.stderr
     story = json.loads((newest_run(project) / "story.json").read_text())
@@ -94,11 +94,11 @@ def test_an_unknown_runner_and_an_engine_that_does_not_answer_are_told(
     done = level1(RUNNER="podman")
     assert (done.returncode, done.stderr) == (
         2,
-        "error: RUNNER=podman: there are local, docker, vertex; for example make level1 RUNNER=docker\n",
+        "error: RUNNER=podman: expected local, docker, vertex; for example make level1 RUNNER=docker\n",
     )
     done = level1(RUNNER="docker", DOCKER_HOST="unix:///nowhere.sock")
     assert done.returncode == 2
-    assert "Docker's engine does not run" in done.stderr
+    assert "the Docker daemon is not running" in done.stderr
     assert "Traceback" not in done.stderr
 
 

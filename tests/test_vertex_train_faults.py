@@ -196,9 +196,9 @@ def test_several_at_once_leave_one_job(vertex: FakeVertex, round: int) -> None:
     together = threading.Barrier(3)
 
     def one() -> None:
-        jobs = Jobs(request(f"run-{round}", 1), Stop())
+        jobs = Jobs(request(f"run-{round}", 1), Stop(), QUICK)
         together.wait()
-        endings.append(training_job.first_with_a_machine(jobs, QUICK))
+        endings.append(training_job.run_until_capacity(jobs))
 
     threads = [threading.Thread(target=one) for _ in range(3)]
     for thread in threads:
@@ -315,7 +315,7 @@ def test_the_container_trains(image: str, vertex: FakeVertex, tmp_path: Path) ->
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "no machine: " in done.stdout
+    assert "no capacity: " in done.stdout
     assert states(vertex) == ["FAILED", "SUCCEEDED"]
 
 
@@ -336,16 +336,17 @@ def test_the_container_is_stopped(image: str, vertex: FakeVertex, tmp_path: Path
 
 STEP = """
 import json, sys
-sys.path.insert(0, "{source}")
-from level_1_pipeline import vertex_step
-print(json.dumps(vertex_step.component("image").component_spec.implementation.container.command))
+sys.path[:0] = ["{root}", "{root}/src"]
+from level_1_pipeline import component, pipeline
+step = component.component(pipeline.vertex_train, "image")
+print(json.dumps(step.component_spec.implementation.container.command))
 """
 
 
 def step(run: str) -> list[str]:
     """kfp's own command of the pipeline's step, and what kfp's executor, which the image must hold, is told."""
     done = subprocess.run(
-        [sys.executable, "-c", STEP.format(source=FOLDER / "src")],
+        [sys.executable, "-c", STEP.format(root=FOLDER)],
         capture_output=True,
         text=True,
         check=True,

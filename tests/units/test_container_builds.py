@@ -3,6 +3,8 @@
 import os
 import shutil
 import stat
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -54,7 +56,6 @@ REBUILT = [
     ("level_2_cicd/vertex_train_container/main.py", {"vertex_train"}),
     ("level_2_cicd/kfp_run_container/main.py", {"kfp_run"}),
     ("level_1_pipeline/deploy_container/main.py", {"deploy"}),
-    ("level_1_pipeline/vertex_step.py", {"kfp_compile"}),  # the pipeline's own text holds the step
     ("requirements/train.txt", {"train"}),
     ("requirements/torch.txt", {"train"}),
     ("requirements/predict.txt", {"predict"}),
@@ -120,7 +121,8 @@ def test_another_torch_or_platform_is_another_training_image(copy, monkeypatch):
 def test_a_listed_file_that_is_not_there_is_told(copy):
     (copy / "requirements/train.txt").unlink()
     with pytest.raises(
-        UserError, match=r"train_container/Dockerfile\.dockerignore names requirements/train\.txt"
+        UserError,
+        match=r"train_container/Dockerfile\.dockerignore: requirements/train\.txt not found",
     ):
         tags(copy)
 
@@ -128,7 +130,7 @@ def test_a_listed_file_that_is_not_there_is_told(copy):
 def test_an_unknown_container_is_told_with_those_that_are_there():
     with pytest.raises(
         UserError,
-        match=r"no container trian; there are deploy, kfp_compile, kfp_run, predict, train, ",
+        match=r"unknown container trian; expected: deploy, kfp_compile, kfp_run, predict, train, ",
     ):
         containers.find(ROOT, ["train", "trian"])
 
@@ -149,7 +151,7 @@ def test_an_unknown_container_is_told_with_those_that_are_there():
         ),
         (
             "dial tcp 127.0.0.1:5000: connect: connection refused",
-            "europe-docker.pkg.dev does not answer",
+            "no response from the registry europe-docker.pkg.dev",
         ),
         (
             "python:3.11-slim: failed to resolve source metadata for docker.io/library/python:3.11-slim",
@@ -191,14 +193,14 @@ def test_where_packages_come_from_is_handed_over_as_secrets(own_root, monkeypatc
 def test_images_go_to_the_registry_of_the_settings_or_of_the_cloud():
     project = "cloud.environments.dev.project=my-project"
     assert (
-        containers.chosen_registry(load_settings(f"containers.registry=localhost:5000/x {project}"))
+        containers.push_registry(load_settings(f"containers.registry=localhost:5000/x {project}"))
         == "localhost:5000/x"
     )
-    assert containers.chosen_registry(load_settings(project)).endswith(
+    assert containers.push_registry(load_settings(project)).endswith(
         f"-docker.pkg.dev/my-project/{load_settings('').name}"
     )
-    with pytest.raises(UserError, match=r"--push: where to\? Set containers\.registry"):
-        containers.chosen_registry(load_settings(""))
+    with pytest.raises(UserError, match=r"--push: no registry\. Set containers\.registry"):
+        containers.push_registry(load_settings(""))
 
 
 def test_certificates_that_are_not_there_are_told_by_their_setting():
@@ -234,3 +236,58 @@ def test_a_digest_is_found_as_docker_writes_it(name, monkeypatch):
     assert containers.digest_of(name) == "sha256:abc"
     with pytest.raises(UserError, match="no digest"):
         containers.digest_of("user/missing:1")
+
+
+# ── run_parallel ────────────────────────────────────────────────────────────────────────────────
+def fail(message):
+    """Raise."""
+    raise UserError(message)
+
+
+def test_run_parallel_returns_results_in_the_order_of_their_names():
+    barrier, told = threading.Barrier(3, timeout=30), []
+
+    def call(number):
+        barrier.wait()  # breaks where one waits for another
+        time.sleep((3 - number) * 0.01)
+        return number
+
+    made = containers.run_parallel(
+        {name: lambda number=number: call(number) for number, name in enumerate("cab")}, told.append
+    )
+    assert made == {"c": 0, "a": 1, "b": 2}
+    assert told == [0, 1, 2]
+
+
+def test_every_failure_is_reported_and_the_others_finish():
+    done = []
+    work = {
+        "a": lambda: fail("no Docker"),
+        "b": lambda: 2,
+        "c": lambda: fail("no Docker"),
+        "d": lambda: fail("no space"),
+    }
+    with pytest.raises(UserError) as told:
+        containers.run_parallel(work, done.append)
+    assert str(told.value) == "a, c: no Docker\n       d: no space"
+    assert done == [2]
+
+
+def test_another_exception_passes_through_when_the_others_have_ended():
+    ended, done = threading.Event(), threading.Event()
+
+    def last():
+        ended.wait(30)
+        done.set()
+
+    def broken():
+        ended.set()
+        raise KeyError("a mistake of ours")
+
+    with pytest.raises(KeyError, match="a mistake of ours"):
+        containers.run_parallel({"broken": broken, "last": last})
+    assert done.is_set()
+
+
+def test_run_parallel_of_nothing():
+    assert containers.run_parallel({}) == {}

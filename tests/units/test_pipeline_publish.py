@@ -255,7 +255,7 @@ def test_compiling_refuses_an_image_without_a_digest(missing, tmp_path):
     images = {**DIGESTS, missing: "example.com/image:latest"}
     with pytest.raises(
         UserError,
-        match=rf"the image of {missing}_container is 'example\.com/image:latest': it must be",
+        match=rf"the image of {missing}_container is 'example\.com/image:latest'; expected",
     ):
         pipeline_compiler.compile_for_cloud(images, tmp_path / "pipeline.yaml")
     assert not (tmp_path / "pipeline.yaml").exists()

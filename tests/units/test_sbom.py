@@ -85,7 +85,8 @@ def test_every_image_that_cannot_be_had_is_told(docker, environment):
     (docker / "answer").unlink()
     with pytest.raises(UserError) as told:
         sbom.store_sboms({"predict": IMAGE, "train": IMAGE}, environment)
-    assert str(told.value).count("cannot list the packages of") == 2
+    assert str(told.value).startswith("predict, train: ")
+    assert "cannot list the packages of" in str(told.value)
     assert storage.generation(sbom.sbom_uri(environment, "predict", IMAGE)) is None
 
 

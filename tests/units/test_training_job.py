@@ -20,7 +20,6 @@ from google.protobuf import json_format
 from kfp import dsl
 from kfp.dsl import Dataset, Model
 from level_1_pipeline import compile as pipeline_compiler
-from level_1_pipeline import vertex_step
 from level_2_cicd.rehearsal.storage import FakeStorage
 from level_2_cicd.rehearsal.vertex import FakeVertex
 from level_2_cicd.vertex_train_container import main as vertex_train_main
@@ -169,7 +168,7 @@ def test_the_pipelines_step_sends_a_job_with_the_runs_key_and_labels(
     vertex.set_outcome(state="SUCCEEDED", through=())
     rows, model = Dataset(uri="gs://bucket/rows"), Model(uri=OUTPUT)
     values = {"seed": 0.0, "threads": 2.0, "epochs": 3.0, "batch_size": 16.0, "learning_rate": 0.01}
-    vertex_step.vertex_train(values, [job()], pipeline_job, rows, model)
+    pipeline_compiler.load_definition().vertex_train(values, [job()], pipeline_job, rows, model)
     (sent,) = vertex.calls("customJobs.create")
     assert sent.encryption_spec.kms_key_name == KEY
     assert set(sent.labels) == {"event", "request", "attempt"}
@@ -182,16 +181,14 @@ def test_the_pipelines_step_sends_a_job_with_the_runs_key_and_labels(
 def test_hyperparameters_that_cannot_be_are_told_before_a_machine_is_rented(vertex, pipeline_job):
     values = {"seed": 0.0, "threads": 2.0, "epochs": 3.5, "batch_size": 16.0, "learning_rate": 0.01}
     with pytest.raises(UserError, match=r"epochs: .*integer"):
-        vertex_step.vertex_train(
+        pipeline_compiler.load_definition().vertex_train(
             values, [job()], pipeline_job, Dataset(uri="gs://bucket/rows"), Model(uri=OUTPUT)
         )
     assert vertex.calls("customJobs.create") == []
 
 
 def test_the_step_takes_the_place_of_the_laptops_one(tmp_path):
-    pipeline = pipeline_compiler.load_definition().make_pipeline(
-        "train", "deploy", vertex_step.component(IMAGE)
-    )
+    pipeline = pipeline_compiler.load_definition().make_pipeline("train", "deploy", IMAGE)
     compiled = json.loads(
         json_format.MessageToJson(
             pipeline_compiler.compile_pipeline(pipeline, tmp_path / "pipeline.yaml")
@@ -267,7 +264,7 @@ def test_want_of_a_machine_leads_to_the_next_job(vertex, bucket, capsys, code, m
         for job in vertex.calls("customJobs.create")
     ]
     assert sent == [("g2-standard-8", "1"), ("g2-standard-12", "2")]
-    assert f"no machine: {message}" in capsys.readouterr().out
+    assert f"no capacity: {message}" in capsys.readouterr().out
 
 
 def test_too_little_memory_is_no_want_of_a_machine(vertex, bucket):
@@ -289,7 +286,7 @@ def test_a_refused_quota_leads_to_the_next_job(vertex, bucket):
 
 def test_when_none_gets_a_machine_it_says_so(vertex, bucket):
     vertex.fail("customJobs.create", status=429, message=GPU_QUOTA, times=2)
-    with pytest.raises(UserError, match=r"the last of 2 jobs got no machine: .*make gpu-jobs"):
+    with pytest.raises(UserError, match=r"the last of 2 jobs got no capacity: .*make gpu-jobs"):
         train(request(2), QUICK)
     assert jobs_in(vertex) == []
 
@@ -308,7 +305,7 @@ def test_another_refusal_ends_it(vertex, bucket):
 
 def test_success_without_a_model_is_none(vertex, bucket):
     (bucket / "model.onnx").write_bytes(b"half")
-    with pytest.raises(UserError, match=r"left no model that is whole: .*model\.onnx"):
+    with pytest.raises(UserError, match=r"left no complete model: .*model\.onnx"):
         train(request(), QUICK)
 
 
@@ -318,7 +315,7 @@ def test_without_a_mount_the_model_is_checked_through_the_api(vertex, bucket, mo
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", storage.address)
         train(request(), QUICK)
         (bucket / "model.onnx").unlink()
-        with pytest.raises(UserError, match="left no model that is whole"):
+        with pytest.raises(UserError, match="left no complete model"):
             train(request(), QUICK)
 
 
@@ -560,7 +557,7 @@ def test_a_dry_run_prints_what_would_be_sent_and_sends_nothing(vertex):
     ("jobs", "problem"),
     [
         ("nowhere.json", "--jobs nowhere.json: cannot be read: No such file"),
-        ("[1]", "--jobs: should be a JSON list of jobs"),
+        ("[1]", "--jobs: expected a JSON list of jobs"),
         ("{", "--jobs: wants JSON, or a file"),
         ('[{"replicaCount": NaN}]', "--jobs: wants JSON.*NaN is no JSON number"),
     ],

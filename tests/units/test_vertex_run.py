@@ -201,7 +201,7 @@ def test_a_run_that_is_no_longer_followed_goes_on_and_status_asks_for_it(
         with pytest.raises(KeyboardInterrupt):
             pipeline_runner.main()
     (run,) = runs.all_runs()
-    assert f"The run goes on. make status RUN={run.name}" in capsys.readouterr().out
+    assert f"The run continues. `make status RUN={run.name}`" in capsys.readouterr().out
     assert runs.read_json(run.folder / "story.json")["state"] == "running"
     assert vertex.calls("pipelineJobs.cancel") == []
     texts = [status.story(run, registry()) for _ in range(4)]

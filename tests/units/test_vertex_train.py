@@ -150,7 +150,7 @@ def test_an_unknown_job_is_told(cloud, monkeypatch):
 
 def test_a_model_that_was_changed_on_its_way_is_not_kept(cloud, monkeypatch):
     (cloud.bucket / "pipeline-root" / "runs" / NAME / "model" / "model.onnx").write_bytes(b"half")
-    with pytest.raises(UserError, match="no model that is whole"):
+    with pytest.raises(UserError, match="no complete model"):
         train(monkeypatch)
     assert not (runs.runs_folder() / NAME / "model").exists()
 

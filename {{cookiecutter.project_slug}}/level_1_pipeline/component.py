@@ -1,20 +1,20 @@
-"""A step of the pipeline, made of a function."""
+"""Make a pipeline step of a function."""
 
 from collections.abc import Callable
 from typing import Any
 
 from kfp import dsl
 
-RUNS_PYTHON = "_KFP_RUNTIME=true python3 "  # in the shell command that kfp makes
+RUNS_PYTHON = "_KFP_RUNTIME=true python3 "  # in the shell command that kfp generates
 
 
 def component(function: Callable[..., Any], image: str) -> Any:
-    """The function as a step that runs in `image`, and is told when it is to stop.
+    """Return the function as a step that runs in `image` and receives SIGTERM.
 
-    kfp starts Python from a shell that waits for it. In a container that shell is the first process, which SIGTERM does
-    not end, and which hands it on to nobody: `exec` puts Python in its place.
+    kfp starts Python from a shell. In a container that shell is process 1, which ignores SIGTERM
+    and does not forward it; `exec` replaces it by Python.
     """
-    # The images hold kfp already: without this every step would begin by installing it.
+    # The images contain kfp; without this every step would begin by installing it.
     step = dsl.component(function, base_image=image, install_kfp_package=False)
     container = step.component_spec.implementation.container
     *before, shell, source = container.command

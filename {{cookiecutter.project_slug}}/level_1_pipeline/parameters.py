@@ -1,4 +1,4 @@
-"""The pipeline's parameters, all but the run's own name, as project.yaml has them: for this machine, and for the cloud."""
+"""The pipeline's parameters, from project.yaml; each run adds its own name."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -6,10 +6,11 @@ from typing import Any
 
 from core.paths import project_root
 from gcp.environment import Environment
+from level_1_pipeline.vertex import gpu_jobs
 from project.settings import Settings
 
-STEP_IMAGES = ("train", "deploy", "vertex_train")  # what the cloud's steps run in
-IMAGES = (*STEP_IMAGES, "predict")  # and what serves the model
+STEP_IMAGES = ("train", "deploy", "vertex_train")  # of the steps on Vertex AI
+IMAGES = (*STEP_IMAGES, "predict")  # and of the server
 
 
 def from_settings(
@@ -19,12 +20,11 @@ def from_settings(
     jobs: Sequence[Mapping[str, Any]] = (),
     serving: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The parameters.
+    """Return the parameters.
 
     Args:
-        csv, registry: a path or a gs:// address.
-        jobs: where to train; on this machine, none: the step trains by itself.
-        serving: where to serve; on this machine, nothing: a person types `make serve`.
+        csv, registry: paths or gs:// addresses.
+        jobs, serving: the custom training jobs and the endpoint; a local run has neither.
     """
     data, gate = settings.data, settings.gate
     return {
@@ -41,36 +41,21 @@ def from_settings(
         "margin": gate.margin,
         "registry": registry,
         "serving": dict(serving or {}),
-        "register": True,  # a build's functional test says False: it tries all steps, and the champion stays
+        "register": True,  # False in a build's functional test, which must not change the champion
     }
 
 
 def for_cloud(
     settings: Settings, environment: Environment, images: Mapping[str, str], csv: str
 ) -> dict[str, Any]:
-    """The parameters of a run in the cloud.
-
-    Args:
-        images: container → its image's address; train and predict are needed.
-        csv: the rows' gs:// address.
-
-    Raises:
-        UserError: a job of cloud.train.jobs is none, or cannot be had.
-    """
-    from level_1_pipeline.vertex import gpu_jobs
-
+    """Return the parameters of a run on Vertex AI; `images` must have train and predict."""
     jobs = gpu_jobs.chosen_jobs(settings, project_root(), environment, images["train"])
-    return from_settings(
-        settings, csv, environment.registry, jobs, serving(settings, environment, images["predict"])
-    )
+    endpoint = serving(settings, environment, images["predict"])
+    return from_settings(settings, csv, environment.registry, jobs, endpoint)
 
 
 def serving(settings: Settings, environment: Environment, image: str = "") -> dict[str, Any]:
-    """The endpoint and its machines, as the pipeline's last step takes them; see gcp.deployment.
-
-    Args:
-        image: the predictor's; a rollback needs none.
-    """
+    """Return the endpoint's parameters, see gcp.deployment; a rollback needs no image."""
     serve = settings.cloud.serve
     return {
         "project": environment.project,

@@ -1,9 +1,10 @@
 """The pipeline: preprocess → train → evaluate → gate → register.
 
-Each step is a plain function, made a component by `make_pipeline`, and calls the code of src/. The same definition runs
-on this machine (make level1), in containers and in the cloud; only the images, and the train and register steps, differ.
+Each step is a plain function that calls the code of src/; `make_pipeline` makes it a component.
+The same definition runs locally (make level1), in containers and on Vertex AI; only the images and
+the train step differ.
 
-A step's function must stand on its own: kfp copies its text, so imports are inside it.
+A step's function must stand on its own: kfp copies its source, so its imports are inside it.
 """
 
 from functools import partial
@@ -12,7 +13,7 @@ from typing import Any
 from kfp import dsl
 from kfp.dsl import Artifact, Dataset, Input, Metrics, Model, Output
 
-from level_1_pipeline import component
+from level_1_pipeline.component import component
 
 NAME = "train-and-register"
 
@@ -27,7 +28,7 @@ def preprocess(
     train_data: Output[Dataset],
     test_data: Output[Dataset],
 ) -> None:
-    """Check the CSV file and split it into rows to train on and rows to test on."""
+    """Check the CSV file and split it into training and test rows."""
     from pathlib import Path
 
     from core.paths import local_path
@@ -50,7 +51,7 @@ def preprocess(
 
 
 def train(hyperparameters: dict, train_data: Input[Dataset], model: Output[Model]) -> None:  # type: ignore[type-arg]
-    """Train on this step's own machine and save the model."""
+    """Train in this step and save the model."""
     from pathlib import Path
 
     from trainer.config import Hyperparameters
@@ -61,10 +62,27 @@ def train(hyperparameters: dict, train_data: Input[Dataset], model: Output[Model
     model.metadata["best_epoch"] = metrics["best_epoch"]
 
 
+def vertex_train(
+    hyperparameters: dict,  # type: ignore[type-arg]
+    jobs: list,  # type: ignore[type-arg]
+    pipeline_job: str,
+    train_data: Input[Dataset],
+    model: Output[Model],
+) -> None:
+    """Train in a custom training job and save the model: the train step on Vertex AI."""
+    from gcp.training_job import pipeline_request, train
+    from trainer.config import Hyperparameters
+
+    # Parsed here, so that a wrong value fails before a job is submitted.
+    options = Hyperparameters.from_parameter(hyperparameters)
+    args = ["--train", train_data.uri, "--hyperparameters", options.to_json()]
+    model.metadata.update(train(pipeline_request(pipeline_job, jobs, args, model.uri)))
+
+
 def evaluate(
     registry: str, test_data: Input[Dataset], model: Input[Model], scores: Output[Artifact]
 ) -> None:
-    """Score the challenger, and the champion if there is one, on the same test rows."""
+    """Score the challenger and the champion on the same test rows."""
     from pathlib import Path
 
     from core.manifest import write_json
@@ -86,19 +104,19 @@ def gate(
     scores: Input[Artifact],
     decision: Output[Metrics],
 ) -> bool:
-    """Good enough to be served? The reason goes into `decision`; a run that does not register answers no, whatever it finds."""
+    """Decide whether to register the challenger; always False with register=False."""
     import json
     from pathlib import Path
 
     from core.manifest import write_json
     from trainer.gate import decide, only_tested
 
-    decided = decide(json.loads(Path(scores.path).read_text()), metric, threshold, margin)
-    decided = decided if register else only_tested(decided)
-    write_json(Path(decision.path), decided.to_json())
-    decision.metadata.update(decided.to_json())
-    print(decided.reason)
-    return decided.passed
+    result = decide(json.loads(Path(scores.path).read_text()), metric, threshold, margin)
+    result = result if register else only_tested(result)
+    write_json(Path(decision.path), result.to_json())
+    decision.metadata.update(result.to_json())
+    print(result.reason)
+    return result.passed
 
 
 def register(
@@ -110,22 +128,22 @@ def register(
     decision: Input[Metrics],
     version: Output[Artifact],
 ) -> int:
-    """Register the challenger, and deploy it: make it the champion unless another run was faster."""
+    """Register the challenger and deploy it, unless the champion has changed meanwhile."""
     import json
     from pathlib import Path
 
     from core.manifest import write_json
     from gcp.deployment import deploy
 
-    measured = json.loads(Path(scores.path).read_text())
+    results = json.loads(Path(scores.path).read_text())
     reason = json.loads(Path(decision.path).read_text())["reason"]
     outcome = deploy(
         registry,
         Path(model.path),
-        measured["challenger"],
+        results["challenger"],
         run,
         reason,
-        measured["champion_version"],
+        results["champion_version"],
         serving,
     )
     write_json(Path(version.path), outcome)
@@ -134,25 +152,18 @@ def register(
 
 
 def make_pipeline(
-    train_image: str = "train",
-    deploy_image: str = "deploy",
-    train_step: Any = None,
+    train_image: str = "train", deploy_image: str = "deploy", vertex_train_image: str = ""
 ) -> Any:
-    """The pipeline, ready to run or to compile.
+    """Return the pipeline, ready to run or to compile.
 
     Args:
-        train_image, deploy_image: the images that the steps run in; not used where steps are processes of this machine.
-        train_step: a component that takes the place of the one here; the cloud's rents a machine for one of the pipeline's
-            `jobs`, and asks for the pipeline run's own name, of which the one here knows nothing.
+        train_image, deploy_image: the steps' images; unused where steps are local processes.
+        vertex_train_image: the image of the train step on Vertex AI; empty: train in the step.
     """
-    step = partial(component.component, image=train_image)
-    preprocess_step, evaluate_step, gate_step = (
-        step(preprocess),
-        step(evaluate),
-        step(gate),
-    )
-    train_step = train_step or step(train)
-    register_step = step(register, image=deploy_image)
+    step = partial(component, image=train_image)
+    preprocess_step, evaluate_step, gate_step = step(preprocess), step(evaluate), step(gate)
+    train_step = component(vertex_train, vertex_train_image) if vertex_train_image else step(train)
+    register_step = component(register, deploy_image)
 
     @dsl.pipeline(name=NAME, description="preprocess, train, evaluate, gate, register")
     def train_and_register(
@@ -180,14 +191,14 @@ def make_pipeline(
             test_share=test_share,
             split_seed=split_seed,
         )
-        for_cloud = {"jobs": jobs, "pipeline_job": dsl.PIPELINE_JOB_RESOURCE_NAME_PLACEHOLDER}
-        rented = {
-            name: value
-            for name, value in for_cloud.items()
-            if name in train_step.component_spec.inputs
-        }
+        # The laptop's step trains by itself: it needs neither the jobs nor the run's resource name.
+        vertex_only = (
+            {"jobs": jobs, "pipeline_job": dsl.PIPELINE_JOB_RESOURCE_NAME_PLACEHOLDER}
+            if vertex_train_image
+            else {}
+        )
         model = train_step(
-            hyperparameters=hyperparameters, train_data=rows.outputs["train_data"], **rented
+            hyperparameters=hyperparameters, train_data=rows.outputs["train_data"], **vertex_only
         ).outputs["model"]
         scores = evaluate_step(
             registry=registry, test_data=rows.outputs["test_data"], model=model
@@ -195,7 +206,8 @@ def make_pipeline(
         passed = gate_step(
             metric=metric, threshold=threshold, margin=margin, register=register, scores=scores
         )
-        # On this machine kfp runs a condition only on a step's sole, unnamed value: see docs/gotchas.md of the template.
+        # A local run evaluates a condition only on a step's single unnamed output; on a named one
+        # it is silently false.
         with dsl.If(passed.outputs["Output"] == True, name="the gate is open"):  # noqa: E712 (kfp reads the comparison)
             decision = passed.outputs["decision"]
             register_step(

@@ -1,7 +1,7 @@
-"""make level1: compiles the pipeline, runs it, and tells its story step by step.
+"""Compile the pipeline, run it and report each step: make level1.
 
-python -m level_1_pipeline.run        RUNNER=local: each step is a process here; RUNNER=docker: a container; RUNNER=vertex: see
-                                  level_1_pipeline.vertex.run
+RUNNER=local runs each step as a process of this environment, RUNNER=docker as a container;
+RUNNER=vertex: see level_1_pipeline.vertex.run.
 """
 
 import json
@@ -10,138 +10,152 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from core.errors import UserError, run_command
 from core.manifest import write_json
+from core.paths import project_root
 from core.registry import LocalRegistry
 from core.run_record import Step, Story, begin, show, summary
 from level_0_manual import notebooks
 from level_1_pipeline import compile as pipeline_compiler
-from level_1_pipeline import containers, kfp_docker, parameters
-from level_1_pipeline.vertex import rows
+from level_1_pipeline import containers, parameters
+from level_1_pipeline.vertex.train import source_csv
 from project import git, runs
 from project.runs import Run
-from project.settings import Settings, load_settings
+from project.settings import load_settings
 
+RUNNERS = {"local": "in this environment", "docker": "in containers", "vertex": "in the cloud"}
+# Lines of kfp's log.
 COLOUR = re.compile(r"\x1b\[\d+m")
 STARTED = re.compile(r"INFO - Executing task '([^']+)'")
 FINISHED = re.compile(r"- Task '([^']+)' finished with status (\w+)")
 LAST_LINES = 12
-
-
-def arguments(settings: Settings, run: Run, registry: Path) -> dict[str, Any]:
-    """The pipeline's parameters, from project.yaml.
-
-    Raises:
-        UserError: there is no such file, or no such column.
-    """
-    return {
-        **parameters.from_settings(settings, str(rows.find(settings)), str(registry)),
-        "run": run.name,
-    }
-
-
-RUNNERS = {"local": "in this environment", "docker": "in containers", "vertex": "in the cloud"}
+CHILD = "--execute"  # the option with which this program starts itself
 
 
 def choose_runner() -> str:
-    """Where the steps run, from the RUNNER variable.
+    """Read the RUNNER variable."""
+    runner = os.environ.get("RUNNER") or "local"
+    if runner not in RUNNERS:
+        raise UserError(
+            f"RUNNER={runner}: expected {', '.join(RUNNERS)}; for example make level1 RUNNER=docker"
+        )
+    if os.environ.get("DRY_RUN") and runner != "vertex":
+        raise UserError(
+            "DRY_RUN=1 prints what would be sent to the cloud, and "
+            f"RUNNER={runner} sends nothing: add RUNNER=vertex."
+        )
+    return runner
 
-    Raises:
-        UserError: there is no such runner, or it has no DRY_RUN.
+
+def docker_options(values: dict[str, Any], run: str) -> dict[str, Any]:
+    """Options of the steps' containers: this user, no network, no privileges, read-only root.
+
+    They see the CSV file, the registry and, as kfp mounts it, the run's folder.
     """
-    settings = os.environ.get("RUNNER") or "local"
-    if settings not in RUNNERS:
-        raise UserError(
-            f"RUNNER={settings}: there are {', '.join(RUNNERS)}; for example make level1 RUNNER=docker"
-        )
-    if os.environ.get("DRY_RUN") and settings != "vertex":
-        raise UserError(
-            f"DRY_RUN=1 shows what would be sent to the cloud, and RUNNER={settings} sends nothing: add RUNNER=vertex."
-        )
-    return settings
+    Path(values["registry"]).mkdir(parents=True, exist_ok=True)
+    # A rootless engine maps this user to root.
+    rootless = not hasattr(os, "getuid") or "rootless" in containers.docker(
+        "info", "--format", "{{.SecurityOptions}}"
+    )
+    return {
+        "mounts": {values["csv"]: True, values["registry"]: False},  # path → read only
+        "environment": {"CODE_VERSION": git.version()},
+        "user": "0:0" if rootless else f"{os.getuid()}:{os.getgid()}",
+        "labels": {"run": run},
+        "init": True,  # SIGTERM ends it, whatever the step does
+        "read_only": True,
+        "tmpfs": {"/tmp": ""},  # noqa: S108 (the container's own)
+        "network_mode": "none",
+        "cap_drop": ["ALL"],
+        "security_opt": ["no-new-privileges"],
+        "gpus": containers.torch_build() != "cpu",
+    }
+
+
+def execute(pipeline: str, arguments: str, root: str, docker: str = "") -> None:
+    """Run a compiled pipeline with kfp; `docker` is JSON of docker_options."""
+    from kfp import components, local
+
+    runner: Any = local.SubprocessRunner(use_venv=False)
+    if docker:
+        from docker.types import DeviceRequest, Mount
+
+        options = json.loads(docker)
+        mounts = [
+            Mount(path, path, type="bind", read_only=read_only)
+            for path, read_only in options.pop("mounts").items()
+        ]
+        gpus = [DeviceRequest(count=-1, capabilities=[["gpu"]])] if options.pop("gpus") else []
+        runner = local.DockerRunner(mounts=mounts, device_requests=gpus, **options)
+    local.init(runner, pipeline_root=root, raise_on_error=True)
+    values = json.loads(Path(arguments).read_text(encoding="utf-8"))
+    components.load_component_from_file(pipeline)(**values)
 
 
 def run_steps(
-    run: Run,
-    compiled: Path,
-    values: dict[str, Any],
-    story: Story,
-    docker: dict[str, Any] | None = None,
+    run: Run, compiled: Path, values: dict[str, Any], story: Story, docker: bool = False
 ) -> None:
-    """Run the compiled pipeline, and follow its steps.
-
-    Raises:
-        UserError: a step failed; names it and shows its last lines.
-    """
-    write_json(run.folder / "arguments.json", values)
-    root = run.folder / "steps"
-    command = [
-        sys.executable,
-        "-m",
-        "level_1_pipeline.kfp_local",
-        str(compiled),
-        str(run.folder / "arguments.json"),
-        str(root),
-    ]
+    """Run the compiled pipeline in a process of its own, and report its steps."""
+    arguments, log = run.folder / "arguments.json", run.folder / "pipeline.log"
+    write_json(arguments, values)
+    command = [sys.executable, "-m", "level_1_pipeline.run", CHILD]
+    command += [str(compiled), str(arguments), str(run.folder / "steps")]
     environment = {"CODE_VERSION": git.version(), **os.environ}
-    if docker is not None:
-        command.append(json.dumps(docker))
-        # kfp's client looks at this variable alone, where the command line also knows contexts.
+    if docker:
+        command.append(json.dumps(docker_options(values, run.name)))
+        # kfp's client reads only this variable; the docker command knows contexts too.
         environment["DOCKER_HOST"] = containers.engine()
+    pipe: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     try:
-        with subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
-            env=environment,
-        ) as process:
-            output = process.stdout
-            last = follow(iter(output) if output else iter(()), run.folder / "pipeline.log", story)
+        with subprocess.Popen(command, **pipe, encoding="utf-8", env=environment) as process:
+            last = follow(process.stdout or (), log, story)
     finally:
-        if docker is not None:
-            kfp_docker.remove(run.name)
+        if docker:  # a container outlives the process that started it
+            with suppress(UserError):  # no engine, no containers
+                left = containers.docker("ps", "--quiet", "--filter", f"label=run={run.name}")
+                if left:
+                    containers.docker("rm", "--force", *left.split())
     if process.returncode != 0:
-        failed = story.steps[-1] if story.steps else Step("start")
-        failed.state = "failed"
-        show(failed)
+        step = story.steps[-1] if story.steps else Step("start")
+        step.state = "failed"
+        show(step)
         raise UserError(
-            f"step '{failed.name}' failed; the champion is what it was.\n{explain(last)}\n"
-            f"The whole log: {run.folder / 'pipeline.log'}"
+            f"step '{step.name}' failed; the champion is unchanged.\n{explain(last)}\n"
+            f"The whole log: {log}"
         )
 
 
-def follow(lines: Iterator[str], log: Path, story: Story) -> list[str]:
-    """Keep the log, note each step's state and time, show the steps; returns the last lines of the last step."""
+def follow(lines: Iterable[str], log: Path, story: Story) -> list[str]:
+    """Write the log and record each step; return the last lines of the last step."""
     last: list[str] = []
-    began = time.monotonic()
-    with log.open("w", encoding="utf-8") as kept:
+    start = time.monotonic()
+    with log.open("w", encoding="utf-8") as stream:
         for coloured in lines:
             line = COLOUR.sub("", coloured.rstrip())
-            kept.write(line + "\n")
+            stream.write(line + "\n")
             if started := STARTED.search(line):
                 story.steps.append(Step(started[1]))
-                began, last = time.monotonic(), []
+                start, last = time.monotonic(), []
                 show(story.steps[-1])
             elif (finished := FINISHED.search(line)) and story.steps:
                 step = story.steps[-1]
-                step.seconds = round(time.monotonic() - began, 1)
+                step.seconds = round(time.monotonic() - start, 1)
                 step.state = "succeeded" if finished[2] == "SUCCESS" else "failed"
                 if step.state == "succeeded":
                     show(step)
-            elif line.strip() and (
-                not story.steps or story.steps[-1].state == "running"
-            ):  # afterwards kfp speaks
+            # What follows a finished step is kfp's own output.
+            elif line.strip() and (not story.steps or story.steps[-1].state == "running"):
                 last = [*last, line.strip()][-LAST_LINES:]
     return last
 
 
 def explain(last: list[str]) -> str:
-    """A user's mistake as its one message; anything else as the step's last lines."""
+    """Return a UserError's message, or else the step's last lines."""
     for line in last:
         if "UserError: " in line:
             return line.split("UserError: ", 1)[1]
@@ -149,42 +163,35 @@ def explain(last: list[str]) -> str:
 
 
 def output(run: Run, step: str, name: str) -> Path | None:
-    """The file or folder that a step wrote for one of its outputs; None if it did not."""
+    """The file or folder of a step's output, or None."""
     return next((run.folder / "steps").glob(f"*/{step}/{name}"), None)
 
 
 def conclude(run: Run, story: Story) -> None:
-    """Judge the run by what its steps wrote, not by what kfp says of it; put the results where `make runs` looks.
-
-    Raises:
-        UserError: something that must be there is not.
-    """
-    for step, name, place in (
+    """Judge the run by its steps' outputs, and put the results where `make runs` reads them."""
+    log = f"The whole log: {run.folder / 'pipeline.log'}"
+    for step, name, link in (
         ("preprocess", "train_data", run.train_data),
         ("preprocess", "test_data", run.test_data),
         ("train", "model", run.model),
     ):
-        written = output(run, step, name)
-        if written is None:
-            raise UserError(
-                f"step '{step}' ended without its output '{name}'. The whole log: {run.folder / 'pipeline.log'}"
-            )
-        place.symlink_to(written.relative_to(run.folder))
+        target = output(run, step, name)
+        if target is None:
+            raise UserError(f"step '{step}' ended without its output '{name}'. {log}")
+        link.symlink_to(target.relative_to(run.folder))
     scores, decision = output(run, "evaluate", "scores"), output(run, "gate", "decision")
     if scores is None or decision is None:
-        raise UserError(f"the gate made no decision. The whole log: {run.folder / 'pipeline.log'}")
+        raise UserError(f"the gate made no decision. {log}")
     write_json(run.evaluation, runs.read_json(scores)["challenger"])
     story.gate = runs.read_json(decision)
     version = output(run, "register", "version")
     story.registered = runs.read_json(version) if version else None
     if story.gate["passed"] and not story.registered:
-        raise UserError(
-            f"the gate passed, but nothing was registered. The whole log: {run.folder / 'pipeline.log'}"
-        )
+        raise UserError(f"the gate passed, but nothing was registered. {log}")
 
 
 def main() -> None:
-    """Compile, run, tell."""
+    """Compile, run, report."""
     runner = choose_runner()
     notebooks.require_in_step()
     settings = load_settings()
@@ -195,25 +202,25 @@ def main() -> None:
         return
     registry = runs.registry_folder()
     run = runs.new()
-    values = arguments(settings, run, registry)
-    images = kfp_docker.build_images(settings) if runner == "docker" else {}
+    csv = str(source_csv(settings))
+    values = {**parameters.from_settings(settings, csv, str(registry)), "run": run.name}
+    images: dict[str, str] = {}
+    if runner == "docker":
+        steps = containers.find(project_root(), ["train", "deploy"])
+        made = containers.make_all(steps, settings)
+        images = {f"{name}_image": image for name, image in made.items()}
     run.start(settings)
     story = begin(run.name)
     try:
         compiled = run.folder / "pipeline.yaml"
-        pipeline_compiler.compile_pipeline(
-            pipeline_compiler.load_definition().make_pipeline(**images), compiled
-        )
-        print(
-            f"Run {run.name}: the pipeline, compiled and checked, on {settings.data.source}, {RUNNERS[runner]}"
-        )
-        run_steps(
-            run, compiled, values, story, kfp_docker.options(values, run.name) if images else None
-        )
+        pipeline = pipeline_compiler.load_definition().make_pipeline(**images)
+        pipeline_compiler.compile_pipeline(pipeline, compiled)
+        print(f"Run {run.name}: on {settings.data.source}, {RUNNERS[runner]}", flush=True)
+        run_steps(run, compiled, values, story, docker=runner == "docker")
         conclude(run, story)
         story.state = "succeeded"
     except KeyboardInterrupt:
-        story.state, story.problem = "interrupted", "it was stopped by hand"
+        story.state, story.problem = "interrupted", "stopped with Ctrl-C"
         raise
     except BaseException as error:
         story.state, story.problem = "failed", str(error) or type(error).__name__
@@ -225,4 +232,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    if sys.argv[1:2] == [CHILD]:
+        execute(*sys.argv[2:])
+    else:
+        run_command(main)

@@ -1,10 +1,10 @@
-"""make status and make rollback: a run's story from its event to the champion, and another champion.
+"""Show a run from its event to the champion, or make another version the champion.
 
-python -m level_1_pipeline.status                   the champion, and the last runs
-python -m level_1_pipeline.status --run ID          one run's story; ID may be that of a run in the cloud
-python -m level_1_pipeline.status --rollback N      make version N the champion again
+make status             the champion and the last runs
+make status RUN=ID      one run; ID may be that of a run on Vertex AI
+make rollback VERSION=N make version N the champion again
 
-With RUNNER=vertex, of the cloud's registry.
+With RUNNER=vertex, of the registry on Google Cloud.
 """
 
 import argparse
@@ -13,8 +13,7 @@ from typing import Any
 
 from core.errors import UserError, run_command
 from core.registry import LocalRegistry, Registry, Version, by_hand
-from gcp import environment as environments
-from gcp.environment import resolve_environment
+from gcp.environment import names_a_project, resolve_environment
 from gcp.model_registry import open_registry
 from project import runs
 from project.settings import load_settings
@@ -23,138 +22,122 @@ LAST_RUNS = 8
 
 
 def overview(registry: Registry) -> str:
-    """The champion and why it is; the versions; the last runs of the pipeline."""
-    champion, lost = _champion(registry)
-    change, lines = registry.last_change(), []
+    """The champion and its reason, the versions, and the pipeline's last runs."""
+    champion, problem = _champion(registry)
+    change = registry.last_change()
     more = " RUNNER=vertex" if in_cloud() else ""
-    if lost:
-        lines.append(f"The champion is lost: {lost} Choose another: make rollback VERSION=N{more}")
+    if problem:
+        lines = [f"The champion is lost: {problem} Choose another: make rollback VERSION=N{more}"]
     elif champion is None or change is None:
-        lines.append(
-            f"Champion: none yet. `make level1{more}` trains a model and registers it if it is good enough."
-        )
+        lines = [
+            f"Champion: none yet. `make level1{more}` trains a model and registers it if it passes "
+            "the gate."
+        ]
     else:
-        lines.append(
-            f"Champion: version {champion.number}, since {change['time']}, because {change['reason']}."
-        )
-        lines.append(
+        lines = [
+            f"Champion: version {champion.number}, since {change['time']}, "
+            f"because {change['reason']}.",
             f"The endpoint serves it; it is kept in {registry.where}."
             if in_cloud()
-            else "`make serve` serves it; a running server takes it by itself."
-        )
+            else "`make serve` serves it; a running server loads it automatically.",
+        ]
     versions = registry.versions()
     if versions:
         lines.append("\nversion  accuracy  macro F1  run                    created")
-        for version in reversed(versions):
-            mark = "*" if champion and version.number == champion.number else " "
-            scores = "  ".join(
-                f"{version.metrics.get(name, float('nan')):8.4f}"
-                for name in ("accuracy", "macro_f1")
-            )
-            lines.append(
-                f"{version.number:>6}{mark}  {scores}  {version.run:<21}  {version.created}"
-            )
-    stories = [
-        story for run in runs.all_runs() if (story := runs.read_json(run.folder / "story.json"))
-    ]
-    if stories:
+    for version in reversed(versions):
+        mark = "*" if champion and version.number == champion.number else " "
+        accuracy, f1 = (
+            version.metrics.get(name, float("nan")) for name in ("accuracy", "macro_f1")
+        )
+        row = f"{version.number:>6}{mark}  {accuracy:8.4f}  {f1:8.4f}  {version.run:<21}"
+        lines.append(f"{row}  {version.created}")
+    documents = [runs.read_json(run.folder / "story.json") for run in runs.all_runs()]
+    records = [record for record in documents if record]
+    if records:
         lines.append("\nrun                    state      gate")
-        lines += [
-            f"{story['run']:<21}  {story['state']:<9}  {_gate(story)}"
-            for story in stories[-LAST_RUNS:][::-1]
-        ]
+        for record in reversed(records[-LAST_RUNS:]):
+            lines.append(f"{record['run']:<21}  {record['state']:<9}  {_gate(record)}")
         lines.append(
-            f"\nOne run's story: make status RUN=ID · another champion: make rollback VERSION=N{more}"
+            f"\nOne run: make status RUN=ID · another champion: make rollback VERSION=N{more}"
         )
     return "\n".join(lines)
 
 
 def story(run: runs.Run, registry: Registry) -> str:
-    """Event → run → steps → gate and reason → version → the champion."""
-    told = _told(run)
+    """Event → run → steps → gate and reason → version → champion."""
+    record = _record(run)
     lines = [
-        f"event    {told['event']}, {told['started']}",
-        f"run      {told['run']}: {told['state']}",
+        f"event    {record['event']}, {record['started']}",
+        f"run      {record['run']}: {record['state']}",
     ]
-    lines += [
-        f"step     {step['name']:<12} {step['state']:<10} {step['seconds']:6.1f} s"
-        for step in told["steps"]
-    ]
-    if told["problem"]:
-        lines.append(f"problem  {told['problem']}")
-    lines.append(f"gate     {_gate(told)}")
-    registered = told["registered"]
-    number = registered["version"] if registered else None
-    lines.append(f"version  {number or 'none was registered by this run'}")
-    if registered and registered["problem"]:
+    for step in record["steps"]:
+        lines.append(f"step     {step['name']:<12} {step['state']:<10} {step['seconds']:6.1f} s")
+    if record["problem"]:
+        lines.append(f"problem  {record['problem']}")
+    lines.append(f"gate     {_gate(record)}")
+    registered = record["registered"] or {}
+    number = registered.get("version")
+    lines.append(f"version  {number or 'this run registered none'}")
+    if registered.get("problem"):
         lines.append(f"         {registered['problem']}")
-    if told.get("job"):
+    if record.get("job"):
         from level_1_pipeline.vertex import run as vertex_run
 
-        return "\n".join([*lines, f"page     {vertex_run.page(told['job'])}"])
-    champion, lost = _champion(registry)
+        return "\n".join([*lines, f"page     {vertex_run.page(record['job'])}"])
+    champion, problem = _champion(registry)
     if champion is None:
-        lines.append(f"champion {lost or 'none yet'}")
+        lines.append(f"champion {problem or 'none yet'}")
     else:
         whose = "this run's" if champion.number == number else f"of run {champion.run}"
         lines.append(f"champion version {champion.number}, {whose}")
     return "\n".join(lines)
 
 
-def _told(run: runs.Run) -> dict[str, Any]:
-    """A run's story as it was written; one in the cloud is asked for, unless its end is written already.
-
-    Raises:
-        UserError: there is no such run, or the cloud does not answer.
-    """
-    told = runs.read_json(run.folder / "story.json")
-    if told and not (told.get("job") and told["state"] == "running"):
-        return told
+def _record(run: runs.Run) -> dict[str, Any]:
+    """A run's record; queried on Vertex AI unless its end is recorded."""
+    record = runs.read_json(run.folder / "story.json")
+    if record and not (record.get("job") and record["state"] == "running"):
+        return record
     from level_1_pipeline.vertex import run as vertex_run
 
-    if told:
-        return vertex_run.look_again(run.folder, told)
-    if run.folder.exists() or not environments.names_a_project(load_settings()):
-        raise UserError(
-            f"run '{run.name}' is no run of the pipeline, or there is none. `make status` lists them."
-        )
-    return vertex_run.story_of(run.name)
+    if record:
+        return vertex_run.refresh(run.folder, record)
+    if run.folder.exists() or not names_a_project(load_settings()):
+        raise UserError(f"run '{run.name}' is not a run of the pipeline. `make status` lists them.")
+    return vertex_run.record_of(run.name)
 
 
 def _champion(registry: Registry) -> tuple[Version | None, str]:
-    """The champion, or why it is not to be had."""
+    """The champion, or why it is unavailable."""
     try:
         return registry.champion(), ""
     except UserError as error:
         return None, str(error)
 
 
-def _gate(told: dict[str, Any]) -> str:
-    if told["gate"] is None:
+def _gate(record: dict[str, Any]) -> str:
+    gate = record["gate"]
+    if gate is None:
         return "not reached"
-    return f"{'open' if told['gate']['passed'] else 'closed'}: {told['gate']['reason']}"
+    return f"{'open' if gate['passed'] else 'closed'}: {gate['reason']}"
+
+
+def in_cloud() -> bool:
+    """Whether RUNNER selects the registry on Google Cloud."""
+    return os.environ.get("RUNNER") == "vertex"
 
 
 def rollback(registry: LocalRegistry, number: int) -> str:
     """Make a version the champion again, whatever its scores."""
-    served = registry.champion_number()
-    if served == number:
+    champion = registry.champion_number()
+    if champion == number:
         raise UserError(f"version {number} is the champion already.")
-    registry.promote(number, by_hand(served), served)
-    return f"Version {number} is the champion. A running server takes it within a second."
-
-
-def in_cloud() -> bool:
-    """Whether the cloud's registry is meant: the RUNNER variable says so."""
-    return os.environ.get("RUNNER") == "vertex"
+    registry.promote(number, by_hand(champion), champion)
+    return f"Version {number} is the champion. A running server loads it within a second."
 
 
 def rollback_in_cloud(number: int) -> str:
-    """The same in the cloud, where a version must answer before it gets all requests; DRY_RUN=1 shows what would be sent.
-
-    Raises:
-        UserError: there is no such version, or it does not answer.
-    """
+    """The same on Google Cloud, where the version must answer first; DRY_RUN=1 prints requests."""
     from gcp import deployment
     from level_1_pipeline import parameters
     from level_1_pipeline.deploy_container import main as deploy_main
@@ -174,34 +157,24 @@ def rollback_in_cloud(number: int) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m level_1_pipeline.status", description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m level_1_pipeline.status")
     parser.add_argument("--run", help="a run's id")
     parser.add_argument("--rollback", metavar="VERSION", help="the version to serve again")
-    asked = parser.parse_args()
-    if asked.rollback is not None:
-        if not asked.rollback.isdecimal():
+    options = parser.parse_args()
+    local = LocalRegistry(runs.registry_folder())
+    if options.rollback is not None:
+        if not options.rollback.isdecimal():
             raise UserError(
-                f"VERSION={asked.rollback!r} is not a version's number. `make status` lists them."
+                f"VERSION={options.rollback!r} is not a version number. `make status` lists them."
             )
-        number = int(asked.rollback)
-        print(
-            rollback_in_cloud(number)
-            if in_cloud()
-            else rollback(LocalRegistry(runs.registry_folder()), number)
-        )
+        number = int(options.rollback)
+        print(rollback_in_cloud(number) if in_cloud() else rollback(local, number))
         return
-    registry = (
-        open_registry(resolve_environment(load_settings()).registry)
-        if in_cloud()
-        else LocalRegistry(runs.registry_folder())
-    )
-    print(
-        story(runs.Run(runs.runs_folder() / asked.run), registry)
-        if asked.run
-        else overview(registry)
-    )
+    registry: Registry = local
+    if in_cloud():
+        registry = open_registry(resolve_environment(load_settings()).registry)
+    run = runs.Run(runs.runs_folder() / options.run) if options.run else None
+    print(story(run, registry) if run else overview(registry))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from gcp import client as api
 from gcp import command_line, storage
 from gcp.environment import Environment, resolve_environment
 from gcp.pipeline_template import ask_registry
-from level_1_pipeline import containers, together
+from level_1_pipeline import containers
 from level_1_pipeline.containers import Container
 from level_2_cicd import submit_build
 from project.settings import Settings, load_settings
@@ -68,7 +68,7 @@ def provide_images(
             digest = build(container, environment, name)
         return f"{environment.images}/{container.name}@{digest}"
 
-    return together.gather({one.name: partial(provide, one) for one in selection})
+    return containers.run_parallel({one.name: partial(provide, one) for one in selection})
 
 
 def build(container: Container, environment: Environment, name: str) -> str:

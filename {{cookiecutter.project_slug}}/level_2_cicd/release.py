@@ -39,7 +39,8 @@ from gcp.environment import Environment, resolve_environment
 from gcp.model_registry import open_registry
 from gcp.pipeline_run import Submission
 from gcp.pipeline_version import Published
-from level_1_pipeline.vertex import gpu_jobs, machines, rows
+from level_1_pipeline.vertex import gpu_jobs, machines
+from level_1_pipeline.vertex import train as vertex_train
 from level_2_cicd import builds, submit_build
 from level_2_cicd import request as request_run
 from level_2_cicd.kfp_compile_container import main as kfp_compile
@@ -95,7 +96,7 @@ def publish(settings: Settings, environment: Environment) -> dict[str, Any]:
     """
     csv = settings.data.source
     if not csv.startswith("gs://"):
-        csv = rows.upload(environment, rows.find(settings))
+        csv = vertex_train.upload_data(environment, vertex_train.source_csv(settings))
     commit = kfp_compile.version_of_code(submit_build.commit(), needed=True)
     images = builds.read_digests()
     made = kfp_compile.make(settings, environment, images, csv, commit)

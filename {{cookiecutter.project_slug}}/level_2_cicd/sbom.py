@@ -18,7 +18,7 @@ from packageurl import PackageURL
 from core.errors import UserError, run_command
 from gcp import storage
 from gcp.environment import Environment, resolve_environment
-from level_1_pipeline import together
+from level_1_pipeline import containers
 from level_2_cicd import builds, submit_build
 from project.settings import load_settings
 
@@ -92,7 +92,7 @@ def store_sboms(images: Mapping[str, str], environment: Environment) -> None:
             storage.write(uri, format_sbom(name, image, packages).encode())
             builds.log(f"✓ {name:<12} {len(packages)} packages  {uri}")
 
-    together.gather({name: partial(store, name, image) for name, image in images.items()})
+    containers.run_parallel({name: partial(store, name, image) for name, image in images.items()})
 
 
 def main() -> None:

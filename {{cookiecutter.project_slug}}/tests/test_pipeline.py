@@ -225,7 +225,6 @@ def test_a_step_that_breaks_is_named_with_its_last_lines(pipeline_project, regis
             "level_1_pipeline.run",
             ["torch", "rfc3987_syntax.syntax_helpers"],
         ),  # a second and more each
-        ("level_1_pipeline.kfp_local", ["torch", "trainer"]),
         ("trainer.evaluate", ["torch", "kfp"]),
         ("core.registry", ["torch", "kfp", "numpy"]),
     ],
@@ -295,21 +294,15 @@ def test_the_compiled_pipeline_is_what_it_should_be(pipeline_project, tmp_path):
     assert set(conditional.dag.tasks) == {"register"}
 
 
-def test_the_train_step_can_be_exchanged_and_nothing_else_changes(pipeline_project, tmp_path):
-    @dsl.component(install_kfp_package=False, base_image="other:1")
-    def elsewhere(
-        hyperparameters: dict, train_data: dsl.Input[dsl.Dataset], model: dsl.Output[dsl.Model]
-    ) -> None:
-        """Stands for a GPU job."""
-
+def test_on_vertex_ai_only_the_train_step_differs(pipeline_project, tmp_path):
     definition = pipeline_compiler.load_definition()
     plain = pipeline_compiler.compile_pipeline(definition.make_pipeline(), tmp_path / "plain.yaml")
-    other = pipeline_compiler.compile_pipeline(
-        definition.make_pipeline(train_step=elsewhere), tmp_path / "other.yaml"
+    vertex = pipeline_compiler.compile_pipeline(
+        definition.make_pipeline(vertex_train_image="other:1"), tmp_path / "vertex.yaml"
     )
-    assert set(other.root.dag.tasks) == {*plain.root.dag.tasks, "elsewhere"} - {"train"}
+    assert set(vertex.root.dag.tasks) == {*plain.root.dag.tasks, "vertex-train"} - {"train"}
     for step in ("preprocess", "evaluate", "gate", "register"):
-        before, after = (s.deployment_spec["executors"][f"exec-{step}"] for s in (plain, other))
+        before, after = (s.deployment_spec["executors"][f"exec-{step}"] for s in (plain, vertex))
         assert before == after
 
 

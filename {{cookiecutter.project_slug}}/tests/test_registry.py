@@ -224,7 +224,7 @@ def test_rollback(served, monkeypatch, capsys):
     [
         ("2", "the champion already"),
         ("9", "no version 9.*there are: 1, 2"),
-        ("two", "not a version's number"),
+        ("two", "not a version number"),
     ],
 )
 def test_a_wrong_rollback_is_told(served, monkeypatch, number, message):

@@ -1,6 +1,6 @@
-"""make level1 RUNNER=vertex: the same pipeline in the cloud, with a person's own credentials; and a look at such a run later.
+"""Run the pipeline on Vertex AI with the caller's credentials: make level1 RUNNER=vertex.
 
-DRY_RUN=1 prints what would be sent: nothing is built, uploaded or started.
+DRY_RUN=1 prints the request: nothing is built, uploaded or started.
 """
 
 import json
@@ -20,164 +20,116 @@ from gcp.pipeline_run import Started, Submission
 from level_1_pipeline import compile as pipeline_compiler
 from level_1_pipeline import containers, parameters
 from level_1_pipeline.parameters import IMAGES
-from level_1_pipeline.vertex import rows
-from level_1_pipeline.vertex import train as vertex_train
+from level_1_pipeline.vertex.train import check_image, data_uri, source_csv, upload_data
 from project import git, runs
+from project.runs import Run
 from project.settings import Settings, load_settings
 
-POLL = 10.0  # seconds between two looks at a run
-UNKNOWN = f"@sha256:{64 * '0'}"  # stands for a digest: an image has one when it is pushed
+POLL = 10.0  # seconds between polls of a run
+# Stands for a digest, which an image gets when it is pushed.
+UNKNOWN_DIGEST = f"@sha256:{64 * '0'}"
 
 
 def run(settings: Settings, dry_run: bool) -> None:
-    """Build, push, upload, compile, start and follow.
-
-    Raises:
-        UserError: something is missing or wrong, or the run failed; says what.
-    """
+    """Build, push, upload, compile, start and follow."""
     environment = resolve_environment(settings)
-    csv = find_rows(settings)
+    local = None if settings.data.source.startswith("gs://") else source_csv(settings)
+    csv = data_uri(environment, local) if local else settings.data.source
     this = runs.new()
-    # All that can be wrong here is seen before an image is built.
-    planned = {name: f"{environment.images}/{name}{UNKNOWN}" for name in IMAGES}
-    sent = request(
-        settings, environment, planned, rows_address(csv, environment), this.name, this.folder
-    )
+    # The whole request is made once before the build, so that its errors show early.
+    planned = {name: f"{environment.images}/{name}{UNKNOWN_DIGEST}" for name in IMAGES}
+    request = make_request(settings, environment, planned, csv, this)
     if dry_run:
-        print(json.dumps(sent, indent=2, ensure_ascii=False))
+        print(json.dumps(request, indent=2, ensure_ascii=False))
         return
-    vertex_train.check_image(sent["pipelineJob"]["runtimeConfig"]["parameterValues"]["jobs"])
-    told = run_record.begin(this.name)
-    images = containers.make_all(
-        containers.find(project_root(), list(IMAGES)), settings, environment.images
-    )
+    check_image(request["pipelineJob"]["runtimeConfig"]["parameterValues"]["jobs"])
+    story = run_record.begin(this.name)
+    steps = containers.find(project_root(), list(IMAGES))
+    images = containers.make_all(steps, settings, environment.images)
     this.start(settings)
     started = None
     try:
-        if not csv.startswith("gs://"):
-            rows.upload(environment, Path(csv))
-        sent = request(
-            settings, environment, images, rows_address(csv, environment), this.name, this.folder
-        )
-        told.job = f"{environment.parent}/pipelineJobs/{sent['pipelineJobId']}"
-        told.write(this.folder)
-        started = pipeline_run.submit(sent)
+        if local:
+            upload_data(environment, local)
+        request = make_request(settings, environment, images, csv, this)
+        story.job = f"{environment.parent}/pipelineJobs/{request['pipelineJobId']}"
+        story.write(this.folder)
+        started = pipeline_run.submit(request)
         print(
-            f"Run {this.name}: on {settings.data.source}, in {environment.region} of {environment.project}: {started.link}",
+            f"Run {this.name}: on {settings.data.source}, in {environment.region} of "
+            f"{environment.project}: {started.link}",
             flush=True,
         )
-        seen = pipeline_follow.follow(started.name, POLL)
-        note(told, seen)
-        pipeline_follow.require_success(seen)
+        status = pipeline_follow.follow(started.name, POLL)
+        record(story, status)
+        pipeline_follow.require_success(status)
     except KeyboardInterrupt:
-        if told.job:
-            print(
-                f"\nThe run goes on. make status RUN={this.name} tells what became of it.",
-                flush=True,
-            )
+        if story.job:
+            print(f"\nThe run continues. `make status RUN={this.name}` shows it.", flush=True)
         else:
-            told.state, told.problem = "interrupted", "it was stopped by hand"
+            story.state, story.problem = "interrupted", "stopped with Ctrl-C"
         raise
     except BaseException as error:
         if not started and not getattr(error, "transient", False):
-            told.job = None  # it was refused
-        if (
-            not told.job
-        ):  # else its state is noted, or only the connection was lost, and the run may go on
-            told.state, told.problem = "failed", str(error) or type(error).__name__
+            story.job = None  # it was rejected
+        # A run with a job has its state already, or only the connection was lost.
+        if not story.job:
+            story.state, story.problem = "failed", str(error) or type(error).__name__
         raise
     finally:
-        told.write(this.folder)
-    print(run_record.summary(told, open_registry(environment.registry).champion_number(), ""))
+        story.write(this.folder)
+    print(run_record.summary(story, open_registry(environment.registry).champion_number(), ""))
 
 
-def find_rows(settings: Settings) -> str:
-    """Where the rows are now: a gs:// address, or a file of this machine, checked.
-
-    Raises:
-        UserError: there is no such file, or no such column.
-    """
-    return (
-        settings.data.source
-        if settings.data.source.startswith("gs://")
-        else str(rows.find(settings))
-    )
-
-
-def rows_address(csv: str, environment: Environment) -> str:
-    """Where the rows are for the cloud."""
-    return csv if csv.startswith("gs://") else rows.address(environment, Path(csv))
-
-
-def request(
-    settings: Settings,
-    environment: Environment,
-    images: dict[str, str],
-    csv: str,
-    name: str,
-    folder: Path,
+def make_request(
+    settings: Settings, environment: Environment, images: dict[str, str], csv: str, this: Run
 ) -> dict[str, Any]:
-    """What is sent for this run; the compiled pipeline stays in its folder if that is there.
-
-    Raises:
-        UserError: a job, a parameter or the pipeline has a mistake.
-    """
-    values = {**parameters.for_cloud(settings, environment, images, csv), "run": name}
-    spec = compiled(images, folder)
-    labels = {
-        "commit": git.version(),
-        "actor": os.environ.get("USER") or "somebody",
-        "project": settings.name,
-    }
-    asked = Submission(
-        spec, values, event=f"by hand {name}", name=f"{settings.name} {name}", labels=labels
-    )
-    return pipeline_run.request(asked, pipeline_run.target_of(environment))
-
-
-def compiled(images: dict[str, str], folder: Path) -> dict[str, Any]:
-    """The pipeline for the cloud."""
-    with tempfile.TemporaryDirectory() as elsewhere:
-        path = (folder if folder.is_dir() else Path(elsewhere)) / "pipeline.yaml"
+    """Make the request to Vertex AI; the compiled pipeline stays in the run's folder, if any."""
+    values = {**parameters.for_cloud(settings, environment, images, csv), "run": this.name}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = this.folder if this.folder.is_dir() else Path(temporary)
+        path = folder / "pipeline.yaml"
         pipeline_compiler.compile_for_cloud(images, path)
-        return pipeline_template.read(str(path))
+        spec = pipeline_template.read(str(path))
+    actor = os.environ.get("USER") or "somebody"
+    labels = {"commit": git.version(), "actor": actor, "project": settings.name}
+    submission = Submission(
+        spec,
+        values,
+        event=f"by hand {this.name}",
+        name=f"{settings.name} {this.name}",
+        labels=labels,
+    )
+    return pipeline_run.request(submission, pipeline_run.target_of(environment))
 
 
-def note(told: Story, seen: pipeline_follow.Seen) -> None:
-    """Put what is seen of a run into its story."""
-    told.steps = seen.steps
-    told.gate = seen.facts.get(("gate", "decision"))
-    told.registered = seen.facts.get(("register", "version"))
-    told.problem = seen.problem or None
-    if seen.state in pipeline_follow.ENDED:
-        told.state = seen.state.lower()
+def record(story: Story, status: pipeline_follow.Seen) -> None:
+    """Copy a run's status into its record."""
+    story.steps = status.steps
+    story.gate = status.facts.get(("gate", "decision"))
+    story.registered = status.facts.get(("register", "version"))
+    story.problem = status.problem or None
+    if status.state in pipeline_follow.ENDED:
+        story.state = status.state.lower()
 
 
-def look_again(folder: Path, document: dict[str, Any]) -> dict[str, Any]:
-    """A story that was written while its run went on, as it is now.
-
-    Raises:
-        ApiError: nobody answers.
-    """
-    told = Story(**{**document, "steps": []})
-    note(told, pipeline_follow.look(str(told.job)))
-    told.write(folder)
+def refresh(folder: Path, document: dict[str, Any]) -> dict[str, Any]:
+    """Update the record of a run that was still going on."""
+    story = Story(**{**document, "steps": []})
+    record(story, pipeline_follow.look(str(story.job)))
+    story.write(folder)
     return runs.read_json(folder / "story.json")
 
 
-def story_of(identity: str) -> dict[str, Any]:
-    """The story of a run that was started elsewhere, by its id on Vertex AI.
-
-    Raises:
-        UserError: there is no such run; project.yaml names no project.
-    """
+def record_of(identity: str) -> dict[str, Any]:
+    """The record of a run that was started elsewhere, by its id on Vertex AI."""
     name = f"{resolve_environment(load_settings()).parent}/pipelineJobs/{identity}"
-    seen = pipeline_follow.look(name)
-    told = Story(identity, seen.event, seen.began, job=name)
-    note(told, seen)
-    return asdict(told)
+    status = pipeline_follow.look(name)
+    story = Story(identity, status.event, status.began, job=name)
+    record(story, status)
+    return asdict(story)
 
 
 def page(job: str) -> str:
-    """A run's page."""
+    """The URL of a run's page."""
     return Started(job, new=False).link

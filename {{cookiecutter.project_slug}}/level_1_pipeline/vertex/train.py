@@ -1,7 +1,6 @@
-"""make train: trains on a rented machine, with a person's own credentials, and brings the model here.
+"""Train in a custom training job with the caller's credentials, and download the model: make train.
 
-python -m level_1_pipeline.vertex.train [--job l4] [--dry-run]
-RUN=ID goes on with a run whose job was sent before: it is found again, not sent twice.
+RUN=ID resumes a run: its job is found again, not submitted twice.
 """
 
 import argparse
@@ -9,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,155 +23,160 @@ from gcp.environment import Environment, resolve_environment
 from gcp.training_job import Request, machine, train
 from level_0_manual import notebooks
 from level_1_pipeline import containers
-from level_1_pipeline.vertex import gpu_jobs, rows
+from level_1_pipeline.vertex import gpu_jobs
 from project import git, runs
 from project.runs import Run
 from project.settings import Settings, load_settings
-from trainer.data import prepare
+from trainer.csv_reader import check_header
+from trainer.data import find_csv, prepare
 
-REQUEST = "request.json"  # in the run's folder, before anything is sent
-PLATFORM = "linux/amd64"  # what Vertex AI's machines are
+REQUEST = "request.json"  # in the run's folder, written before anything is sent
+PLATFORM = "linux/amd64"  # of Vertex AI's machines
 
 
-def prepare_rows(settings: Settings, train_data: Path, test_data: Path) -> None:
-    """The rows to train on and to test on, as level 0 makes them.
+# ── the data ────────────────────────────────────────────────────────────────────────────────────
+def source_csv(settings: Settings) -> Path:
+    """Return the CSV file of project.yaml, with its header checked."""
+    data = settings.data
+    csv = find_csv(data.source, project_root() / "data").resolve()
+    check_header(csv, data.label, data.ignore, data.categorical)
+    return csv
 
-    Raises:
-        UserError: see trainer.data.
-    """
-    data, csv = settings.data, rows.find(settings)
-    options: dict[str, Any] = {"ignore": data.ignore, "categorical": data.categorical}
+
+def data_uri(environment: Environment, file: Path) -> str:
+    """The gs:// address of a data file: its hash, so that the same data is uploaded once."""
+    return f"{environment.data}/{manifest.sha256(file)[:32]}/{file.name}"
+
+
+def upload_data(environment: Environment, file: Path) -> str:
+    """Upload a data file unless it exists; return its address."""
+    uri = data_uri(environment, file)
+    with suppress(storage.Conflict):
+        storage.upload(file, uri, if_generation_match=0)
+    return uri
+
+
+def split(settings: Settings, folder: Path) -> tuple[Path, Path]:
+    """Write the training and the test rows into a folder, as level 0 does."""
+    data, train_data, test_data = settings.data, folder / "train.parquet", folder / "test.parquet"
     prepare(
-        csv,
+        source_csv(settings),
         data.label,
         train_data,
         test_data,
-        **options,
+        ignore=data.ignore,
+        categorical=data.categorical,
         test_share=data.test_share,
         split_seed=data.split_seed,
     )
+    return train_data, test_data
 
 
+# ── the request ─────────────────────────────────────────────────────────────────────────────────
 def check_image(jobs: Sequence[dict[str, Any]]) -> None:
-    """Raises UserError where the image that would be built here cannot use the machine that would be rented."""
-    if containers.target_platform() != PLATFORM:
+    """Raise UserError if an image built here cannot use the jobs' machines."""
+    platform = containers.target_platform()
+    if platform != PLATFORM:
         raise UserError(
-            f"this machine builds images for {containers.target_platform()}, and Vertex AI's machines are {PLATFORM}. "
+            f"this machine builds images for {platform}; Vertex AI's machines are {PLATFORM}. "
             f"Put DOCKER_DEFAULT_PLATFORM={PLATFORM} before the command."
         )
-    rented = [
+    with_gpu = [
         job
         for job in jobs
         for pool in job["workerPoolSpecs"]
         if "acceleratorType" in pool["machineSpec"]
     ]
-    if rented and containers.torch_build() == "cpu":
+    if with_gpu and containers.torch_build() == "cpu":
         raise UserError(
-            f"{machine(rented[0])}: the training image's torch would not use that GPU. Put TORCH=cu130 before the command "
-            '(another CUDA version will do), or choose a job without one: SET="cloud.train.jobs=[cpu]"'
+            f"{machine(with_gpu[0])}: the training image's torch would not use that GPU. Put "
+            "TORCH=cu130 before the command (another CUDA version will do), or choose a job "
+            'without a GPU: SET="cloud.train.jobs=[cpu]"'
         )
-
-
-def publish_image(settings: Settings, where: Environment) -> str:
-    """Build the training image unless it is here, send it to the registry; returns its address there, by digest."""
-    training = containers.find(project_root(), ["train"])
-    return containers.make_all(training, settings, where.images)["train"]
-
-
-def make_request(
-    settings: Settings, where: Environment, run: str, jobs: Sequence[dict[str, Any]], address: str
-) -> Request:
-    """What is asked of Vertex AI; `address` is the training rows'."""
-    return Request(
-        run=f"{where.parent}/runs/{run}",
-        jobs=jobs,
-        args=["--train", address, "--hyperparameters", settings.hyperparameters.to_json()],
-        output=f"{where.pipeline_root}/runs/{run}/model",
-        labels={"project": settings.name, "commit": git.version(), "run": run},
-        key=where.key,
-    )
 
 
 def find_jobs(
-    settings: Settings, where: Environment, name: str | None, image: str
+    settings: Settings, environment: Environment, name: str | None, image: str
 ) -> list[dict[str, Any]]:
-    """The job of that name, or those of project.yaml; resolved.
-
-    Raises:
-        UserError: there is none of that name, or something is wrong in it.
-    """
+    """The named job, or those of project.yaml; resolved."""
     root = project_root()
-    return (
-        [gpu_jobs.resolve(name, root, where, image)]
-        if name
-        else gpu_jobs.chosen_jobs(settings, root, where, image)
+    if name:
+        return [gpu_jobs.resolve(name, root, environment, image)]
+    return gpu_jobs.chosen_jobs(settings, root, environment, image)
+
+
+def make_request(
+    settings: Settings,
+    environment: Environment,
+    run: str,
+    jobs: Sequence[dict[str, Any]],
+    train_uri: str,
+) -> Request:
+    return Request(
+        run=f"{environment.parent}/runs/{run}",
+        jobs=jobs,
+        args=["--train", train_uri, "--hyperparameters", settings.hyperparameters.to_json()],
+        output=f"{environment.pipeline_root}/runs/{run}/model",
+        labels={"project": settings.name, "commit": git.version(), "run": run},
+        key=environment.key,
     )
 
 
-def dry_run(settings: Settings, where: Environment, name: str | None) -> str:
-    """What would be sent, as YAML; the image has a tag here, because it gets its digest when it is sent."""
-    image = containers.image(containers.find(project_root(), ["train"])[0], where.images)
-    jobs = find_jobs(settings, where, name, image)
+def dry_run(settings: Settings, environment: Environment, name: str | None) -> str:
+    """The requests as YAML; the image has a tag, because a push assigns its digest."""
+    (container,) = containers.find(project_root(), ["train"])
+    image = containers.image(container, environment.images)
+    jobs = find_jobs(settings, environment, name, image)
     with tempfile.TemporaryDirectory() as folder:
-        train_rows = Path(folder, "train.parquet")
-        prepare_rows(settings, train_rows, Path(folder, "test.parquet"))
-        request = make_request(settings, where, "DRY-RUN", jobs, rows.address(where, train_rows))
+        train_data, _ = split(settings, Path(folder))
+        uri = data_uri(environment, train_data)
+    request = make_request(settings, environment, "DRY-RUN", jobs, uri)
     request.messages()
-    return yaml.safe_dump_all(
-        (request.custom_job(number) for number in range(1, len(jobs) + 1)),
-        sort_keys=False,
-        width=200,
-    )
+    attempts = [request.custom_job(number) for number in range(1, len(jobs) + 1)]
+    return yaml.safe_dump_all(attempts, sort_keys=False, width=200)
 
 
-def begin(settings: Settings, where: Environment, name: str | None) -> tuple[Run, Request]:
-    """Everything up to sending: rows, image, the run's folder.
-
-    Raises:
-        UserError: says what is missing; nothing is rented then.
-    """
-    check_image(find_jobs(settings, where, name, ""))
+# ── the run ─────────────────────────────────────────────────────────────────────────────────────
+def begin(settings: Settings, environment: Environment, name: str | None) -> tuple[Run, Request]:
+    """Upload the data, push the image and write the run's folder; no job is submitted yet."""
+    check_image(find_jobs(settings, environment, name, ""))
     notebooks.require_in_step()
     with tempfile.TemporaryDirectory() as folder:
-        train_rows, test_rows = Path(folder, "train.parquet"), Path(folder, "test.parquet")
-        prepare_rows(settings, train_rows, test_rows)
-        address = rows.upload(
-            where, train_rows
-        )  # a mistake in the data, or of the bucket, is told before an image is built
-        image = publish_image(settings, where)
+        train_data, test_data = split(settings, Path(folder))
+        # Before the image is built: an error in the data or the bucket shows early.
+        uri = upload_data(environment, train_data)
+        training = containers.find(project_root(), ["train"])
+        image = containers.make_all(training, settings, environment.images)["train"]
         run = runs.new()
-        request = make_request(
-            settings, where, run.name, find_jobs(settings, where, name, image), address
-        )
+        jobs = find_jobs(settings, environment, name, image)
+        request = make_request(settings, environment, run.name, jobs, uri)
         run.start(settings)
-        shutil.copy(train_rows, run.train_data)
-        shutil.copy(test_rows, run.test_data)
+        shutil.copy(train_data, run.train_data)
+        shutil.copy(test_data, run.test_data)
     manifest.write_json(run.folder / REQUEST, asdict(request))
     return run, request
 
 
 def resume(name: str) -> tuple[Run, Request]:
-    """A run that was begun before.
-
-    Raises:
-        UserError: it was not.
-    """
+    """Read an earlier run and its request."""
     run = Run(runs.runs_folder() / name)
     document = runs.read_json(run.folder / REQUEST)
     if not document:
         raise UserError(
-            f"RUN={name}: no training was sent from {run.folder}. Without RUN a new one begins: make train"
+            f"RUN={name}: no training was sent from {run.folder}. Without RUN a new one begins: "
+            "make train"
         )
     return run, Request(**document)
 
 
 def conclude(run: Run, request: Request) -> dict[str, Any]:
-    """Bring the model here, and measure it on the test rows."""
+    """Download the model, and evaluate it on the test rows."""
     if not run.model.exists():
         with tempfile.TemporaryDirectory(dir=run.folder) as folder:
-            found = storage.fetch(request.output, Path(folder, "model"))
-            manifest.read(found)
-            shutil.copytree(found, Path(folder, "whole"))
+            model = storage.fetch(request.output, Path(folder, "model"))
+            manifest.read(model)
+            # A copy, because a mounted bucket's files stay where they are.
+            shutil.copytree(model, Path(folder, "whole"))
             Path(folder, "whole").rename(run.model)
     from trainer.evaluate import evaluate
 
@@ -181,33 +186,31 @@ def conclude(run: Run, request: Request) -> dict[str, Any]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
-        prog="make train", description="Train on a machine that Vertex AI rents out for it."
+        prog="make train", description="Train in a custom training job on Vertex AI."
     )
     parser.add_argument(
-        "--job",
-        help="one of level_1_pipeline/gpu_jobs; otherwise those of cloud.train.jobs, in their order",
+        "--job", help="one of level_1_pipeline/gpu_jobs; otherwise those of cloud.train.jobs"
     )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print what would be sent; build and send nothing"
-    )
-    given = parser.parse_args()
+    parser.add_argument("--dry-run", action="store_true", help="print the request; send nothing")
+    options = parser.parse_args()
     settings = load_settings()
-    where = resolve_environment(settings)
-    if given.dry_run:
-        print(dry_run(settings, where, given.job), end="")
+    environment = resolve_environment(settings)
+    if options.dry_run:
+        print(dry_run(settings, environment, options.job), end="")
         return
-    run, request = (
-        resume(os.environ["RUN"]) if os.environ.get("RUN") else begin(settings, where, given.job)
-    )
+    name = os.environ.get("RUN")
+    run, request = resume(name) if name else begin(settings, environment, options.job)
     print(
-        f"Run {run.name}, in {where.region} of {where.project}. Should this be cut off: make train RUN={run.name}"
+        f"Run {run.name}, in {environment.region} of {environment.project}. "
+        f"After an interruption: make train RUN={run.name}"
     )
     train(request)
     metrics = conclude(run, request)
     print(
         f"\nAccuracy {metrics['accuracy']:.4f} on {metrics['rows']:,} test rows "
         f"(always answering the most common class: {metrics['baseline']:.4f}).\n"
-        f"The model is in runs/{run.name}/model/. Next: make predict ROW=1 RUN={run.name} · make runs"
+        f"The model is in runs/{run.name}/model/. "
+        f"Next: make predict ROW=1 RUN={run.name} · make runs"
     )
 
 

@@ -1,4 +1,4 @@
-"""Sends a training job to Vertex AI, follows it, and ends as it ends."""
+"""Run a custom training job on Vertex AI and exit with its result."""
 
 import argparse
 import json
@@ -11,66 +11,37 @@ from gcp.training_job import Request, train
 
 
 def read_jobs(text: str) -> list[dict[str, Any]]:
-    """Resolved jobs, from JSON or where it is: one, or a list.
-
-    Raises:
-        UserError: it is neither.
-    """
-    found = command_line.read_json(text, "--jobs")
-    found = [found] if isinstance(found, dict) else found
-    if not isinstance(found, list) or not all(isinstance(job, dict) for job in found):
+    """Read one resolved job or a list of them: JSON, or the path or gs:// address of a JSON file."""
+    document = command_line.read_json(text, "--jobs")
+    jobs = [document] if isinstance(document, dict) else document
+    if not isinstance(jobs, list) or not all(isinstance(job, dict) for job in jobs):
         raise UserError(
-            "--jobs: should be a JSON list of jobs, as `make gpu-job JOB=…` prints them."
+            "--jobs: expected a JSON list of jobs, as `make gpu-job JOB=…` prints them."
         )
-    return found
+    return jobs
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m level_2_cicd.vertex_train_container.main",
-        description="Train on a machine that Vertex AI rents out for it.",
+        prog="python -m level_2_cicd.vertex_train_container.main", description=__doc__
     )
-    parser.add_argument(
-        "--run",
-        required=True,
-        help="whose training it is: projects/P/locations/R/pipelineJobs/ID or …/runs/ID",
-    )
-    parser.add_argument(
-        "--jobs",
-        required=True,
-        help="resolved jobs as JSON, or a file or gs:// address of it; tried in order",
-    )
-    parser.add_argument(
-        "--output", required=True, help="gs://BUCKET/…/model, where the saved model goes"
-    )
-    parser.add_argument(
-        "--label",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="for the job; may be repeated",
-    )
-    parser.add_argument(
-        "--key", default="", help="the Cloud KMS key that encrypts what the job writes to its disk"
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print what would be sent, and send nothing"
-    )
-    parser.add_argument(
-        "args", nargs="*", metavar="ARGUMENT", help="after --: what trainer.train is told"
-    )
-    given = parser.parse_args()
-    labels = command_line.pairs(given.label, "--label")
-    request = Request(given.run, read_jobs(given.jobs), given.args, given.output, labels, given.key)
-    if given.dry_run:
+    add = parser.add_argument
+    add("--run", required=True, help="projects/P/locations/R/pipelineJobs/ID, or …/runs/ID")
+    add("--jobs", required=True, help="resolved jobs: JSON, a file or a gs:// address")
+    add("--output", required=True, help="gs://BUCKET/…/model, the saved model's folder")
+    add("--label", action="append", default=[], metavar="KEY=VALUE", help="of the job; repeatable")
+    add("--key", default="", help="the Cloud KMS key that encrypts the job's disk")
+    add("--dry-run", action="store_true", help="print the request; send nothing")
+    add("args", nargs="*", metavar="ARGUMENT", help="after --: arguments of trainer.train")
+    options = parser.parse_args()
+    labels = command_line.pairs(options.label, "--label")
+    jobs = read_jobs(options.jobs)
+    request = Request(options.run, jobs, options.args, options.output, labels, options.key)
+    if options.dry_run:
         request.messages()
-        print(
-            json.dumps(
-                [request.custom_job(attempt) for attempt in range(1, len(request.jobs) + 1)],
-                indent=2,
-            )
-        )
+        attempts = [request.custom_job(number) for number in range(1, len(jobs) + 1)]
+        print(json.dumps(attempts, indent=2))
         return
     print(f"trained: {train(request)['page']}\n{shlex.quote(request.output)} holds the model")
 

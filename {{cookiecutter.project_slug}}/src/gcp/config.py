@@ -14,13 +14,13 @@ class Containers(Block):
 
 
 class Mirrors(Block):
-    """Where things come from in a network that is cut off from the internet; empty: from where they usually come.
+    """Sources of packages and images in a closed network; empty: the usual ones.
 
     Attributes:
-        base_images: an address that stands before the base image's name.
-        python_index: an index of Python packages, as pip takes it.
-        terraform: a network mirror of Terraform's providers, an address that ends in /.
-        certificates: a file of the network's own certificates (PEM).
+        base_images: a prefix of the base image's name.
+        python_index: a Python package index, as pip takes it.
+        terraform: a network mirror of Terraform's providers; ends in /.
+        certificates: a PEM file of the network's own certificates.
     """
 
     base_images: Annotated[str, Field(pattern=r"^([a-z0-9.-]+(:\d+)?(/[a-z0-9._-]+)*)?$")] = ""
@@ -32,18 +32,11 @@ class Mirrors(Block):
 
 
 PROJECT_ID = r"[a-z][a-z0-9-]{4,28}[a-z0-9]"
-
-
 BUCKET = r"[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]"
-
-
 ACCOUNT = r"[a-z0-9][a-z0-9-]*@[a-z0-9.-]+\.gserviceaccount\.com"
-
-
 IN_REGION = r"projects/[^/]+/locations/[^/]+"
 
-
-# Who acts, each with a service account of its own.
+# Each has a service account of its own.
 Actor = Literal[
     "trainer",
     "pipeline",
@@ -57,23 +50,21 @@ Actor = Literal[
     "ingestion",
 ]
 
-
 # What the three buckets are for.
 Root = Literal["pipeline_root", "storage", "data"]
-
 
 # What customer-managed keys are for, one each.
 KeyUse = Literal["storage", "registry", "vertex", "pubsub", "run", "secrets", "airflow", "compute"]
 
 
 class Existing(Block):
-    """What is there already, and is used where Terraform would make its own: ids as Google's APIs write them.
+    """Existing resources that replace Terraform's own: ids as Google's APIs write them.
 
     Attributes:
         network, subnetwork: of the private mode; build_pool: a private pool of Cloud Build.
-        key_ring, keys: of customer-managed encryption; who may use such a key is its owner's business.
-        images: a repository of images; buckets: names without gs://; accounts: e-mail addresses.
-        metadata_store: Vertex AI was used in this project before, and has its own.
+        key_ring, keys: of customer-managed encryption; their owner grants the permissions.
+        images: an image repository; buckets: names without gs://; accounts: e-mail addresses.
+        metadata_store: whether Vertex AI was used in this project before.
     """
 
     network: Annotated[str, Field(pattern=r"^(projects/[^/]+/global/networks/[^/]+)?$")] = ""
@@ -95,7 +86,7 @@ class Existing(Block):
     @model_validator(mode="after")
     def _in_one_network(self) -> "Existing":
         if self.subnetwork and not self.network:
-            raise ValueError("network: is needed where a subnetwork is named")
+            raise ValueError("network: required with a subnetwork")
         return self
 
 
@@ -103,10 +94,10 @@ class EnvironmentConfig(Block):
     """One Google Cloud project.
 
     Attributes:
-        project: its id; empty until you go there.
-        bucket: one bucket for everything, made by hand (level 1); empty: those that Terraform makes (level 2).
-        promote_from: the environment whose images are run here, and approval is wanted; empty: images are built here.
-        existing: what is there already, and is used instead of being made.
+        project: its id; empty until level 1 on Google Cloud.
+        bucket: one bucket, created manually (level 1); empty: Terraform's buckets (level 2).
+        promote_from: the environment whose images run here, after approval; empty: build here.
+        existing: resources to use instead of new ones.
     """
 
     project: Annotated[str, Field(pattern=rf"^({PROJECT_ID})?$")]
@@ -116,15 +107,16 @@ class EnvironmentConfig(Block):
 
 
 class Repository(Block):
-    """Where the code is kept: whose pushes may start a build.
+    """The repository whose pushes start builds.
 
     Attributes:
-        name: OWNER/NAME on GitHub, GROUP/NAME on GitLab; on Azure DevOps what stands behind /sc/ in the service connection's
-            subject identifier; for Cloud Build alone CONNECTION/NAME of the repository that is linked in each environment.
-        id: what nobody else can have after a rename: GitHub's or GitLab's number. Of an older service connection of Azure
-            DevOps, whose subject is sc://NAME, the organisation's GUID.
-        host: a GitLab of your own (empty: gitlab.com); the issuer that Azure DevOps' service connection shows.
-        branch: a push to this one trains and deploys.
+        name: OWNER/NAME on GitHub, GROUP/NAME on GitLab; on Azure DevOps the part after /sc/ of the
+            service connection's subject identifier; on Cloud Build CONNECTION/NAME of the
+            repository linked in each environment.
+        id: GitHub's or GitLab's number, which a rename does not change. For an older service
+            connection of Azure DevOps, whose subject is sc://NAME, the organisation's GUID.
+        host: your own GitLab (empty: gitlab.com), or the issuer of Azure DevOps' connection.
+        branch: a push to it trains and deploys.
     """
 
     name: str = ""
@@ -136,12 +128,12 @@ class Repository(Block):
 
 
 class Events(Block):
-    """What starts a run, beside a push.
+    """What starts a run besides a push.
 
     Attributes:
-        schedule: cron's five fields, in UTC; empty: never by the clock.
-        ingest: the same for the container that brings new data, where cloud.data_ingestion is scheduled-job.
-        fold_minutes: files that arrive within so many minutes start one run, at their end; 0: one run each.
+        schedule: cron's five fields, in UTC; empty: no schedule.
+        ingest: the schedule of the data ingestion job (cloud.data_ingestion: scheduled-job).
+        fold_minutes: batch files that arrive within N minutes into one run; 0: a run per file.
     """
 
     schedule: Annotated[str, Field(pattern=r"^(\S+( \S+){4})?$")] = ""
@@ -150,7 +142,7 @@ class Events(Block):
 
 
 class Budget(Block):
-    """An amount each month, in the billing account's currency, whose use is told by e-mail; 0: none."""
+    """A monthly budget for e-mail alerts, in the billing account's currency; 0: no budget."""
 
     monthly: Annotated[int, Field(strict=True, ge=0)] = 0
     billing_account: Annotated[str, Field(pattern=r"^([0-9A-F]{6}(-[0-9A-F]{6}){2})?$")] = ""
@@ -159,7 +151,7 @@ class Budget(Block):
     def _payable(self) -> "Budget":
         if self.monthly and not self.billing_account:
             raise ValueError(
-                "billing_account: is needed for a budget; `gcloud billing accounts list` shows it"
+                "billing_account: required for a budget; run `gcloud billing accounts list`"
             )
         return self
 
@@ -171,7 +163,7 @@ class TrainJobs(Block):
 
 
 class Serve(Block):
-    """The endpoint's machine, its fewest and most replicas, and a new version's first share of the traffic."""
+    """The endpoint: its machine, fewest and most replicas, a new version's first traffic share."""
 
     machine: str
     replicas: tuple[
@@ -187,11 +179,11 @@ class Serve(Block):
 
 
 class Cloud(Block):
-    """Google Cloud: level 1 by hand, and level 2.
+    """Google Cloud, for levels 1 and 2.
 
     Attributes:
-        private: machines without external addresses, in a network of your own; builds in a private pool.
-        workbench: a machine with Jupyter in the cloud, which bills while it runs.
+        private: machines without external addresses, in your network; builds in a private pool.
+        workbench: a Jupyter machine, billed while it runs.
     """
 
     region: Annotated[str, Field(pattern=r"^[a-z]+-[a-z]+[0-9]+$")]
@@ -220,18 +212,18 @@ class Cloud(Block):
             ):
                 builders = [
                     other
-                    for other, found in self.environments.items()
-                    if other != name and not found.promote_from
+                    for other, config in self.environments.items()
+                    if other != name and not config.promote_from
                 ]
                 raise ValueError(
-                    f"environments.{name}.promote_from: '{source}' is none that builds images; "
-                    f"allowed: {', '.join(builders) or 'nothing, because there is no other'}"
+                    f"environments.{name}.promote_from: '{source}' builds no images; "
+                    f"expected: {', '.join(builders) or 'nothing: there is no other environment'}"
                 )
         return self
 
 
 class CloudSettings(Block):
-    """What the names of resources in Google Cloud follow from; `project.settings.Settings` extends it."""
+    """The settings that resource names on Google Cloud depend on."""
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{1,18}[a-z0-9]$")]
     containers: Containers = Containers()

@@ -1,6 +1,6 @@
-"""Where things are in Google Cloud: every address follows from project.yaml, and is put together here.
+"""The resource names of one environment on Google Cloud, derived from project.yaml.
 
-ENVIRONMENT chooses among cloud.environments; without it, the first one is meant. Standard library only, but for settings.
+ENVIRONMENT selects one of cloud.environments; the default is the first.
 """
 
 import os
@@ -12,29 +12,29 @@ from core.errors import UserError
 from core.paths import PROJECT_FILE
 from gcp.config import Actor, CloudSettings, EnvironmentConfig, Root
 
-# Who acts, each with a service account of its own: NAME-ACTOR@PROJECT.iam.gserviceaccount.com, made by Terraform.
+# Each actor has a service account, created by Terraform: NAME-ACTOR@PROJECT.iam.gserviceaccount.com.
 ACTORS: tuple[str, ...] = get_args(Actor)
-# Pub/Sub's topics: requests for a run; what happens to files below `incoming`; what nobody could deliver.
+# Pub/Sub topics: requests for a run, file events below `incoming`, undeliverable messages.
 TOPICS = ("requests", "data", "dead-letters")
-# Three roots, each a bucket with this behind PROJECT-NAME: 61 characters at most, and Google allows 63.
+# Each root is a bucket PROJECT-NAME-SUFFIX: at most 61 characters; Google allows 63.
 BUCKETS: dict[Root, str] = {"pipeline_root": "pipelines", "storage": "storage", "data": "data"}
 
 
 @dataclass(frozen=True)
 class Environment:
-    """One environment's addresses.
+    """One environment's resource names.
 
     Attributes:
-        name: the project's name, of project.yaml; project: Google Cloud's id.
-        pipeline_root, storage, data: gs:// addresses, without a slash at the end: what runs write, what is published and
-            registered, and the rows.
-        images: the repository of images; templates: the one of compiled pipelines, an https:// address.
-        key: the Cloud KMS key for Vertex AI; empty where Google's own keys are used.
-        by_hand: made by a person with one bucket (level 1): there are no service accounts and no keys of its own.
-        promote_from: the environment whose images are run here; empty: they are built here.
-        accounts: those service accounts that were there before, by actor.
-        network_attachment: where Vertex AI's machines reach into a network of your own; empty but in the private mode.
-        build_pool: the private pool that builds; empty: Google's own.
+        name: the project's name in project.yaml; project: the Google Cloud project's id.
+        pipeline_root, storage, data: gs:// addresses without a slash at the end: output of runs;
+            published files and the registry; datasets.
+        images: the image repository; templates: the https:// address of compiled pipelines.
+        key: the Cloud KMS key for Vertex AI; empty: Google-managed keys.
+        by_hand: level 1, created manually with one bucket: no service accounts, no keys.
+        promote_from: the environment whose images run here; empty: they are built here.
+        accounts: existing service accounts, by actor.
+        network_attachment: of Vertex AI's machines to your network; empty outside private mode.
+        build_pool: the private pool of Cloud Build; empty: Google's own.
     """
 
     environment: str
@@ -55,120 +55,102 @@ class Environment:
 
     @property
     def parent(self) -> str:
-        """The project and region as Google's APIs name them."""
+        """projects/PROJECT/locations/REGION."""
         return f"projects/{self.project}/locations/{self.region}"
 
     @property
     def registry(self) -> str:
-        """The model registry's address, as `core.registry.open_registry` takes it."""
+        """The model registry's address."""
         return f"{self.storage}/registry"
 
     @property
     def incoming(self) -> str:
-        """The folder whose new files start a run; rows that a run brings itself lie beside it."""
+        """The folder whose new files start a run."""
         return f"{self.data}/incoming"
 
     @property
     def builds(self) -> str:
-        """The folder of what builds leave: the sources that they were sent, and the images' digests."""
+        """The folder of the builds' sources and image digests."""
         return f"{self.storage}/builds"
 
     @property
     def terraform_state(self) -> str:
-        """The bucket of Terraform's state, one for each environment."""
+        """The bucket of Terraform's state."""
         return f"{self.project}-{self.name}-terraform"
 
     def topic(self, kind: str) -> str:
-        """A topic of Pub/Sub: projects/PROJECT/topics/NAME-requests.
-
-        Raises:
-            KeyError: there is no such topic.
-        """
+        """The name of a Pub/Sub topic: projects/PROJECT/topics/NAME-requests."""
         if kind not in TOPICS:
             raise KeyError(kind)
         return f"projects/{self.project}/topics/{self.name}-{kind}"
 
     def account(self, actor: str) -> str:
-        """The service account of an actor; empty by hand, where Google's default one acts.
-
-        Raises:
-            KeyError: there is no such actor.
-        """
+        """An actor's service account; empty if by_hand, where Google's default account is used."""
         if actor not in ACTORS:
             raise KeyError(actor)
         if self.by_hand:
             return ""
-        return (
-            self.accounts.get(actor)
-            or f"{self.name}-{actor}@{self.project}.iam.gserviceaccount.com"
-        )
+        default = f"{self.name}-{actor}@{self.project}.iam.gserviceaccount.com"
+        return self.accounts.get(actor) or default
 
 
 def names_a_project(settings: CloudSettings) -> bool:
-    """Whether any Google Cloud project is named yet."""
-    return any(where.project for where in settings.cloud.environments.values())
+    """Whether project.yaml names a Google Cloud project."""
+    return any(config.project for config in settings.cloud.environments.values())
 
 
 def resolve_environment(settings: CloudSettings, environment: str | None = None) -> Environment:
-    """The addresses of an environment.
-
-    Raises:
-        UserError: there is no such environment, or its project is not named yet.
-    """
+    """Return the resource names of an environment."""
     cloud = settings.cloud
     name = environment or os.environ.get("ENVIRONMENT") or next(iter(cloud.environments))
     if name not in cloud.environments:
         raise UserError(
-            f"ENVIRONMENT={name}: {PROJECT_FILE} has {', '.join(cloud.environments)} under cloud.environments."
+            f"ENVIRONMENT={name}: {PROJECT_FILE} has {', '.join(cloud.environments)} "
+            "under cloud.environments."
         )
-    where = cloud.environments[name]
-    if not where.project:
+    config = cloud.environments[name]
+    if not config.project:
         raise UserError(
-            f"cloud.environments.{name}.project in {PROJECT_FILE} is empty. Write the id of your Google Cloud project there; "
-            "`gcloud projects list` shows those that you have."
+            f"cloud.environments.{name}.project in {PROJECT_FILE} is empty. Write the id of your "
+            "Google Cloud project there; `gcloud projects list` lists them."
         )
-    if where.bucket:
-        roots = {str(root): f"gs://{where.bucket}/{root.replace('_', '-')}" for root in BUCKETS}
-    else:
-        own = f"{where.project}-{settings.name}"
-        roots = {
-            root: f"gs://{where.existing.buckets.get(root) or f'{own}-{suffix}'}"
-            for root, suffix in BUCKETS.items()
-        }
+
+    existing = config.existing
+
+    def default(area: str, kind: str) -> str:
+        """The id of a resource that Terraform creates under the project's name."""
+        return f"projects/{config.project}/{area}/{cloud.region}/{kind}/{settings.name}"
+
+    key = ""
+    if cloud.encryption == "customer-managed" and not config.bucket:
+        ring = existing.key_ring or default("locations", "keyRings")
+        key = existing.keys.get("vertex") or f"{ring}/cryptoKeys/vertex"
+    repository = existing.images or default("locations", "repositories")
+    _, owner, _, region, _, images = repository.split("/")
+    templates = f"{config.project}/{settings.name}-templates"
+    private = cloud.private
     return Environment(
         environment=name,
         name=settings.name,
-        project=where.project,
+        project=config.project,
         region=cloud.region,
-        **roots,
-        images=settings.containers.registry or _images(settings, where),
-        templates=f"https://{cloud.region}-kfp.pkg.dev/{where.project}/{settings.name}-templates",
-        key=_key(settings, where)
-        if cloud.encryption == "customer-managed" and not where.bucket
-        else "",
-        by_hand=bool(where.bucket),
-        promote_from=where.promote_from,
-        network_attachment=_own(settings, where, "regions", "networkAttachments")
-        if cloud.private
-        else "",
-        build_pool=where.existing.build_pool
-        or (_own(settings, where, "locations", "workerPools") if cloud.private else ""),
-        accounts={str(actor): address for actor, address in where.existing.accounts.items()},
+        **_roots(settings.name, config),
+        images=settings.containers.registry or f"{region}-docker.pkg.dev/{owner}/{images}",
+        templates=f"https://{cloud.region}-kfp.pkg.dev/{templates}",
+        key=key,
+        by_hand=bool(config.bucket),
+        promote_from=config.promote_from,
+        network_attachment=default("regions", "networkAttachments") if private else "",
+        build_pool=existing.build_pool or (default("locations", "workerPools") if private else ""),
+        accounts={str(actor): address for actor, address in existing.accounts.items()},
     )
 
 
-def _own(settings: CloudSettings, where: EnvironmentConfig, area: str, kind: str) -> str:
-    """The id of something that Terraform makes, and that bears the project's name."""
-    return f"projects/{where.project}/{area}/{settings.cloud.region}/{kind}/{settings.name}"
-
-
-def _images(settings: CloudSettings, where: EnvironmentConfig) -> str:
-    _, project, _, region, _, name = (
-        where.existing.images or _own(settings, where, "locations", "repositories")
-    ).split("/")
-    return f"{region}-docker.pkg.dev/{project}/{name}"
-
-
-def _key(settings: CloudSettings, where: EnvironmentConfig) -> str:
-    ring = where.existing.key_ring or _own(settings, where, "locations", "keyRings")
-    return where.existing.keys.get("vertex") or f"{ring}/cryptoKeys/vertex"
+def _roots(name: str, config: EnvironmentConfig) -> dict[str, str]:
+    """The roots' addresses: folders of the one bucket, or a bucket each."""
+    if config.bucket:
+        return {root: f"gs://{config.bucket}/{root.replace('_', '-')}" for root in BUCKETS}
+    return {
+        root: f"gs://{config.existing.buckets.get(root) or f'{config.project}-{name}-{suffix}'}"
+        for root, suffix in BUCKETS.items()
+    }
