@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from predictor.server import Fixed, Options, create_server, greeting, listen, log
+from predictor.models import StaticModel, log
+from predictor.server import Options, create_server, greeting, listen
 
 
 async def echo(scope: dict[str, Any], receive: Any, send: Any) -> None:
@@ -21,9 +22,9 @@ async def echo(scope: dict[str, Any], receive: Any, send: Any) -> None:
 
 
 if __name__ == "__main__":
-    source, options = Fixed(Path(sys.argv[1])), Options(port=0)
+    source, options = StaticModel(Path(sys.argv[1])), Options(port=0)
     server = create_server(source, options)
     server.config.app = echo
     with listen(options.host, options.port) as listener:
-        log(greeting(source.served, listener.getsockname(), options))
+        log(greeting(source.current, listener.getsockname(), options))
         server.run(sockets=[listener])
