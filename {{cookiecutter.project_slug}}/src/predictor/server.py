@@ -108,7 +108,9 @@ def create_app(source: StaticModel | ChampionModel, options: Options) -> FastAPI
         return _json(contract.openapi(schema, version, options.predict, options.health))
 
     async def bad_request(_: Request, error: Any) -> Response:
-        return _json({"error": str(error)}, error.status)
+        # The rest of a body that is too large is not read.
+        headers = {"connection": "close"} if error.status == 413 else None
+        return _json({"error": str(error)}, error.status, headers)
 
     async def no_route(request: Request, error: Any) -> Response:
         routes = f"POST {options.predict}, GET {options.health} and GET /openapi.json"
