@@ -69,7 +69,7 @@ def hour(machine: str) -> float:
         known = [name for name, other in MACHINES.items() if other.price is not None]
         raise UserError(
             f"cloud.serve.machine in {PROJECT_FILE}: the price of {machine} is not known here{nearest(machine, known)}. "
-            "If it is a machine of Google's, write its price into level_1_pipeline/vertex/machines.py."
+            "If it is a machine of Google's, write its price into level_1_pipeline/vertex/machines.yaml."
         )
     return found.price * FEE
 

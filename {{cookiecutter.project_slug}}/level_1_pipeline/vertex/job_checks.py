@@ -18,7 +18,7 @@ DISK_GB = (100, 64_000)
 LONGEST = timedelta(days=7)  # of a job that waited with Flex-start
 OLD_NAMES = {"ON_DEMAND": STANDARD, "LOW_COST": SPOT}
 MOST = 15  # choices in a message
-ASK = "Is it new? level_1_pipeline/vertex/machines.py lists what is known."
+ASK = "Is it new? level_1_pipeline/vertex/machines.yaml lists what is known."
 
 
 def check(job: dict[str, Any], region: str, where: str) -> None:
