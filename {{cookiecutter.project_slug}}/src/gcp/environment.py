@@ -12,7 +12,7 @@ from core.errors import UserError
 from core.paths import PROJECT_FILE
 from gcp.config import Actor, CloudSettings, EnvironmentConfig, Root
 
-# Each actor has a service account, created by Terraform: NAME-ACTOR@PROJECT.iam.gserviceaccount.com.
+# Terraform creates a service account for each: NAME-ACTOR@PROJECT.iam.gserviceaccount.com.
 ACTORS: tuple[str, ...] = get_args(Actor)
 # Pub/Sub topics: requests for a run, file events below `incoming`, undeliverable messages.
 TOPICS = ("requests", "data", "dead-letters")

@@ -189,7 +189,7 @@ class Jobs:
         return by_age([job for job in jobs if state(job) != CANCELLED])
 
     def find(self, attempt: int) -> Any | None:
-        """The oldest job that lives or succeeded; else the last failed one of this attempt or later.
+        """Return the oldest live or succeeded job; else the last failed one from this attempt on.
 
         If there is only one that is being cancelled, wait for its end: until then it may write to
         the folder that the next one writes to.
