@@ -149,3 +149,10 @@ def git(*arguments: str, cwd: Path) -> str:
         text=True,
     )
     return done.stdout
+
+
+def makefile_text() -> str:
+    """The project's Makefile with the targets of its levels."""
+    project = ROOT / "{{cookiecutter.project_slug}}"
+    files = [project / "Makefile", *sorted(project.glob("level_*/targets.mk"))]
+    return "\n".join(file.read_text(encoding="utf-8") for file in files)

@@ -20,6 +20,8 @@ import yaml
 from google.auth import identity_pool
 from level_2_cicd import submit_build
 
+from tests.projects import makefile_text
+
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = ROOT / "{{cookiecutter.project_slug}}"
 BIN = Path(sys.executable).parent
@@ -294,13 +296,13 @@ def called() -> dict[str, dict[str, list[str]]]:
 
 def rules() -> dict[str, list[str]]:
     """Make target → its prerequisites."""
-    found = re.findall(r"^([a-z0-9-]+):([^#=\n]*)(?:##.*)?$", read("Makefile"), re.MULTILINE)
+    found = re.findall(r"^([a-z0-9-]+):([^#=\n]*)(?:##.*)?$", makefile_text(), re.MULTILINE)
     return {target: re.findall(r"[a-z0-9-]+", needs) for target, needs in found}
 
 
 def expanded(targets: set[str]) -> set[str]:
     """Replace targets without a recipe by their prerequisites."""
-    recipes = set(re.findall(r"^([a-z0-9-]+):.*\n\t", read("Makefile"), re.MULTILINE))
+    recipes = set(re.findall(r"^([a-z0-9-]+):.*\n\t", makefile_text(), re.MULTILINE))
     found: set[str] = set()
     for target in targets:
         found |= {target} if target in recipes else expanded(set(rules()[target]))

@@ -21,6 +21,7 @@ from level_2_cicd.rehearsal.cloud_build import BuildFailed, FakeCloudBuild
 from level_2_cicd.rehearsal.storage import FakeStorage
 from project.settings import load_settings
 
+from tests.projects import makefile_text
 from tests.push import edit, settings_of_nobody, within
 
 PROJECT = Path(__file__).resolve().parents[1] / "{{cookiecutter.project_slug}}"
@@ -116,11 +117,11 @@ def test_steps_get_no_secrets(name: str) -> None:
 
 # ── steps ──────────────────────────────────────────────────────────────────────────────────────
 def targets() -> set[str]:
-    """The targets of the project's Makefile and of the files that it includes."""
-    paths = [PROJECT / "Makefile", *PROJECT.glob("level_*/targets.mk")]
-    text = "".join(path.read_text(encoding="utf-8") for path in paths)
+    """The project's make targets."""
     return {
-        name for line in re.findall(r"^\.PHONY: (.*)$", text, re.MULTILINE) for name in line.split()
+        name
+        for line in re.findall(r"^\.PHONY: (.*)$", makefile_text(), re.MULTILINE)
+        for name in line.split()
     }
 
 

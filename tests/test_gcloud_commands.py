@@ -20,7 +20,7 @@ SOURCES = sorted(PROJECT.glob("src/**/*.py")) + sorted(PROJECT.glob("level_*/**/
 OTHERS = [
     path
     for path in (ROOT / "Makefile", PROJECT / "Makefile", *sorted(PROJECT.glob("level_*/**/*")))
-    if path.name.startswith(("Makefile", "Dockerfile"))
+    if path.name.startswith(("Makefile", "Dockerfile", "targets.mk"))
     or path.suffix in (".sh", ".yaml", ".yml", ".tf")
 ]
 

@@ -21,6 +21,8 @@ from trainer.config import Hyperparameters
 from trainer.data import prepare
 from trainer.train import train
 
+from tests.projects import makefile_text
+
 from .conftest import ROOT
 
 pytestmark = pytest.mark.heavy
@@ -46,9 +48,10 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
 
 def build(source: Path, output: Path, *what: str) -> None:
     """As `make package` does, whose command is read from the Makefile."""
-    makefile = (ROOT / "{{cookiecutter.project_slug}}" / "Makefile").read_text(encoding="utf-8")
     found = re.search(
-        r"^package:.*\n\t@\$\(RUN_PYTHON\) (-m build .*) --outdir dist \.$", makefile, re.MULTILINE
+        r"^package:.*\n\t@\$\(RUN_PYTHON\) (-m build .*) --outdir dist \.$",
+        makefile_text(),
+        re.MULTILINE,
     )
     assert found
     run(sys.executable, *found[1].split(), *what, "--outdir", output, source, cwd=source)

@@ -171,7 +171,7 @@ def test_level_0_on_a_mixed_file_with_strings_blanks_and_an_id(
     assert right >= 24
 
 
-def test_a_notebook_out_of_step_stops_training_and_sync_mends_it(project: Path) -> None:
+def test_a_notebook_out_of_sync_stops_training_and_sync_mends_it(project: Path) -> None:
     module = project / "src" / "trainer" / "model.py"
     before = module.read_bytes()
     module.write_bytes(before.replace(b"min(50,", b"min(40,"))
@@ -293,7 +293,7 @@ def test_a_save_in_jupyter_writes_the_module_too(project: Path, jupyter) -> None
         f"contents/{notebook}", {"type": "notebook", "format": "json", "content": opened["content"]}
     )
     assert "min(45," in module.read_text()
-    assert "in step" in make(project, "sync", "FROM=notebook").stdout
+    assert "in sync" in make(project, "sync", "FROM=notebook").stdout
     assert not list((project / "level_0_manual").glob("*.py"))
     for path, content in before.items():
         path.write_bytes(content)

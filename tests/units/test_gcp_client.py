@@ -198,7 +198,9 @@ def test_the_time_that_looking_takes_is_no_attempt(monkeypatch):
             clock[0] += api.RETRY_TIMEOUT + 1 if self.asked == 0 else 0
             return super().find()
 
-    assert api.get_or_create((world := Slow((False, LOST), (True, None))).find, world.create) == "made"
+    assert (
+        api.get_or_create((world := Slow((False, LOST), (True, None))).find, world.create) == "made"
+    )
 
 
 def test_attempts_end(monkeypatch):
@@ -227,7 +229,9 @@ def test_a_long_operation_is_waited_for():
 
 def test_what_failed_on_googles_side_is_not_tried_again():
     with pytest.raises(ApiError, match=r"^deploying failed: ") as told:
-        api.wait_for_operation(Operation(exceptions.Aborted("model server never became ready")), "deploying")
+        api.wait_for_operation(
+            Operation(exceptions.Aborted("model server never became ready")), "deploying"
+        )
     assert not told.value.transient
 
 

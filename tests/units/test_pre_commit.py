@@ -200,7 +200,7 @@ def test_an_unstaged_edit_of_the_other_half_is_not_lost(commit, git):
     git("add", "src/trainer/model.py")
     done = commit()
     assert done.returncode == 1
-    assert "both were edited since the last commit" in done.stdout
+    assert "were edited since the last commit" in done.stdout
     assert "make sync FROM=notebook PAIR=model" in done.stdout
     assert "min(30," in Path("src/trainer/model.py").read_text()
     notebooks.sync("module")

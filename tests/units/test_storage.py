@@ -180,7 +180,8 @@ def test_without_credentials_it_says_how_to_sign_in(cloud, monkeypatch, tmp_path
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "nowhere.json"))
     storage._client_of.cache_clear()
     with pytest.raises(
-        UserError, match=r"no Google Cloud credentials\. Run `gcloud auth application-default login`"
+        UserError,
+        match=r"no Google Cloud credentials\. Run `gcloud auth application-default login`",
     ):
         storage.read("gs://b/x")
 

@@ -1,21 +1,20 @@
-"""The notebooks of level 0 and their twins in src/trainer: kept in step.
+"""Keep the four notebooks and their twins in src/trainer in sync.
 
-python -m level_0_manual.notebooks check                            are the pairs in step?
-python -m level_0_manual.notebooks sync                             write each pair's other half from the one edited since HEAD
-python -m level_0_manual.notebooks sync --from notebook [NAME …]    write the modules from the notebooks
-python -m level_0_manual.notebooks sync --from module [NAME …]      write the notebooks from the modules
+python -m level_0_manual.notebooks check                          compare all pairs
+python -m level_0_manual.notebooks sync                           update the half not edited since HEAD
+python -m level_0_manual.notebooks sync --from module [NAME …]    write the notebooks (or: notebook)
 
-What counts is what the files of the working tree say, never their dates. In a commit hook pre-commit has put aside what
-is not staged, so the working tree is then what will be committed.
+Contents decide, never modification times. pre-commit stashes what is not staged before it runs a
+hook, so there the working tree is what will be committed.
 """
 
 import argparse
 import hashlib
 import sys
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
-# jsonschema, which nbformat takes, would build a grammar of all web addresses for a second: no notebook holds one to check.
+# nbformat's validator would load a grammar of URLs for a second; no notebook has one to check.
 sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
 
 import jupytext  # noqa: E402
@@ -28,14 +27,17 @@ from project import git  # noqa: E402
 ORDER = ("data", "model", "train", "evaluate")
 Half = Literal["notebook", "module"]
 HALVES: tuple[Half, ...] = get_args(Half)
+OTHER: dict[Half, Half] = {"notebook": "module", "module": "notebook"}
 
-# Written into both halves of a pair. Each file is paired by name: a rule for the whole folder would turn every scratch
-# notebook that lies in it into a module.
+# In both halves of a pair. Each file is paired by name: a rule for the whole folder would turn
+# every scratch notebook in it into a module.
 PAIRING = {
     "cell_markers": '"""',
     "cell_metadata_filter": "tags,-all",
     "formats": "level_0_manual///ipynb,src/trainer///py:percent",
-    "notebook_metadata_filter": "jupytext,-jupytext.text_representation.jupytext_version,-kernelspec,-language_info",
+    "notebook_metadata_filter": (
+        "jupytext,-jupytext.text_representation.jupytext_version,-kernelspec,-language_info"
+    ),
 }
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 
@@ -50,28 +52,40 @@ def module_path(name: str) -> Path:
     return project_root() / "src" / "trainer" / f"{name}.py"
 
 
+def half_path(name: str, half: Half) -> Path:
+    """The file of one half of a pair."""
+    return notebook_path(name) if half == "notebook" else module_path(name)
+
+
+def display_path(name: str, half: Half) -> str:
+    """The same path relative to the project's root, for messages and git."""
+    return half_path(name, half).relative_to(project_root()).as_posix()
+
+
+# ── conversion ──────────────────────────────────────────────────────────────────────────────────
 def as_module(notebook: nbformat.NotebookNode) -> str:
-    """The notebook as the text of its module."""
+    """Convert a notebook to its module's text."""
     cells = [nbformat.from_dict({**cell, "metadata": _tags(cell)}) for cell in notebook.cells]
     twin = nbformat.v4.new_notebook(cells=cells, metadata={"jupytext": dict(PAIRING)})
     return str(jupytext.writes(twin, fmt="py:percent"))
 
 
 def as_notebook(module: str) -> nbformat.NotebookNode:
-    """The module's text as a notebook without outputs; cells are named by their content, so the same text gives the same file."""
+    """Convert a module's text to a notebook without outputs."""
     twin = jupytext.reads(module, fmt="py:percent")
-    seen: set[str] = set()
+    ids: set[str] = set()
     for cell in twin.cells:
         cell.metadata = _tags(cell)
-        name = hashlib.sha256(f"{cell.cell_type} {cell.source}".encode()).hexdigest()[:8]
-        while name in seen:
-            name = hashlib.sha256(name.encode()).hexdigest()[:8]
-        seen.add(name)
-        cell.id = name
+        # Ids follow from the content, so that the same module always gives the same file.
+        cell.id = hashlib.sha256(f"{cell.cell_type} {cell.source}".encode()).hexdigest()[:8]
+        while cell.id in ids:
+            cell.id = hashlib.sha256(cell.id.encode()).hexdigest()[:8]
+        ids.add(cell.id)
+    language = {"name": "python"}
     twin.metadata = {
         "jupytext": dict(PAIRING),
         "kernelspec": KERNEL,
-        "language_info": {"name": "python"},
+        "language_info": language,
     }
     twin.nbformat, twin.nbformat_minor = 4, 5
     return twin
@@ -81,78 +95,62 @@ def _tags(cell: nbformat.NotebookNode) -> nbformat.NotebookNode:
     return nbformat.from_dict({"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {})
 
 
-def other(half: Half) -> Half:
-    """The other half."""
-    return "module" if half == "notebook" else "notebook"
-
-
-def half_path(name: str, half: Half) -> Path:
-    """Where a half of a pair lies."""
-    return notebook_path(name) if half == "notebook" else module_path(name)
-
-
-def shown(name: str, half: Half) -> str:
-    """A half's path for messages, and for git."""
-    return half_path(name, half).relative_to(project_root()).as_posix()
-
-
 def code(half: Half, text: str) -> str:
-    """What counts of a half's text. Outputs, cell ids and other metadata do not.
-
-    A module goes by way of a notebook too: how many empty lines stand between two cells is no difference.
-    """
+    """A half's text without outputs, cell ids, metadata and the blank lines between cells."""
     return as_module(jupytext.reads(text, fmt="ipynb") if half == "notebook" else as_notebook(text))
 
 
 def current_code(name: str, half: Half) -> str | None:
-    """What counts of a half as it lies here; None when it is missing."""
+    """The code of a half in the working tree; None if the file is missing."""
     try:
         return code(half, half_path(name, half).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except Exception as error:  # nbformat and jupytext raise many kinds
         raise UserError(
-            f"{shown(name, half)} cannot be read as a {half}: {error}. "
-            f"Mend it, or make it anew from its {other(half)}: make sync FROM={other(half)} PAIR={name}"
+            f"{display_path(name, half)}: not a valid {half}: {error}. "
+            f"Fix it, or rewrite it: make sync FROM={OTHER[half]} PAIR={name}"
         ) from None
 
 
-def out_of_step() -> list[str]:
-    """Names of the pairs whose halves differ, or of which one is missing."""
-    return [name for name in ORDER if not _in_step(name)]
+# ── comparison ──────────────────────────────────────────────────────────────────────────────────
+def out_of_sync() -> list[str]:
+    """The pairs whose halves differ, or of which one is missing."""
+    return [
+        name
+        for name in ORDER
+        if (notebook := current_code(name, "notebook")) is None
+        or notebook != current_code(name, "module")
+    ]
 
 
-def _in_step(name: str) -> bool:
-    notebook = current_code(name, "notebook")
-    return notebook is not None and notebook == current_code(name, "module")
+_loaded: dict[Path, bytes] = {}  # the modules as they were when this kernel first looked
 
 
-_seen: dict[Path, bytes] = {}  # the modules as they were when this kernel first looked
+def require_in_sync() -> None:
+    """Stop a notebook that would train other code than it shows.
 
-
-def require_in_step() -> None:
-    """Raises UserError when training would use code that nobody sees here.
-
-    That is so when a notebook and its module differ, and when a module was changed since this kernel has loaded it.
+    That is so if a notebook and its module differ, or if a module changed after this kernel
+    imported it.
     """
     for path in sorted(module_path("data").parent.glob("*.py")):
-        first = _seen.setdefault(path, path.read_bytes())
-        if first != path.read_bytes() and f"trainer.{path.stem}" in sys.modules:
+        content = path.read_bytes()
+        if _loaded.setdefault(path, content) != content and f"trainer.{path.stem}" in sys.modules:
             raise UserError(
-                f"src/trainer/{path.name} was changed since this kernel loaded it. "
+                f"src/trainer/{path.name} has changed since this kernel imported it. "
                 "Choose Kernel ▸ Restart Kernel and Run All Cells."
             )
-    differing = out_of_step()
-    if differing:
+    names = out_of_sync()
+    if names:
+        pairs = ", ".join(f"level_0_manual/{n}.ipynb and src/trainer/{n}.py" for n in names)
         raise UserError(
-            f"not in step: {', '.join(f'level_0_manual/{n}.ipynb and src/trainer/{n}.py' for n in differing)}. "
-            "Which side is right? In a terminal, type `make sync FROM=notebook` or `make sync FROM=module`, "
-            "then restart this notebook's kernel."
+            f"not in sync: {pairs}. In a terminal, run `make sync FROM=notebook` or "
+            "`make sync FROM=module`, then restart this notebook's kernel."
         )
 
 
 def edited_half(name: str) -> Half | None:
-    """The one half that says something else than in the last commit; None when both do, or when that cannot be told."""
+    """The half that alone differs from the last commit; None if both or neither do."""
     before = {half: _committed_code(name, half) for half in HALVES}
     now = {half: current_code(name, half) for half in HALVES}
     if None in now.values() or before["notebook"] is None or before["notebook"] != before["module"]:
@@ -165,123 +163,96 @@ def _committed_code(name: str, half: Half) -> str | None:
     text = git.at_last_commit(half_path(name, half))
     try:
         return None if text is None else code(half, text)
-    except Exception:  # nbformat and jupytext raise many kinds; a damaged file decides nothing
+    except Exception:  # a damaged file in HEAD decides nothing
         return None
 
 
-class Difference(NamedTuple):
-    """A pair that is out of step, and the half that alone was edited, if there is one."""
-
-    name: str
-    edited: Half | None
-
-    def __str__(self) -> str:
-        """What is wrong and what to type, for this pair alone: another pair's right half may be the other one."""
-        notebook, module = shown(self.name, "notebook"), shown(self.name, "module")
-        if self.edited:
-            only = shown(self.name, self.edited)
-            return f"{notebook} and {module} differ: only {only} was edited since the last commit. Type: make sync"
-        for half in HALVES:
-            if not half_path(self.name, half).is_file():
-                return f"{shown(self.name, half)} is missing. Type: make sync FROM={other(half)} PAIR={self.name}"
-        return (
-            f"{notebook} and {module} differ, and git does not tell which one is right: both were edited since the last "
-            "commit, or none has them in step.\n"
-            f"If the notebook is right, type: make sync FROM=notebook PAIR={self.name}\n"
-            f"If the module is right, type:   make sync FROM=module PAIR={self.name}"
-        )
+def undecided_message(name: str) -> str:
+    """Which command settles a pair that cannot be synchronized automatically."""
+    for half in HALVES:
+        if not half_path(name, half).is_file():
+            command = f"make sync FROM={OTHER[half]} PAIR={name}"
+            return f"{display_path(name, half)} is missing. Run {command}"
+    return (
+        f"{display_path(name, 'notebook')} and {display_path(name, 'module')} differ, and both "
+        "were edited since the last commit, or there is no commit.\n"
+        f"To keep the notebook: make sync FROM=notebook PAIR={name}\n"
+        f"To keep the module:   make sync FROM=module PAIR={name}"
+    )
 
 
-def differences(names: list[str] | None = None) -> list[Difference]:
-    """The pairs that are out of step, or those of them that are named."""
-    return [
-        Difference(name, edited_half(name)) for name in out_of_step() if name in (names or ORDER)
-    ]
-
-
+# ── writing ─────────────────────────────────────────────────────────────────────────────────────
 def sync_edited(names: list[str] | None = None) -> list[str]:
-    """Write the other half of each pair of which one half alone was edited; no edit is lost. Returns what was written.
-
-    Raises:
-        UserError: pairs remain that a person must decide; they are left as they are.
-    """
-    found = differences(names)
-    written = [_write(pair.name, pair.edited) for pair in found if pair.edited]
-    undecided = [str(pair) for pair in found if not pair.edited]
+    """Update the other half of each pair of which one half was edited; return messages."""
+    messages, undecided = [], []
+    for name in out_of_sync():
+        if names and name not in names:
+            continue
+        half = edited_half(name)
+        if half:
+            messages.append(_write(name, half))
+        else:
+            undecided.append(undecided_message(name))
     if undecided:
-        raise UserError("\n".join([*undecided, *written]))
-    return written
+        raise UserError("\n".join([*undecided, *messages]))
+    return messages
 
 
 def sync(source: Half, names: list[str] | None = None) -> list[str]:
-    """Write the other half of each pair that is out of step, or of those named; returns the names of those written."""
-    right = {name: current_code(name, source) for name in names or ORDER}
-    for name, wanted in right.items():
-        if wanted is None:
+    """Write the other half of each pair that is out of sync; return the names."""
+    sources = {name: current_code(name, source) for name in names or ORDER}
+    for name, text in sources.items():
+        if text is None:
             raise UserError(
-                f"{shown(name, source)} is not there. `make sync FROM={other(source)}` makes it."
+                f"{display_path(name, source)} is missing. "
+                f"`make sync FROM={OTHER[source]}` writes it."
             )
-    differing = [
-        name for name, wanted in right.items() if wanted != _readable_code(name, other(source))
-    ]
-    for name in differing:
+    stale = [name for name, text in sources.items() if text != _readable_code(name, OTHER[source])]
+    for name in stale:
         _write(name, source)
-    return differing
+    return stale
 
 
 def _readable_code(name: str, half: Half) -> str | None:
     try:
         return current_code(name, half)
-    except UserError:  # damaged, as by a merge: it is written anew
+    except UserError:  # damaged, for example by a merge: it is rewritten
         return None
 
 
 def _write(name: str, source: Half) -> str:
-    """Write a pair's other half; returns what was done and what to type next."""
-    text, target = (
-        half_path(name, source).read_text(encoding="utf-8"),
-        half_path(name, other(source)),
-    )
+    target = half_path(name, OTHER[source])
+    text = half_path(name, source).read_text(encoding="utf-8")
     if source == "notebook":
         target.write_text(as_module(jupytext.reads(text, fmt="ipynb")), encoding="utf-8")
     else:
         target.write_text(nbformat.writes(as_notebook(text)) + "\n", encoding="utf-8")
-    written, right = shown(name, other(source)), shown(name, source)
-    return f"{written} was written from {right}. Next: git add {right} {written}"
+    written, read = display_path(name, OTHER[source]), display_path(name, source)
+    return f"{written} was written from {read}. Next: git add {read} {written}"
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m level_0_manual.notebooks", description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m level_0_manual.notebooks")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("check")
-    syncing = commands.add_parser("sync")
+    commands.add_parser("check", help="compare all pairs")
+    syncing = commands.add_parser("sync", help="write the other half of each pair")
     syncing.add_argument("--from", dest="source", choices=HALVES)
     syncing.add_argument("names", nargs="*", metavar="NAME", help=", ".join(ORDER))
     arguments = parser.parse_args()
     if arguments.command == "check":
-        require_in_step()
-        print(f"{len(ORDER)} notebooks are in step with their modules")
+        require_in_sync()
+        print(f"{len(ORDER)} notebooks are in sync with their modules")
         return
-    names = _known(arguments.names)
-    if arguments.source is None:
-        print("\n".join(sync_edited(names)) or "already in step")
-    else:
-        written = sync(arguments.source, names)
-        print(
-            f"{other(arguments.source)}s written: {', '.join(written)}"
-            if written
-            else "already in step"
-        )
-
-
-def _known(names: list[str]) -> list[str]:
-    for name in names:
+    for name in arguments.names:
         if name not in ORDER:
-            raise UserError(f"PAIR: there is no pair '{name}'; there are {', '.join(ORDER)}.")
-    return names
+            raise UserError(f"PAIR: unknown pair '{name}'; expected one of {', '.join(ORDER)}.")
+    if arguments.source is None:
+        print("\n".join(sync_edited(arguments.names)) or "already in sync")
+    else:
+        names = sync(arguments.source, arguments.names)
+        half = OTHER[arguments.source]
+        print(f"{half}s written: {', '.join(names)}" if names else "already in sync")
 
 
 if __name__ == "__main__":

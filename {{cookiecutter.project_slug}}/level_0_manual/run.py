@@ -103,7 +103,7 @@ def main() -> None:
     signal.signal(
         signal.SIGINT, stop
     )  # nbclient's own way depends on the moment, and mostly is a traceback
-    notebooks.require_in_step()
+    notebooks.require_in_sync()
     settings = load_settings()  # a mistake in project.yaml is told before anything runs …
     csv_path = find_csv(settings.data.source, project_root() / "data")
     check_header(

@@ -193,7 +193,7 @@ def conclude(run: Run, story: Story) -> None:
 def main() -> None:
     """Compile, run, report."""
     runner = choose_runner()
-    notebooks.require_in_step()
+    notebooks.require_in_sync()
     settings = load_settings()
     if runner == "vertex":
         from level_1_pipeline.vertex import run as vertex_run

@@ -32,7 +32,7 @@ def edit_module(name, old, new):
 
 
 def test_both_halves_are_shipped_in_step_without_outputs():
-    notebooks.require_in_step()
+    notebooks.require_in_sync()
     for name in notebooks.ORDER:
         notebook = nbformat.read(notebooks.notebook_path(name), as_version=4)
         nbformat.validate(notebook)
@@ -54,22 +54,22 @@ def test_each_notebook_names_its_own_module_only():
 
 def test_an_edited_module_is_noticed_and_synced(project):
     edit_module("model", "min(50,", "min(40,")
-    assert notebooks.out_of_step() == ["model"]
+    assert notebooks.out_of_sync() == ["model"]
     with pytest.raises(
         UserError, match=r"level_0_manual/model\.ipynb and src/trainer/model\.py.*make sync FROM"
     ):
-        notebooks.require_in_step()
+        notebooks.require_in_sync()
     assert notebooks.sync("module") == ["model"]
     assert "min(40," in notebooks.notebook_path("model").read_text()
-    assert notebooks.out_of_step() == []
+    assert notebooks.out_of_sync() == []
 
 
 def test_an_edited_notebook_is_noticed_and_synced(project):
     edit_notebook("model", "min(50,", "min(40,")
-    assert notebooks.out_of_step() == ["model"]
+    assert notebooks.out_of_sync() == ["model"]
     assert notebooks.sync("notebook") == ["model"]
     assert "min(40," in notebooks.module_path("model").read_text()
-    assert notebooks.out_of_step() == []
+    assert notebooks.out_of_sync() == []
 
 
 def test_the_chosen_side_wins_when_both_were_edited(project):
@@ -84,19 +84,19 @@ def test_a_kernel_that_loaded_older_code_is_told_to_restart(project, monkeypatch
     monkeypatch.setitem(
         sys.modules, "trainer.model", model
     )  # as in a kernel that has run train.ipynb
-    notebooks.require_in_step()
+    notebooks.require_in_sync()
     edit_module("model", "min(50,", "min(40,")
     notebooks.sync("module")
     with pytest.raises(
-        UserError, match=r"src/trainer/model\.py was changed since this kernel loaded it.*Restart"
+        UserError, match=r"src/trainer/model\.py has changed since this kernel imported it.*Restart"
     ):
-        notebooks.require_in_step()
+        notebooks.require_in_sync()
 
 
 def test_modification_times_do_not_count(project):
     edit_module("train", "cosine decay", "cosine decay, slowly")
     notebooks.notebook_path("train").touch()  # newer, and yet older in what it says
-    assert notebooks.out_of_step() == ["train"]
+    assert notebooks.out_of_sync() == ["train"]
 
 
 def test_outputs_and_layout_are_no_difference(project):
@@ -108,7 +108,7 @@ def test_outputs_and_layout_are_no_difference(project):
         cell.metadata["collapsed"] = True
     nbformat.write(notebook, path)
     edit_module("train", "\n\n\n# %% [markdown]", "\n\n# %% [markdown]")
-    assert notebooks.out_of_step() == []
+    assert notebooks.out_of_sync() == []
 
 
 def test_sync_is_repeatable_and_a_missing_half_is_made(project):
@@ -133,10 +133,10 @@ def test_a_file_that_is_no_notebook_is_told_and_made_anew(project):
     before = notebooks.current_code("data", "notebook")
     path.write_text("<<<<<<< HEAD\n{}\n")
     with pytest.raises(
-        UserError, match=r"data\.ipynb cannot be read[\s\S]*make sync FROM=module PAIR=data"
+        UserError, match=r"data\.ipynb: not a valid notebook[\s\S]*make sync FROM=module PAIR=data"
     ):
-        notebooks.out_of_step()
-    with pytest.raises(UserError, match="cannot be read"):
+        notebooks.out_of_sync()
+    with pytest.raises(UserError, match="not a valid notebook"):
         notebooks.sync("notebook")
     assert notebooks.sync("module") == ["data"]
     assert notebooks.current_code("data", "notebook") == before
@@ -158,19 +158,17 @@ def committed(project, git):
 @pytest.mark.parametrize("half", notebooks.HALVES)
 def test_the_half_edited_since_the_last_commit_counts(committed, half, capsys, monkeypatch):
     (edit_notebook if half == "notebook" else edit_module)("model", OLD, NEW)
-    path, other = (notebooks.shown("model", side) for side in (half, notebooks.other(half)))
-    (difference,) = notebooks.differences()
-    assert difference.edited == half
-    assert f"only {path} was edited since the last commit. Type: make sync" in str(difference)
+    path, other = (notebooks.display_path("model", side) for side in (half, notebooks.OTHER[half]))
+    assert notebooks.edited_half("model") == half
     monkeypatch.setattr("sys.argv", ["notebooks", "sync"])
     notebooks.main()
     assert (
         f"{other} was written from {path}. Next: git add {path} {other}" in capsys.readouterr().out
     )
     assert NEW in (committed / other).read_text()
-    assert notebooks.out_of_step() == []
+    assert notebooks.out_of_sync() == []
     notebooks.main()
-    assert capsys.readouterr().out == "already in step\n"
+    assert capsys.readouterr().out == "already in sync\n"
 
 
 def both_edited():
@@ -186,7 +184,7 @@ def test_when_both_were_edited_a_person_decides_and_nothing_is_lost(committed):
         match=r"both were edited[\s\S]*FROM=notebook PAIR=model[\s\S]*FROM=module PAIR=model",
     ):
         notebooks.sync_edited()
-    assert notebooks.out_of_step() == ["model"]
+    assert notebooks.out_of_sync() == ["model"]
     assert "decay, slowly" in notebooks.notebook_path("train").read_text()
     assert NEW in notebooks.notebook_path("model").read_text()
     assert OTHER in notebooks.module_path("model").read_text()
@@ -198,14 +196,14 @@ def test_a_named_pair_leaves_the_others_alone(committed):
     both_edited()
     edit_module("train", "cosine decay", "cosine decay, slowly")
     assert notebooks.sync("notebook", ["model"]) == ["model"]
-    assert notebooks.out_of_step() == ["train"]
+    assert notebooks.out_of_sync() == ["train"]
     assert "decay, slowly" in notebooks.module_path("train").read_text()
 
 
-def test_both_edited_alike_is_in_step(committed):
+def test_both_edited_alike_is_in_sync(committed):
     edit_notebook("model", OLD, NEW)
     edit_module("model", OLD, NEW)
-    assert notebooks.differences() == []
+    assert notebooks.out_of_sync() == []
 
 
 def test_outputs_alone_are_no_edit(committed):
@@ -219,7 +217,7 @@ def test_outputs_alone_are_no_edit(committed):
     assert notebooks.edited_half("model") == "module"
 
 
-def test_a_fresh_clone_with_any_dates_is_in_step(committed, git, tmp_path, monkeypatch):
+def test_a_fresh_clone_with_any_dates_is_in_sync(committed, git, tmp_path, monkeypatch):
     git("clone", "--quiet", str(committed), str(tmp_path / "clone"))
     monkeypatch.chdir(tmp_path / "clone")
     chance = random.Random(0)
@@ -229,7 +227,7 @@ def test_a_fresh_clone_with_any_dates_is_in_step(committed, git, tmp_path, monke
         for path in (notebooks.notebook_path, notebooks.module_path)
     ):
         os.utime(path, (chance.randrange(2**31), chance.randrange(2**31)))
-    assert notebooks.differences() == []
+    assert notebooks.out_of_sync() == []
     edit_module("model", OLD, NEW)
     os.utime(notebooks.module_path("model"), (0, 0))  # the edit is the older file
     assert notebooks.edited_half("model") == "module"
@@ -249,7 +247,7 @@ def only_modules_committed(git):
     assert git("commit", "--quiet", "--message=first").returncode == 0
 
 
-def committed_out_of_step(git):
+def committed_out_of_sync(git):
     edit_notebook("model", OLD, OTHER)
     git("init", "--quiet")
     git("add", ".")
@@ -257,32 +255,32 @@ def committed_out_of_step(git):
 
 
 @pytest.mark.parametrize(
-    "prepare", [no_git, no_commit, only_modules_committed, committed_out_of_step]
+    "prepare", [no_git, no_commit, only_modules_committed, committed_out_of_sync]
 )
 def test_without_a_commit_to_compare_with_nothing_is_written(project, git, prepare):
     prepare(git)
     edit_module("model", OLD, NEW)
     with pytest.raises(
-        UserError, match=r"git does not tell[\s\S]*make sync FROM=notebook PAIR=model"
+        UserError, match=r"or there is no commit[\s\S]*make sync FROM=notebook PAIR=model"
     ):
         notebooks.sync_edited()
-    assert notebooks.out_of_step() == ["model"]
+    assert notebooks.out_of_sync() == ["model"]
 
 
 def test_a_missing_half_is_told_and_never_takes_the_other_with_it(committed):
     notebooks.module_path("model").unlink()
     with pytest.raises(
         UserError,
-        match=r"src/trainer/model\.py is missing. Type: make sync FROM=notebook PAIR=model",
+        match=r"src/trainer/model\.py is missing. Run make sync FROM=notebook PAIR=model",
     ):
         notebooks.sync_edited()
     assert notebooks.sync("notebook", ["model"]) == ["model"]
-    assert notebooks.differences() == []
+    assert notebooks.out_of_sync() == []
 
 
 def test_an_unknown_pair_is_told(project, monkeypatch):
     monkeypatch.setattr("sys.argv", ["notebooks", "sync", "--from", "module", "modle"])
-    with pytest.raises(UserError, match="no pair 'modle'; there are data, model"):
+    with pytest.raises(UserError, match="unknown pair 'modle'; expected one of data, model"):
         notebooks.main()
 
 
@@ -337,7 +335,7 @@ def test_a_failing_notebook_is_told_with_its_report(quick, monkeypatch):
         level_0.main()
     (report,) = (quick / "runs").glob("*/data.html")
     assert "every row says" in report.read_text()
-    with pytest.raises(UserError, match="no model is trained yet"):
+    with pytest.raises(UserError, match="no trained model yet"):
         runs.find()
 
 

@@ -140,7 +140,7 @@ def dry_run(settings: Settings, environment: Environment, name: str | None) -> s
 def begin(settings: Settings, environment: Environment, name: str | None) -> tuple[Run, Request]:
     """Upload the data, push the image and write the run's folder; no job is submitted yet."""
     check_image(find_jobs(settings, environment, name, ""))
-    notebooks.require_in_step()
+    notebooks.require_in_sync()
     with tempfile.TemporaryDirectory() as folder:
         train_data, test_data = split(settings, Path(folder))
         # Before the image is built: an error in the data or the bucket shows early.

@@ -10,6 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from tabulate import tabulate
+
 from core.errors import UserError, run_command
 from core.manifest import write_json
 from core.paths import project_root
@@ -19,7 +21,7 @@ from project.settings import Settings, load_settings
 
 @dataclass(frozen=True)
 class Run:
-    """The places in one run's folder."""
+    """The paths in a run's folder."""
 
     folder: Path
 
@@ -30,12 +32,12 @@ class Run:
 
     @property
     def train_data(self) -> Path:
-        """Rows to train on."""
+        """Training rows."""
         return self.folder / "train.parquet"
 
     @property
     def test_data(self) -> Path:
-        """Rows that no training sees."""
+        """Test rows."""
         return self.folder / "test.parquet"
 
     @property
@@ -50,11 +52,11 @@ class Run:
 
     @property
     def settings(self) -> Path:
-        """The settings this run used, overrides included."""
+        """The settings of this run, with overrides."""
         return self.folder / "settings.json"
 
     def start(self, settings: Settings) -> "Run":
-        """Make the folder and note the settings."""
+        """Create the folder and record the settings."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(
             self.settings,
@@ -66,66 +68,59 @@ class Run:
         return self
 
     def require(self, path: Path, notebook: str) -> Path:
-        """The path, if an earlier notebook has made it.
-
-        Raises:
-            UserError: says which notebook to run first.
-        """
+        """Return the path if an earlier notebook has created it."""
         if not path.exists():
             raise UserError(
-                f"{path.name} is not in {self.folder} yet. Run {notebook}.ipynb first (Run ▸ Run All Cells)."
+                f"missing {path.name} in {self.folder}. Run {notebook}.ipynb first "
+                "(Run ▸ Run All Cells)."
             )
         return path
 
 
 def runs_folder() -> Path:
-    """Where runs are kept."""
+    """The folder of all runs."""
     return project_root() / "runs"
 
 
 def registry_folder() -> Path:
-    """Where the registry of this machine is."""
+    """The local model registry."""
     return project_root() / "registry"
 
 
 def current() -> Run:
-    """The run that a notebook belongs to: $RUN under `make level0`, and the run named "notebook" in Jupyter."""
+    """The run of a notebook: $RUN under `make level0`, else the run named "notebook"."""
     return Run(runs_folder() / os.environ.get("RUN", "notebook"))
 
 
 def new() -> Run:
-    """A run of its own, named by the time it starts, so that names sort."""
+    """A new run, named by its start time so that names sort."""
     return Run(runs_folder() / f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}")
 
 
 def find(name: str | None = None) -> Run:
-    """The run of that name, or the newest one with a saved model that no gate has turned down.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The run of that name, or the newest one whose model no gate rejected."""
     if name:
         run = Run(runs_folder() / name)
         if not run.model.is_dir():
             raise UserError(
-                f"there is no run '{name}' with a model in {runs_folder()}. `make runs` lists them."
+                f"no run '{name}' with a model in {runs_folder()}. `make runs` lists them."
             )
         return run
     finished = [
-        run for run in all_runs() if (run.model / "model.json").is_file() and not _turned_down(run)
+        run for run in all_runs() if (run.model / "model.json").is_file() and not _is_rejected(run)
     ]
     if not finished:
-        raise UserError("no model is trained yet. Type `make level0` first.")
+        raise UserError("no trained model yet. Run `make level0` first.")
     return max(finished, key=lambda run: (run.model / "model.json").stat().st_mtime)
 
 
-def _turned_down(run: Run) -> bool:
+def _is_rejected(run: Run) -> bool:
     story = read_json(run.folder / "story.json")
     return bool(story) and not story.get("registered")
 
 
 def all_runs() -> list[Run]:
-    """Every run's folder, in the order of their names."""
+    """All runs, sorted by name."""
     folder = runs_folder()
     return (
         [Run(path) for path in sorted(folder.iterdir()) if path.is_dir()] if folder.is_dir() else []
@@ -133,7 +128,7 @@ def all_runs() -> list[Run]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The document; an empty one when there is none yet."""
+    """The document; empty if there is none."""
     try:
         document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return document
@@ -141,52 +136,37 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
 
 
+SETTINGS_SHOWN = ("epochs", "batch_size", "learning_rate", "seed")
+METRICS_SHOWN = {"accuracy": "accuracy", "macro_f1": "macro F1", "log_loss": "log loss"}
+
+
 def table(metric: str) -> str:
     """All runs as text: settings and test metrics, best first, unfinished ones last."""
+    champion = LocalRegistry(registry_folder()).champion_number()
     rows = []
     for run in all_runs():
         settings, metrics = read_json(run.settings), read_json(run.evaluation)
-        rows.append((metrics.get(metric, -math.inf), run.name, settings, metrics))
+        hyperparameters = settings.get("hyperparameters", {})
+        row = [run.name, settings.get("data", {}).get("source", "")]
+        row += [hyperparameters.get(key, "") for key in SETTINGS_SHOWN]
+        row += [f"{metrics[key]:.4f}" if key in metrics else "–" for key in METRICS_SHOWN]
+        row += [metrics.get("rows", "not finished"), _made_by(run.name, champion)]
+        rows.append((metrics.get(metric, -math.inf), run.name, row))
     if not rows:
-        raise UserError("there is no run yet. Type `make level0` first.")
-    rows.sort(key=lambda row: (row[0], row[1]), reverse=True)
-    champion = LocalRegistry(registry_folder()).champion_number()
-    settings_shown = ("epochs", "batch_size", "learning_rate", "seed")
-    lines: list[tuple[str, ...]] = [
-        ("run", "data", *settings_shown, "accuracy", "macro F1", "log loss", "test rows", "made by")
-    ]
-    for _, name, settings, metrics in rows:
-        used = [str(settings.get("hyperparameters", {}).get(key, "")) for key in settings_shown]
-        scores = [
-            f"{metrics[key]:.4f}" if key in metrics else "–"
-            for key in ("accuracy", "macro_f1", "log_loss")
-        ]
-        source = str(settings.get("data", {}).get("source", ""))
-        lines.append(
-            (
-                name,
-                source,
-                *used,
-                *scores,
-                str(metrics.get("rows", "not finished")),
-                _made_by(name, champion),
-            )
-        )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+        raise UserError("no runs yet. Run `make level0` first.")
+    rows.sort(reverse=True)
+    columns = ["run", "data", *SETTINGS_SHOWN, *METRICS_SHOWN.values(), "test rows", "made by"]
+    return str(tabulate([row for *_, row in rows], columns, "plain", disable_numparse=True))
 
 
 def _made_by(name: str, champion: int | None) -> str:
-    """Notebooks, a rented machine, or the pipeline and what became of its model."""
+    """Notebooks, a training job, or the pipeline and its model's version."""
     story = read_json(runs_folder() / name / "story.json")
     if not story:
         return "a training job" if (runs_folder() / name / "request.json").exists() else "notebooks"
     number = (story.get("registered") or {}).get("version")
-    kept = ["the champion" if number == champion else f"version {number}"] if number else []
-    return ", ".join(["pipeline", *kept])
+    model = ["the champion" if number == champion else f"version {number}"] if number else []
+    return ", ".join(["pipeline", *model])
 
 
 def main() -> None:

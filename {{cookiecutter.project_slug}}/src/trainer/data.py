@@ -23,7 +23,7 @@ Run it here cell by cell, or as a program: `python -m trainer.data --csv data/di
 """
 import notebooks
 
-notebooks.require_in_step()
+notebooks.require_in_sync()
 """
 
 # %%

@@ -23,7 +23,7 @@ Run it here cell by cell, or as a program: `python -m trainer.evaluate --model-d
 """
 import notebooks
 
-notebooks.require_in_step()
+notebooks.require_in_sync()
 """
 
 # %%

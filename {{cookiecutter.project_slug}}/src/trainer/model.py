@@ -22,7 +22,7 @@ It is shaped by the data, so it needs no change when they do. To use another mod
 """
 import notebooks
 
-notebooks.require_in_step()
+notebooks.require_in_sync()
 """
 
 # %%

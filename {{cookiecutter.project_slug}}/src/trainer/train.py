@@ -25,7 +25,7 @@ Run it here cell by cell, or as a program:
 """
 import notebooks
 
-notebooks.require_in_step()
+notebooks.require_in_sync()
 """
 
 # %%
