@@ -53,7 +53,7 @@ def prepare(project: Path) -> Cloud:
         "INCOMING": where.incoming,
         "NETWORK_ATTACHMENT": where.network_attachment,
         "DATA_SOURCE": "",
-        "FOLD_MINUTES": "0",
+        "BATCH_WINDOW_MINUTES": "0",
     }
     return Cloud(where, variables)
 

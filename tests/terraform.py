@@ -84,7 +84,7 @@ def settings_of(base: Mapping[str, Any], case: Mapping[str, Any]) -> dict[str, A
     if case["existing"]:
         cloud["environments"][case["environment"]]["existing"] = EXISTING
     if case["more"]:
-        cloud["events"] = {"schedule": "0 4 * * 1", "fold_minutes": 30}
+        cloud["events"] = {"schedule": "0 4 * * 1", "batch_window_minutes": 30}
         cloud["budget"] = {"monthly": 100, "billing_account": "01ABCD-23EF45-678901"}
         cloud["workbench"] = True
         document["data"]["source"] = "gs://rows/all.csv"

@@ -305,7 +305,7 @@ def test_where_no_rows_are_in_a_bucket_each_new_file_is_trained_on(
 
 def test_files_of_a_window_start_one_run_at_its_end(make_events: Callable[..., Events]) -> None:
     """The window is a minute, and the clock is real: the emulator brings them again until it is over."""
-    events = make_events(attempts=100, FOLD_MINUTES="1", DATA_SOURCE=ROWS)
+    events = make_events(attempts=100, BATCH_WINDOW_MINUTES="1", DATA_SOURCE=ROWS)
     bucket = watch(events)
     now = datetime.now(UTC)
     if now.second > 50:
@@ -346,7 +346,7 @@ def test_a_wrong_environment_is_told_in_one_message(
     cloud: Cloud, project: Path, tmp_path: Path
 ) -> None:
     function = TriggerFunction(
-        project, {**cloud.variables, "TEMPLATES": "", "FOLD_MINUTES": "soon"}, tmp_path / "log"
+        project, {**cloud.variables, "TEMPLATES": "", "BATCH_WINDOW_MINUTES": "soon"}, tmp_path / "log"
     )
     with pytest.raises(RuntimeError) as caught:
         function.start()
@@ -355,7 +355,7 @@ def test_a_wrong_environment_is_told_in_one_message(
         "error: the function's environment variables are wrong:\n  TEMPLATES='': wants a gs:// address"
         in told
     )
-    assert "FOLD_MINUTES='soon'" in told
+    assert "BATCH_WINDOW_MINUTES='soon'" in told
     assert "Traceback" not in told
 
 

@@ -559,7 +559,7 @@ def test_terraform_and_python_derive_the_same_names(
         "INCOMING": place.incoming,
         "NETWORK_ATTACHMENT": place.network_attachment,
         "DATA_SOURCE": "gs://rows/all.csv" if planned.case["more"] else "",
-        "FOLD_MINUTES": "30" if planned.case["more"] else "0",
+        "BATCH_WINDOW_MINUTES": "30" if planned.case["more"] else "0",
     }
     assert environment.keys() == events.RULES.keys()
     events.read_place(environment)

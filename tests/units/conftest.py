@@ -53,7 +53,7 @@ cloud:
   train:
     jobs: [l4]
   serve: {machine: n2-standard-2, replicas: [1, 3], canary_percent: 10}
-  events: {schedule: "", ingest: "0 3 * * *", fold_minutes: 0}
+  events: {schedule: "", ingest: "0 3 * * *", batch_window_minutes: 0}
   workbench: false
   budget: {monthly: 0, billing_account: ""}
   alerts: you@example.com

@@ -39,7 +39,7 @@ VARIABLES = {
     "INCOMING": INCOMING,
     "NETWORK_ATTACHMENT": "projects/p/regions/r/networkAttachments/a",
     "DATA_SOURCE": "gs://rows/digits.csv",
-    "FOLD_MINUTES": "0",
+    "BATCH_WINDOW_MINUTES": "0",
 }
 PLACE = events.read_place(VARIABLES)
 EACH_FILE = replace(PLACE, source="")  # data.source is in no bucket
@@ -395,7 +395,7 @@ def test_a_notification_that_is_none_is_poison(decide, attributes):
 
 
 # ── files, gathered ─────────────────────────────────────────────────────────────────────────────────────────────────
-FOLDED = replace(PLACE, fold_minutes=15)
+BATCHED = replace(PLACE, batch_window_minutes=15)
 
 
 def at(text: str) -> datetime:
@@ -409,18 +409,18 @@ def test_files_of_one_window_are_one_event_and_wait_until_it_is_closed(decide):
             ["2026-11-30T04:00:00Z", "2026-11-30T05:07:10+01:00", "2026-11-30T04:14:59.999999Z"]
         )
     ]
-    early = [decide(body, environment=FOLDED, now=at("2026-11-30T04:14:59.9")) for body in bodies]
+    early = [decide(body, environment=BATCHED, now=at("2026-11-30T04:14:59.9")) for body in bodies]
     assert {(it.event, it.run, it.wait) for it in early} == {
         ("data window 2026-11-30T04:00Z", None, True)
     }
     assert early[0].why == "files are gathered until 2026-11-30T04:15Z"
-    ripe = [decide(body, environment=FOLDED, now=at("2026-11-30T04:15:00")) for body in bodies]
+    ripe = [decide(body, environment=BATCHED, now=at("2026-11-30T04:15:00")) for body in bodies]
     assert {it.run.event for it in ripe} == {"data window 2026-11-30T04:00Z"}
     assert {it.run.identity for it in ripe} == {ripe[0].run.identity}
     assert ripe[0].run.parameters == VALUES
     following = push(attributes=notification(eventTime="2026-11-30T04:15:00Z"))
     assert (
-        decide(following, environment=FOLDED, now=at("2026-11-30T05:00:00")).run.event
+        decide(following, environment=BATCHED, now=at("2026-11-30T05:00:00")).run.event
         == "data window 2026-11-30T04:15Z"
     )
 
@@ -432,14 +432,14 @@ def test_a_window_goes_by_when_it_happened_and_not_by_when_it_was_told(decide):
         publishTime="2026-11-30T09:00:00Z",
     )
     assert (
-        decide(late, environment=FOLDED, now=at("2026-11-30T09:01:00")).run.event
+        decide(late, environment=BATCHED, now=at("2026-11-30T09:01:00")).run.event
         == "data window 2026-11-30T03:45Z"
     )
     attributes = notification()
     del attributes["eventTime"]
     untimed = push(attributes=attributes, publishTime="2026-11-30T09:00:00Z")
     assert (
-        decide(untimed, environment=FOLDED, now=at("2026-11-30T10:00:00")).run.event
+        decide(untimed, environment=BATCHED, now=at("2026-11-30T10:00:00")).run.event
         == "data window 2026-11-30T09:00Z"
     )
 
@@ -450,24 +450,24 @@ def test_a_window_does_not_wait_for_what_starts_nothing(decide):
         notification("OBJECT_DELETE", overwrittenByGeneration="18"),
     ):
         decision = decide(
-            push(attributes=attributes), environment=FOLDED, now=at("2026-11-30T04:01:00")
+            push(attributes=attributes), environment=BATCHED, now=at("2026-11-30T04:01:00")
         )
         assert (decision.run, decision.wait) == (None, False)
 
 
 def test_windows_need_rows_in_a_bucket(decide):
-    with pytest.raises(Poison, match=r"cloud\.events\.fold_minutes is for rows in one place"):
-        decide(push(attributes=notification()), environment=replace(FOLDED, source=""))
+    with pytest.raises(Poison, match=r"cloud\.events\.batch_window_minutes is for rows in one place"):
+        decide(push(attributes=notification()), environment=replace(BATCHED, source=""))
 
 
 @pytest.mark.parametrize("time", ["9999-12-31T23:59:00Z", "2026-12-02T04:00:00Z", "soon"])
 def test_a_window_that_will_never_close_is_poison(decide, time):
     with pytest.raises(Poison):
-        decide(push(attributes=notification(eventTime=time)), environment=FOLDED)
+        decide(push(attributes=notification(eventTime=time)), environment=BATCHED)
 
 
-def test_a_request_is_never_folded(decide):
-    assert decide(push(request()), environment=FOLDED).run.event == "a push"
+def test_a_request_is_never_batched(decide):
+    assert decide(push(request()), environment=BATCHED).run.event == "a push"
 
 
 # ── the environment ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -485,14 +485,14 @@ def test_the_environment_is_what_the_settings_say(monkeypatch):
             "INCOMING": where.incoming,
             "NETWORK_ATTACHMENT": where.network_attachment,
             "DATA_SOURCE": "",
-            "FOLD_MINUTES": "15",
+            "BATCH_WINDOW_MINUTES": "15",
         }
     )
     assert environment.target.root == where.pipeline_root
     assert environment.target.service_account.endswith(
         "-pipeline@my-project.iam.gserviceaccount.com"
     )
-    assert environment.fold_minutes == 15
+    assert environment.batch_window_minutes == 15
 
 
 @pytest.mark.parametrize("name", VARIABLES)
@@ -663,7 +663,7 @@ def test_a_notification_of_the_double_of_cloud_storage_starts_a_run(
 
 
 def test_a_window_that_is_open_is_429_and_nothing_is_sent(bucket, vertex, capsys):
-    function = events.Function(FOLDED, FIELDS)
+    function = events.Function(BATCHED, FIELDS)
     now = datetime.now(UTC)
     text, status = function.answer(
         "POST", push(attributes=notification(eventTime=f"{now:%Y-%m-%dT%H:%M:%SZ}"))

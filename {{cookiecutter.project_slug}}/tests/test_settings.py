@@ -73,9 +73,9 @@ CHANGES = {
         ["dev.project", "not its number"],
     ),
     "files gathered without rows in a bucket": (
-        "cloud.events.fold_minutes",
+        "cloud.events.batch_window_minutes",
         30,
-        ["fold_minutes", "gs://", "Allowed here: 0"],
+        ["batch_window_minutes", "gs://", "Allowed here: 0"],
     ),
     "no list": ("cloud.train.jobs", "cpu", ["cloud.train.jobs", "a list, such as [a, b]"]),
     "wrong type": (

@@ -2,10 +2,10 @@
 # Pub/Sub retries each message; one that the function rejects for good goes to the dead letters.
 resource "google_pubsub_subscription" "push" {
   # Topic → maximum delivery attempts. 30 take about four hours: longer than an outage or the time
-  # before the first release. A file waiting for its batch window (fold_minutes) needs more.
+  # before the first release. A file waiting for its batch window (batch_window_minutes) needs more.
   for_each = local.has_function ? {
     requests = 30
-    data     = local.settings.events.fold_minutes > 0 ? 100 : 30
+    data     = local.settings.events.batch_window_minutes > 0 ? 100 : 30
   } : {}
   name                 = "${local.name}-${each.key}"
   topic                = local.names.topics[each.key]

@@ -43,7 +43,7 @@ resource "google_cloud_run_v2_service" "trigger" {
           INCOMING           = local.incoming
           NETWORK_ATTACHMENT = local.names.network_attachment
           DATA_SOURCE        = local.settings.data_source
-          FOLD_MINUTES       = tostring(local.settings.events.fold_minutes)
+          BATCH_WINDOW_MINUTES       = tostring(local.settings.events.batch_window_minutes)
         }
         content {
           name  = env.key

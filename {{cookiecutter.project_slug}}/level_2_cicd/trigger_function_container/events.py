@@ -47,14 +47,14 @@ class Place:
 
     Attributes:
         templates: the gs:// folder of the published versions; incoming: that of the rows whose arrival starts a run.
-        fold_minutes: files that arrive within so many minutes start one run together; 0: one each.
+        batch_window_minutes: files that arrive within so many minutes start one run together; 0: one each.
         source: the rows of every run, which project.yaml names in a bucket; empty: each file that comes is trained on.
     """
 
     target: Target
     templates: str
     incoming: str
-    fold_minutes: int = 0
+    batch_window_minutes: int = 0
     source: str = ""
 
 
@@ -113,7 +113,7 @@ RULES = {
         r"(gs://[a-z0-9][^\s/]+/[^\s]+)?",
         "the address of rows in a bucket, or nothing",
     ),
-    "FOLD_MINUTES": (r"\d{1,3}", "a number of minutes; 0: none are gathered"),
+    "BATCH_WINDOW_MINUTES": (r"\d{1,3}", "a number of minutes; 0: none are gathered"),
 }
 
 
@@ -140,7 +140,7 @@ def read_place(variables: Mapping[str, str]) -> Place:
     )
     target = Target(*(variables[name] for name in names))
     folders = variables["TEMPLATES"], variables["INCOMING"]
-    return Place(target, *folders, int(variables["FOLD_MINUTES"]), variables["DATA_SOURCE"])
+    return Place(target, *folders, int(variables["BATCH_WINDOW_MINUTES"]), variables["DATA_SOURCE"])
 
 
 # ── what a message means ────────────────────────────────────────────────────────────────────────────────────────────
@@ -251,7 +251,7 @@ def decide_data(message: Message, place: Place, now: datetime, find: Find) -> De
             event, why="an old generation was cleared away, and the rows are what they were"
         )
     found = find("")
-    if place.fold_minutes:
+    if place.batch_window_minutes:
         return decide_window(message, place, now, found)
     if not place.source and kind != FINALIZE:
         return Decision(
@@ -301,11 +301,11 @@ def decide_window(message: Message, place: Place, now: datetime, found: Publishe
     """Files that arrive within one window start one run, when it is closed. It is known by its beginning."""
     if not place.source:
         raise Poison(
-            "cloud.events.fold_minutes is for rows in one place: set data.source in project.yaml to a gs:// address, or "
-            "fold_minutes to 0."
+            "cloud.events.batch_window_minutes is for rows in one place: set data.source in project.yaml to a gs:// address, or "
+            "batch_window_minutes to 0."
         )
     happened = happened_at(message)
-    length = timedelta(minutes=place.fold_minutes)
+    length = timedelta(minutes=place.batch_window_minutes)
     start = happened - (happened - datetime(1970, 1, 1, tzinfo=UTC)) % length
     event = f"data window {start:%Y-%m-%dT%H:%MZ}"
     if start > now + timedelta(days=1):

@@ -133,12 +133,12 @@ class Events(Block):
     Attributes:
         schedule: cron's five fields, in UTC; empty: no schedule.
         ingest: the schedule of the data ingestion job (cloud.data_ingestion: scheduled-job).
-        fold_minutes: batch files that arrive within N minutes into one run; 0: a run per file.
+        batch_window_minutes: batch files that arrive within N minutes into one run; 0: a run per file.
     """
 
     schedule: Annotated[str, Field(pattern=r"^(\S+( \S+){4})?$")] = ""
     ingest: Annotated[str, Field(pattern=r"^\S+( \S+){4}$")] = "0 3 * * *"
-    fold_minutes: Annotated[int, Field(strict=True, ge=0, le=360)] = 0
+    batch_window_minutes: Annotated[int, Field(strict=True, ge=0, le=360)] = 0
 
 
 class Budget(Block):

@@ -29,10 +29,10 @@ class Settings(CloudSettings):
     gate: Gate
 
     @model_validator(mode="after")
-    def _folded(self) -> "Settings":
-        if self.cloud.events.fold_minutes and not self.data.source.startswith("gs://"):
+    def _batched(self) -> "Settings":
+        if self.cloud.events.batch_window_minutes and not self.data.source.startswith("gs://"):
             raise ValueError(
-                "cloud.events.fold_minutes: files can be gathered where each run trains on data.source in a bucket (gs://…); "
+                "cloud.events.batch_window_minutes: files can be gathered where each run trains on data.source in a bucket (gs://…); "
                 f"it is '{self.data.source}'. Allowed here: 0"
             )
         return self

@@ -82,8 +82,8 @@ locals {
     "unknown key: ${join(", ", local._unknown_keys)}; see `make doctor LEVEL=2`" = (
       length(local._unknown_keys) > 0
     )
-    "cloud.events.fold_minutes > 0 requires a data.source in a bucket (gs://…)" = (
-      try(local._cloud.events.fold_minutes, 0) != 0 && !startswith(local._data_source, "gs://")
+    "cloud.events.batch_window_minutes > 0 requires a data.source in a bucket (gs://…)" = (
+      try(local._cloud.events.batch_window_minutes, 0) != 0 && !startswith(local._data_source, "gs://")
     )
     "${local._path}.bucket must be empty: at level 2 Terraform creates the buckets" = (
       local._environment.bucket != ""
@@ -101,7 +101,7 @@ output "settings" {
     customer_managed = local._cloud.encryption == "customer-managed"
     data_source      = startswith(local._data_source, "gs://") ? local._data_source : ""
     events = merge(
-      { schedule = "", ingest = "0 3 * * *", fold_minutes = 0 }, local._cloud.events
+      { schedule = "", ingest = "0 3 * * *", batch_window_minutes = 0 }, local._cloud.events
     )
     budget  = merge({ monthly = 0, billing_account = "" }, local._cloud.budget)
     mirrors = merge({ base_images = "", python_index = "" }, local._cloud.mirrors)
