@@ -120,7 +120,7 @@ KEYS = [
         "label",
         "ignore",
         "categorical",
-        "test_share",
+        "test_fraction",
         "split_seed",
         "hyperparameters",
         "metric",

@@ -41,7 +41,7 @@ def call(step, *arguments):
 
 names = ("train", "test", "model", "scores", "decision", "version")
 train, test, model, scores, decision, version = map(artifact, names)
-call(steps.preprocess, "data/digits.csv", chosen.data.label, [], [], chosen.data.test_share, 0, train, test)
+call(steps.preprocess, "data/digits.csv", chosen.data.label, [], [], chosen.data.test_fraction, 0, train, test)
 call(steps.train, asdict(chosen.hyperparameters), train, model)
 call(steps.evaluate, registry, test, model, scores)
 call(steps.gate, chosen.gate.metric, chosen.gate.threshold, chosen.gate.margin, True, scores, decision)

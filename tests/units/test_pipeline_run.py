@@ -32,7 +32,7 @@ VALUES = {
     "label": "digit",
     "ignore": [],
     "categorical": ["post code"],
-    "test_share": 0.2,
+    "test_fraction": 0.2,
     "split_seed": 0,
     "hyperparameters": {"epochs": 3, "learning_rate": 0.01},
     "jobs": [{"workerPoolSpecs": []}],

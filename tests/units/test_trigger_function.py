@@ -50,7 +50,7 @@ VALUES = {
     "label": "digit",
     "ignore": [],
     "categorical": [],
-    "test_share": 0.2,
+    "test_fraction": 0.2,
     "split_seed": 0,
     "hyperparameters": TRAIN,
     "jobs": [{"workerPoolSpecs": []}],

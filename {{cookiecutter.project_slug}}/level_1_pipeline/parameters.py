@@ -32,7 +32,7 @@ def from_settings(
         "label": data.label,
         "ignore": list(data.ignore),
         "categorical": list(data.categorical),
-        "test_share": data.test_share,
+        "test_fraction": data.test_fraction,
         "split_seed": data.split_seed,
         "hyperparameters": asdict(settings.hyperparameters),
         "jobs": list(jobs),

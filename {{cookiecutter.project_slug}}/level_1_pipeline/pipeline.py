@@ -23,7 +23,7 @@ def preprocess(
     label: str,
     ignore: list,  # type: ignore[type-arg]
     categorical: list,  # type: ignore[type-arg]
-    test_share: float,
+    test_fraction: float,
     split_seed: int,
     train_data: Output[Dataset],
     test_data: Output[Dataset],
@@ -41,7 +41,7 @@ def preprocess(
         Path(test_data.path),
         ignore=ignore,
         categorical=categorical,
-        test_share=test_share,
+        test_fraction=test_fraction,
         split_seed=split_seed,
     )
     train_data.metadata["rows"], test_data.metadata["rows"] = (
@@ -171,7 +171,7 @@ def make_pipeline(
         label: str,
         ignore: list,  # type: ignore[type-arg]
         categorical: list,  # type: ignore[type-arg]
-        test_share: float,
+        test_fraction: float,
         split_seed: int,
         hyperparameters: dict,  # type: ignore[type-arg]
         jobs: list,  # type: ignore[type-arg]
@@ -188,7 +188,7 @@ def make_pipeline(
             label=label,
             ignore=ignore,
             categorical=categorical,
-            test_share=test_share,
+            test_fraction=test_fraction,
             split_seed=split_seed,
         )
         # The laptop's step trains by itself: it needs neither the jobs nor the run's resource name.

@@ -234,7 +234,7 @@ BAD_FILES = {
     "nothing to test on": (
         lines("x,y", "1,a", "1,a", "2,b", "2,b"),
         "y",
-        ["no row to test on", "data.test_share"],
+        ["no row to test on", "data.test_fraction"],
     ),
 }
 

@@ -66,7 +66,7 @@ def split(settings: Settings, folder: Path) -> tuple[Path, Path]:
         test_data,
         ignore=data.ignore,
         categorical=data.categorical,
-        test_share=data.test_share,
+        test_fraction=data.test_fraction,
         split_seed=data.split_seed,
     )
     return train_data, test_data

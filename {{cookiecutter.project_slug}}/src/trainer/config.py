@@ -40,7 +40,7 @@ class Hyperparameters:
     learning_rate: Annotated[Number, Field(gt=0, le=10)]
     weight_decay: Annotated[Number, Field(ge=0, le=10)] = 0.01
     dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.1
-    validation_share: Annotated[Number, Field(gt=0, lt=0.9)] = (
+    validation_fraction: Annotated[Number, Field(gt=0, lt=0.9)] = (
         0.15  # of the training rows, to choose the best epoch
     )
     patience: Annotated[int, Field(strict=True, ge=1)] = (
@@ -98,7 +98,7 @@ class Data(Block):
     label: Annotated[str, Field(strict=True, min_length=1)]
     ignore: tuple[Annotated[str, Field(strict=True)], ...] = ()
     categorical: tuple[Annotated[str, Field(strict=True)], ...] = ()
-    test_share: Annotated[Number, Field(gt=0, lt=1)] = 0.2
+    test_fraction: Annotated[Number, Field(gt=0, lt=1)] = 0.2
     split_seed: Annotated[int, Field(strict=True, ge=0)] = 0
 
     @model_validator(mode="after")

@@ -98,10 +98,10 @@ and two equal rows are never on both sides, which would let the model be tested 
 
 
 # %%
-def is_test(names: Iterable[str], test_share: float, split_seed: int) -> str:
+def is_test(names: Iterable[str], test_fraction: float, split_seed: int) -> str:
     """The SQL condition under which a row is a test row; MD5 because every system and version computes it alike."""
     cells = ", ".join(f"coalesce({name_in_sql(name)}, '')" for name in sorted(names))
-    bound = f"{round(test_share * 16**8):08x}"
+    bound = f"{round(test_fraction * 16**8):08x}"
     return (
         f"(left(md5(concat_ws(chr(31), {text_in_sql(str(split_seed))}, {cells})), 8) < '{bound}')"
     )
@@ -125,7 +125,7 @@ def check_split(database: duckdb.DuckDBPyConnection, label: str) -> tuple[int, i
     train_rows, test_rows = sum(side[1] for side in sides), sum(side[2] for side in sides)
     if not test_rows:
         raise UserError(
-            "the split leaves no row to test on. Add rows, or raise data.test_share in project.yaml."
+            "the split leaves no row to test on. Add rows, or raise data.test_fraction in project.yaml."
         )
     return train_rows, test_rows
 
@@ -174,7 +174,7 @@ def prepare(
     *,
     ignore: Iterable[str] = (),
     categorical: Iterable[str] = (),
-    test_share: float = 0.2,
+    test_fraction: float = 0.2,
     split_seed: int = 0,
 ) -> dict[str, Any]:
     """Check the CSV file and write its rows, typed, to two Parquet files.
@@ -187,7 +187,7 @@ def prepare(
     """
     names = csv_reader.read_header(csv_path)
     features = csv_reader.choose_features(names, label, ignore, categorical)
-    test = is_test([*features, label], test_share, split_seed)
+    test = is_test([*features, label], test_fraction, split_seed)
     # The condition says all that decides on which side a row is: columns, share, seed.
     split = hashlib.sha256(test.encode()).hexdigest()
     with (
@@ -314,7 +314,7 @@ summary = prepare(
     run.test_data,
     ignore=data.ignore,
     categorical=data.categorical,
-    test_share=data.test_share,
+    test_fraction=data.test_fraction,
     split_seed=data.split_seed,
 )
 schema = read_schema(run.train_data)
@@ -377,7 +377,7 @@ def main() -> None:
         default=[],
         help="columns that are categories although they look like numbers",
     )
-    parser.add_argument("--test-share", type=float, default=0.2)
+    parser.add_argument("--test-fraction", type=float, default=0.2)
     parser.add_argument("--split-seed", type=int, default=0)
     parser.add_argument("--train", required=True, help="where the training rows go")
     parser.add_argument("--test", required=True, help="where the test rows go")
@@ -389,7 +389,7 @@ def main() -> None:
         local_path(arguments.test),
         ignore=arguments.ignore,
         categorical=arguments.categorical,
-        test_share=arguments.test_share,
+        test_fraction=arguments.test_fraction,
         split_seed=arguments.split_seed,
     )
     print(

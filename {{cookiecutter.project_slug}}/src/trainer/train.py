@@ -176,7 +176,7 @@ def fit(
     facts: str = "",
 ) -> Progress:
     """Train `network` on raw features (rows, columns) and labels (rows), and leave the best epoch's weights in it."""
-    learn, validate = hold_back(labels, options.validation_share, options.seed)
+    learn, validate = hold_back(labels, options.validation_fraction, options.seed)
     network.scaling.fit(features[learn])
     with torch.no_grad():
         inputs = network.scaling(torch.from_numpy(features)).to(machine.device)
