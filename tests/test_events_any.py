@@ -125,7 +125,7 @@ KEYS = [
         "hyperparameters",
         "metric",
         "threshold",
-        "margin",
+        "max_regression",
     ),
     *(
         "jobs",

@@ -44,7 +44,7 @@ train, test, model, scores, decision, version = map(artifact, names)
 call(steps.preprocess, "data/digits.csv", chosen.data.label, [], [], chosen.data.test_fraction, 0, train, test)
 call(steps.train, asdict(chosen.hyperparameters), train, model)
 call(steps.evaluate, registry, test, model, scores)
-call(steps.gate, chosen.gate.metric, chosen.gate.threshold, chosen.gate.margin, True, scores, decision)
+call(steps.gate, chosen.gate.metric, chosen.gate.threshold, chosen.gate.max_regression, True, scores, decision)
 call(steps.register, registry, "bench", {}, model, scores, decision, version)
 print(json.dumps(seconds))
 """

@@ -38,7 +38,7 @@ VALUES = {
     "jobs": [{"workerPoolSpecs": []}],
     "metric": "accuracy",
     "threshold": 0.9,
-    "margin": 0,
+    "max_regression": 0,
     "registry": "gs://storage/registry",
     "serving": {"machine": "n2-standard-2"},
 }

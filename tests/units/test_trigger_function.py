@@ -56,7 +56,7 @@ VALUES = {
     "jobs": [{"workerPoolSpecs": []}],
     "metric": "accuracy",
     "threshold": 0.95,
-    "margin": 0.0,
+    "max_regression": 0.0,
     "registry": "gs://storage/registry",
     "serving": {"machine": "n2-standard-2"},
 }

@@ -38,7 +38,7 @@ def from_settings(
         "jobs": list(jobs),
         "metric": gate.metric,
         "threshold": gate.threshold,
-        "margin": gate.margin,
+        "max_regression": gate.max_regression,
         "registry": registry,
         "serving": dict(serving or {}),
         "register": True,  # False in a build's functional test, which must not change the champion

@@ -136,7 +136,7 @@ def scores(challenger, champion=None, problem=None):
 
 
 @pytest.mark.parametrize(
-    ("measured", "threshold", "margin", "passed", "reason"),
+    ("measured", "threshold", "max_regression", "passed", "reason"),
     [
         (scores(0.96), 0.95, 0.0, True, "no champion yet"),
         (scores(0.95), 0.95, 0.0, True, "reaches the threshold"),
@@ -144,15 +144,15 @@ def scores(challenger, champion=None, problem=None):
         (scores(0.97, 0.96), 0.95, 0.0, True, "champion 7 has 0.9600 on the same test rows"),
         (scores(0.96, 0.96), 0.95, 0.0, True, "champion 7 has 0.9600"),  # a tie
         (scores(0.96, 0.97), 0.95, 0.0, False, "but champion 7 has 0.9700"),
-        (scores(0.96, 0.97), 0.95, 0.01, True, "margin 0.0100"),
-        (scores(0.9, 0.95), 0.5, 0.05, True, "margin 0.0500"),  # exactly the margin
+        (scores(0.96, 0.97), 0.95, 0.01, True, "allowed regression 0.0100"),
+        (scores(0.9, 0.95), 0.5, 0.05, True, "allowed regression 0.0500"),  # exactly as much as allowed
         (
             scores(0.9, 0.97),
             0.95,
             1.0,
             False,
             "does not reach",
-        ),  # no margin saves from the threshold
+        ),  # the threshold holds all the same
         (
             scores(0.96, problem="weights changed"),
             0.95,
@@ -162,8 +162,8 @@ def scores(challenger, champion=None, problem=None):
         ),
     ],
 )
-def test_the_gate(measured, threshold, margin, passed, reason):
-    decision = decide(measured, "accuracy", threshold, margin)
+def test_the_gate(measured, threshold, max_regression, passed, reason):
+    decision = decide(measured, "accuracy", threshold, max_regression)
     assert decision.passed is passed
     assert reason in decision.reason
 

@@ -89,9 +89,9 @@ CHANGES = {
         ["hyperparameters.epochs", "True"],
     ),
     "a truth value for a share": (
-        "gate.margin",
+        "gate.max_regression",
         True,
-        ["gate.margin", "should be a number", "True"],
+        ["gate.max_regression", "should be a number", "True"],
     ),
     "a truth value for a rate": (
         "hyperparameters.learning_rate",
@@ -133,9 +133,9 @@ def test_a_wrong_key_or_value_is_told(case, project):
 
 def test_all_mistakes_are_told_at_once(project):
     with pytest.raises(UserError) as told:
-        load_settings("hyperparameters.epochs=0 gate.margin=2")
+        load_settings("hyperparameters.epochs=0 gate.max_regression=2")
     assert "hyperparameters.epochs" in str(told.value)
-    assert "gate.margin" in str(told.value)
+    assert "gate.max_regression" in str(told.value)
 
 
 @pytest.mark.parametrize(

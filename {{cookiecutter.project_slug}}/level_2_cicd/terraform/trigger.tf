@@ -34,16 +34,16 @@ resource "google_cloud_run_v2_service" "trigger" {
 
       dynamic "env" {
         for_each = {
-          PROJECT            = local.project
-          REGION             = local.region
-          PIPELINE_ROOT      = "gs://${local.names.buckets.pipeline_root}"
-          TEMPLATES          = "gs://${local.names.buckets.storage}/templates/train-and-register"
-          SERVICE_ACCOUNT    = local.names.accounts.pipeline
-          KMS_KEY            = try(local.names.keys.vertex, "")
-          INCOMING           = local.incoming
-          NETWORK_ATTACHMENT = local.names.network_attachment
-          DATA_SOURCE        = local.settings.data_source
-          BATCH_WINDOW_MINUTES       = tostring(local.settings.events.batch_window_minutes)
+          PROJECT              = local.project
+          REGION               = local.region
+          PIPELINE_ROOT        = "gs://${local.names.buckets.pipeline_root}"
+          TEMPLATES            = "gs://${local.names.buckets.storage}/templates/train-and-register"
+          SERVICE_ACCOUNT      = local.names.accounts.pipeline
+          KMS_KEY              = try(local.names.keys.vertex, "")
+          INCOMING             = local.incoming
+          NETWORK_ATTACHMENT   = local.names.network_attachment
+          DATA_SOURCE          = local.settings.data_source
+          BATCH_WINDOW_MINUTES = tostring(local.settings.events.batch_window_minutes)
         }
         content {
           name  = env.key

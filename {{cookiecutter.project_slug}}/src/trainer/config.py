@@ -88,7 +88,7 @@ class Hyperparameters:
 SAMPLES = ("digits", "wine", "breast_cancer")
 
 
-Share = Annotated[Number, Field(ge=0, le=1)]
+Fraction = Annotated[Number, Field(ge=0, le=1)]
 
 
 class Data(Block):
@@ -116,5 +116,5 @@ class Gate(Block):
     """When a new model is good enough to replace the champion."""
 
     metric: Literal["accuracy", "macro_f1"]
-    threshold: Share
-    margin: Share
+    threshold: Fraction
+    max_regression: Fraction

@@ -17,8 +17,8 @@ class Decision:
         return asdict(self)
 
 
-def decide(scores: Mapping[str, Any], metric: str, threshold: float, margin: float) -> Decision:
-    """The gate: a challenger passes when it reaches the threshold and is not worse than the champion by more than the margin.
+def decide(scores: Mapping[str, Any], metric: str, threshold: float, max_regression: float) -> Decision:
+    """The gate: a challenger passes when it reaches the threshold and is at most `max_regression` worse than the champion.
 
     Args:
         scores: {"challenger": metrics, "champion": metrics or None, "champion_version": number or None,
@@ -40,9 +40,9 @@ def decide(scores: Mapping[str, Any], metric: str, threshold: float, margin: flo
     if scores["champion"] is None:
         return Decision(True, f"{reached}; there is no champion yet")
     other = scores["champion"][metric]
-    compared = f"champion {number} has {other:.4f} on the same test rows, margin {margin:.4f}"
+    compared = f"champion {number} has {other:.4f} on the same test rows, allowed regression {max_regression:.4f}"
     # Compared with a little room: 0.95 - 0.05 is not 0.9 in binary.
-    if value < other - margin - 1e-12:
+    if value < other - max_regression - 1e-12:
         return Decision(False, f"{reached}, but {compared}")
     return Decision(True, f"{reached}; {compared}")
 
