@@ -31,7 +31,7 @@ ANSWERS = {
 }
 FOLDER = "{{cookiecutter.project_slug}}"
 MODEL, NOTEBOOK = "src/trainer/model.py", "level_0_manual/model.ipynb"
-SENTENCE = "Take median, mean and spread (standard deviation; 1 for a constant) from training rows."
+SENTENCE = "Take median, mean and standard deviation (1 for a constant) from training rows."
 BINARIES = Path(sys.executable).parent
 QUICK_TESTS = [f"tests/test_{name}.py" for name in ("settings", "notebooks", "model")]
 

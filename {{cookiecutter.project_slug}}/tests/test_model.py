@@ -10,7 +10,7 @@ from core.schema import Column, Schema
 from trainer import distributed
 from trainer.config import Hyperparameters
 from trainer.evaluate import score
-from trainer.model import Network, Scaling
+from trainer.model import Network, Standardizer
 from trainer.train import as_one_vector, fit, run_epoch
 
 NUMBERS = Schema("y", (Column("a", "numeric"), Column("b", "numeric", optional=True)), (0, 1))
@@ -18,9 +18,9 @@ NUMBERS = Schema("y", (Column("a", "numeric"), Column("b", "numeric", optional=T
 
 def test_scaling_standardises_imputes_and_flags():
     features = np.array([[1.0, 10.0], [2.0, math.nan], [3.0, 30.0], [4.0, 50.0]])
-    scaling = Scaling(NUMBERS)
-    scaling.fit(features)
-    scaled = scaling(torch.from_numpy(features)).numpy()
+    standardizer = Standardizer(NUMBERS)
+    standardizer.fit(features)
+    scaled = standardizer(torch.from_numpy(features)).numpy()
     assert np.allclose(scaled[:, 0].mean(), 0, atol=1e-6)
     assert np.allclose(scaled[:, 0].std(), 1)
     filled = np.array([10, 30, 30, 50])  # 30 is the median
@@ -41,13 +41,13 @@ def test_scaling_standardises_imputes_and_flags():
 )
 def test_scaling_never_gives_nan(numbers):
     features = np.array([[x, x] for x in numbers])
-    scaling = Scaling(NUMBERS)
+    standardizer = Standardizer(NUMBERS)
     with np.errstate(over="raise", invalid="raise"):
-        scaling.fit(features)
+        standardizer.fit(features)
     queries = torch.tensor([[x, x] for x in [*numbers, 1e308, -1e308, 0.0]], dtype=torch.float64)
-    scaled = scaling(queries)
+    scaled = standardizer(queries)
     assert torch.isfinite(scaled).all()
-    assert scaled.abs().max() <= Scaling.LIMIT
+    assert scaled.abs().max() <= Standardizer.LIMIT
 
 
 def test_no_64_bit_number_is_sent_to_the_device(monkeypatch):
@@ -165,7 +165,7 @@ def test_one_vector_learns_as_the_weights_would_one_by_one():
     for _ in range(2):
         torch.manual_seed(0)
         network = Network(schema)
-        network.scaling.fit(features)
+        network.standardizer.fit(features)
         next(network.layers.parameters()).requires_grad_(
             False
         )  # as when somebody fine-tunes: it must stay
@@ -173,7 +173,7 @@ def test_one_vector_learns_as_the_weights_would_one_by_one():
     quick, plain = networks
     frozen = next(plain.layers.parameters()).clone()
     inputs, targets, learn = (
-        plain.scaling(torch.from_numpy(features)),
+        plain.standardizer(torch.from_numpy(features)),
         torch.from_numpy(labels),
         np.arange(10, len(labels)),
     )

@@ -145,7 +145,13 @@ def scores(challenger, champion=None, problem=None):
         (scores(0.96, 0.96), 0.95, 0.0, True, "champion 7 has 0.9600"),  # a tie
         (scores(0.96, 0.97), 0.95, 0.0, False, "but champion 7 has 0.9700"),
         (scores(0.96, 0.97), 0.95, 0.01, True, "allowed regression 0.0100"),
-        (scores(0.9, 0.95), 0.5, 0.05, True, "allowed regression 0.0500"),  # exactly as much as allowed
+        (
+            scores(0.9, 0.95),
+            0.5,
+            0.05,
+            True,
+            "allowed regression 0.0500",
+        ),  # exactly as much as allowed
         (
             scores(0.9, 0.97),
             0.95,

@@ -20,7 +20,7 @@ from trainer import data, distributed
 from trainer import train as train_module
 from trainer.config import Hyperparameters
 from trainer.evaluate import evaluate
-from trainer.train import hold_back, train
+from trainer.train import validation_split, train
 
 
 def weights_hash(folder: Path) -> str:
@@ -166,13 +166,13 @@ def test_early_stopping_keeps_the_best_epoch(trained, tmp_path, options):
 
 def test_rows_held_back_are_of_every_class_and_never_learned_from():
     labels = np.array([0] * 50 + [1] * 10 + [2])
-    learn, validate = hold_back(labels, 0.2, seed=0)
+    learn, validate = validation_split(labels, 0.2, seed=0)
     assert sorted([*learn, *validate]) == list(range(61))
     assert np.bincount(labels[validate], minlength=3).tolist() == [10, 2, 0]
-    assert hold_back(labels, 0.2, seed=0)[1].tolist() == validate.tolist()
-    assert hold_back(labels, 0.2, seed=1)[1].tolist() != validate.tolist()
+    assert validation_split(labels, 0.2, seed=0)[1].tolist() == validate.tolist()
+    assert validation_split(labels, 0.2, seed=1)[1].tolist() != validate.tolist()
     with pytest.raises(UserError, match="too few"):
-        hold_back(np.array([0, 1]), 0.2, seed=0)
+        validation_split(np.array([0, 1]), 0.2, seed=0)
 
 
 @pytest.mark.parametrize(

@@ -82,5 +82,7 @@ def summary(story: Story, champion: int | None, following: str) -> str:
     else:
         lines.append("Nothing was registered, and there is no champion yet.")
     if not gate["passed"]:
-        lines.append("(The gate's numbers are in project.yaml: gate.threshold, gate.max_regression.)")
+        lines.append(
+            "(The gate's numbers are in project.yaml: gate.threshold, gate.max_regression.)"
+        )
     return "\n".join([*lines, f"Next: {following}make status RUN={story.run} · make runs"])

@@ -17,7 +17,9 @@ class Decision:
         return asdict(self)
 
 
-def decide(scores: Mapping[str, Any], metric: str, threshold: float, max_regression: float) -> Decision:
+def decide(
+    scores: Mapping[str, Any], metric: str, threshold: float, max_regression: float
+) -> Decision:
     """The gate: a challenger passes when it reaches the threshold and is at most `max_regression` worse than the champion.
 
     Args:

@@ -37,7 +37,7 @@ from core.schema import Schema
 # %% [markdown]
 """
 ## From a row to numbers that a network likes
-A network learns best from inputs around zero with a spread of about one. The medians, means and spreads are taken from the training rows
+A network learns best from inputs around zero with a standard deviation of about one. The medians, means and standard deviations are taken from the training rows
 alone, and live inside the model: whoever serves it cannot forget them or use others.
 
 Where training saw missing values, the median stands in, and a flag beside it says that it does.
@@ -45,25 +45,27 @@ Where training saw missing values, the median stands in, and a flag beside it sa
 
 
 # %%
-class Scaling(nn.Module):
-    """Raw float64 features (rows, columns) → standardised float32 inputs (rows, numbers + flags + categories)."""
+class Standardizer(nn.Module):
+    """Raw float64 features (rows, columns) → standardised float32 inputs (rows, numbers + missing indicators + categories)."""
 
-    LIMIT = 10.0  # spreads; further out a number says nothing new, and cannot upset the sums
+    LIMIT = 10.0  # standard deviations; further out a number says nothing new, and cannot upset the sums
 
     def __init__(self, schema: Schema) -> None:
         super().__init__()
         kinds = [(position, c) for position, c in enumerate(schema.columns)]
         self.numeric = [position for position, c in kinds if c.kind == "numeric"]
-        self.flagged = [position for position, c in kinds if c.kind == "numeric" and c.optional]
+        self.missing_indicators = [
+            position for position, c in kinds if c.kind == "numeric" and c.optional
+        ]
         self.categorical = [position for position, c in kinds if c.kind == "categorical"]
-        for name in ("median", "mean", "spread"):
+        for name in ("median", "mean", "std"):
             self.register_buffer(name, torch.zeros(len(self.numeric), dtype=torch.float64))
         self.median: torch.Tensor
         self.mean: torch.Tensor
-        self.spread: torch.Tensor
+        self.std: torch.Tensor
 
     def fit(self, features: np.ndarray) -> None:
-        """Take median, mean and spread (standard deviation; 1 for a constant) from training rows."""
+        """Take median, mean and standard deviation (1 for a constant) from training rows."""
         numbers = features[:, self.numeric]
         numbers = np.where(
             np.isnan(numbers).all(axis=0), 0.0, numbers
@@ -79,21 +81,21 @@ class Scaling(nn.Module):
         mean = (filled / size).mean(
             axis=0
         ) * size  # divided first: the sum of large numbers would overflow
-        spread = (filled / size).std(axis=0) * size
-        tiny = spread <= 1e-12 * size  # rounding, not spread
+        std = (filled / size).std(axis=0) * size
+        tiny = std <= 1e-12 * size  # rounding, not variation
         self.median.copy_(torch.from_numpy(median))
         self.mean.copy_(torch.from_numpy(mean))
-        self.spread.copy_(torch.from_numpy(np.where(tiny, 1.0, spread)))
+        self.std.copy_(torch.from_numpy(np.where(tiny, 1.0, std)))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Impute, standardise, flag; pass category codes through."""
         numbers = features[:, self.numeric]
         numbers = torch.where(torch.isnan(numbers), self.median, numbers)
         # Halved first, because the difference of two huge numbers may overflow.
-        standard = (numbers / 2 - self.mean / 2) / self.spread * 2
+        standard = (numbers / 2 - self.mean / 2) / self.std * 2
         parts = [standard.clamp(-self.LIMIT, self.LIMIT)]
-        if self.flagged:
-            parts.append(torch.isnan(features[:, self.flagged]).to(features.dtype))
+        if self.missing_indicators:
+            parts.append(torch.isnan(features[:, self.missing_indicators]).to(features.dtype))
         if self.categorical:
             parts.append(features[:, self.categorical])
         return torch.cat(parts, dim=1).float()
@@ -113,9 +115,11 @@ class Network(nn.Module):
 
     def __init__(self, schema: Schema, dropout: float = 0.0) -> None:
         super().__init__()
-        self.scaling = Scaling(schema)
-        self.numbers = len(self.scaling.numeric) + len(self.scaling.flagged)
-        sizes = [len(schema.columns[position].values) + 1 for position in self.scaling.categorical]
+        self.standardizer = Standardizer(schema)
+        self.numbers = len(self.standardizer.numeric) + len(self.standardizer.missing_indicators)
+        sizes = [
+            len(schema.columns[position].values) + 1 for position in self.standardizer.categorical
+        ]
         self.embeddings = nn.ModuleList(nn.Embedding(size, embedding_width(size)) for size in sizes)
         for embedding in self.embeddings:
             nn.init.zeros_(embedding.weight[0])  # type: ignore[index]
@@ -129,7 +133,7 @@ class Network(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Raw features in, logits out: what is saved and served."""
-        return self.from_scaled(self.scaling(features))
+        return self.from_scaled(self.standardizer(features))
 
     def from_scaled(self, inputs: torch.Tensor) -> torch.Tensor:
         """The part that learns: training scales its rows once and then calls this at every step."""
@@ -177,7 +181,7 @@ scaling or the initial weights.
 # %% tags=["active-ipynb"]
 """
 features = schema.encode(read_rows(run.train_data))
-network.scaling.fit(features)
+network.standardizer.fit(features)
 with torch.inference_mode():
     probabilities = network(torch.from_numpy(features)).softmax(dim=1)
 print(f"mean probability for each class, untrained (even would be {1 / len(schema.classes):.3f}):")
@@ -187,12 +191,12 @@ for name, probability in zip(schema.classes, probabilities.mean(dim=0).tolist(),
 
 # %% [markdown]
 """
-What comes out of the scaling has a mean of 0 and a spread of 1, whatever the columns' units were.
+What comes out of the standardizer has a mean of 0 and a standard deviation of 1, whatever the columns' units were.
 """
 
 # %% tags=["active-ipynb"]
 """
 from trainer import plots
 
-plots.scaling(features[:, network.scaling.numeric], network.scaling(torch.from_numpy(features))[:, : len(network.scaling.numeric)])
+plots.standardized(features[:, network.standardizer.numeric], network.standardizer(torch.from_numpy(features))[:, : len(network.standardizer.numeric)])
 """

@@ -58,12 +58,12 @@ def class_balance(train: np.ndarray, test: np.ndarray, schema: Schema) -> None:
 
 
 def columns(rows: Mapping[str, np.ndarray], schema: Schema) -> None:
-    """The distribution of each column, with the share of missing values; an image's columns as its mean and spread."""
+    """The distribution of each column, with the share of missing values; an image's columns as its mean and std."""
     if schema.image_shape:
         pixels = np.stack([rows[column.name] for column in schema.columns])
         figure, both = plt.subplots(1, 2, figsize=(6, 3))
         for axes, values, title in zip(
-            both, (pixels.mean(axis=1), pixels.std(axis=1)), ("mean", "spread"), strict=True
+            both, (pixels.mean(axis=1), pixels.std(axis=1)), ("mean", "std"), strict=True
         ):
             image = axes.imshow(values.reshape(schema.image_shape), cmap="Blues")
             axes.set(title=f"{title} of each pixel", xticks=[], yticks=[])
@@ -98,7 +98,7 @@ def columns(rows: Mapping[str, np.ndarray], schema: Schema) -> None:
     plt.show()
 
 
-def scaling(raw: np.ndarray, scaled: Any) -> None:
+def standardized(raw: np.ndarray, scaled: Any) -> None:
     """The numeric columns' ranges before and after scaling."""
     if not raw.shape[1]:
         print("no numeric column: nothing to scale")

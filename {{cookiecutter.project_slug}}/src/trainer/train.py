@@ -62,13 +62,15 @@ kind. So a part of the training rows is held back, drawn with the seed, the same
 
 
 # %%
-def hold_back(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def validation_split(
+    labels: np.ndarray, fraction: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Positions of the rows to learn from, and of the rows to validate on; a class with one row is only learned from."""
     chance = np.random.default_rng(seed)
     validation = []
     for label in np.unique(labels):
         rows = chance.permutation(np.flatnonzero(labels == label))
-        validation.append(rows[: min(len(rows) - 1, math.ceil(share * len(rows)))])
+        validation.append(rows[: min(len(rows) - 1, math.ceil(fraction * len(rows)))])
     held = np.zeros(len(labels), dtype=bool)
     held[np.concatenate(validation)] = True
     if not held.any():
@@ -176,15 +178,15 @@ def fit(
     facts: str = "",
 ) -> Progress:
     """Train `network` on raw features (rows, columns) and labels (rows), and leave the best epoch's weights in it."""
-    learn, validate = hold_back(labels, options.validation_fraction, options.seed)
-    network.scaling.fit(features[learn])
+    learn, validate = validation_split(labels, options.validation_fraction, options.seed)
+    network.standardizer.fit(features[learn])
     with torch.no_grad():
-        inputs = network.scaling(torch.from_numpy(features)).to(machine.device)
+        inputs = network.standardizer(torch.from_numpy(features)).to(machine.device)
     targets = torch.from_numpy(labels).to(machine.device)
     for part in (
         network.embeddings,
         network.layers,
-    ):  # the scaling stays: its 64-bit numbers are unknown to MPS
+    ):  # the standardizer stays on the CPU: its 64-bit numbers are unknown to MPS
         part.to(machine.device)
 
     weights, gradient = as_one_vector(network)
