@@ -99,7 +99,7 @@ def evaluate(
 def gate(
     metric: str,
     threshold: float,
-    margin: float,
+    max_regression: float,
     register: bool,
     scores: Input[Artifact],
     decision: Output[Metrics],
@@ -111,7 +111,7 @@ def gate(
     from core.manifest import write_json
     from trainer.gate import decide, only_tested
 
-    result = decide(json.loads(Path(scores.path).read_text()), metric, threshold, margin)
+    result = decide(json.loads(Path(scores.path).read_text()), metric, threshold, max_regression)
     result = result if register else only_tested(result)
     write_json(Path(decision.path), result.to_json())
     decision.metadata.update(result.to_json())
@@ -177,7 +177,7 @@ def make_pipeline(
         jobs: list,  # type: ignore[type-arg]
         metric: str,
         threshold: float,
-        margin: float,
+        max_regression: float,
         registry: str,
         run: str,
         serving: dict,  # type: ignore[type-arg]
@@ -204,7 +204,11 @@ def make_pipeline(
             registry=registry, test_data=rows.outputs["test_data"], model=model
         ).output
         passed = gate_step(
-            metric=metric, threshold=threshold, margin=margin, register=register, scores=scores
+            metric=metric,
+            threshold=threshold,
+            max_regression=max_regression,
+            register=register,
+            scores=scores,
         )
         # A local run evaluates a condition only on a step's single unnamed output; on a named one
         # it is silently false.
