@@ -20,7 +20,7 @@ from trainer import data, distributed
 from trainer import train as train_module
 from trainer.config import Hyperparameters
 from trainer.evaluate import evaluate
-from trainer.train import validation_split, train
+from trainer.train import train, validation_split
 
 
 def weights_hash(folder: Path) -> str:
