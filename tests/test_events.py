@@ -346,7 +346,9 @@ def test_a_wrong_environment_is_told_in_one_message(
     cloud: Cloud, project: Path, tmp_path: Path
 ) -> None:
     function = TriggerFunction(
-        project, {**cloud.variables, "TEMPLATES": "", "BATCH_WINDOW_MINUTES": "soon"}, tmp_path / "log"
+        project,
+        {**cloud.variables, "TEMPLATES": "", "BATCH_WINDOW_MINUTES": "soon"},
+        tmp_path / "log",
     )
     with pytest.raises(RuntimeError) as caught:
         function.start()

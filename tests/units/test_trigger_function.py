@@ -456,7 +456,9 @@ def test_a_window_does_not_wait_for_what_starts_nothing(decide):
 
 
 def test_windows_need_rows_in_a_bucket(decide):
-    with pytest.raises(Poison, match=r"cloud\.events\.batch_window_minutes is for rows in one place"):
+    with pytest.raises(
+        Poison, match=r"cloud\.events\.batch_window_minutes is for rows in one place"
+    ):
         decide(push(attributes=notification()), environment=replace(BATCHED, source=""))
 
 
