@@ -19,7 +19,7 @@ import pytest
 from core import manifest
 from core.errors import UserError
 from gcp import client as api
-from gcp import deployment, endpoint, model_registry
+from gcp import deployment, endpoint, lease
 from gcp.model_registry import open_registry
 from google.api_core.future import polling
 from level_2_cicd.rehearsal.server import Response
@@ -117,7 +117,7 @@ def cloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
     monkeypatch.setattr(api, "FIRST_WAIT", 0.01)
     monkeypatch.setattr(endpoint, "PAUSE", 0.01)
     monkeypatch.setattr(polling.DEFAULT_POLLING, "_initial", 0.01)
-    monkeypatch.setattr(model_registry, "LONGEST_LOOK", 0.02)
+    monkeypatch.setattr(lease, "LONGEST_WAIT", 0.02)
     mount = tmp_path / "gcs"
     with FakeVertex() as vertex, FakeStorage(mount) as store:
         store.create_bucket("bucket")
@@ -131,10 +131,10 @@ def cloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
 def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Lets so much time pass that no lease holds any more."""
     passed = [0.0]
-    monkeypatch.setattr(model_registry, "clock", lambda: time.time() + passed[0])
+    monkeypatch.setattr(lease, "clock", lambda: time.time() + passed[0])
 
     def pass_time() -> None:
-        passed[0] += 2 * model_registry.LEASE_SECONDS
+        passed[0] += 2 * lease.SECONDS
 
     return pass_time
 
@@ -186,13 +186,13 @@ import json, os, signal, sys, time
 import google.cloud.aiplatform_v1, google.cloud.storage, requests
 from google.api_core.future import polling
 from pathlib import Path
-from gcp import client as api, deployment, endpoint, model_registry
+from gcp import client as api, deployment, endpoint, lease
 
 api.FIRST_WAIT = endpoint.PAUSE = polling.DEFAULT_POLLING._initial = 0.01
 send = requests.Session.send
 
 def attempt(order):
-    model_registry.clock = lambda: time.time() + order["passed"]
+    lease.clock = lambda: time.time() + order["passed"]
     sent = 0
     def count(*arguments, **options):
         nonlocal sent
@@ -247,14 +247,14 @@ def test_a_death_before_every_call_in_turn(
     code = -9
     while code == -9:
         runs.append(f"run-{len(runs)}")
-        before, passed = cloud.champion(), len(runs) * 10 * model_registry.LEASE_SECONDS
+        before, passed = cloud.champion(), len(runs) * 10 * lease.SECONDS
         code = deployer(runs[-1], before, len(runs) - 1, passed)
         if len(runs) > 1:
             assert (
                 cloud.share_of_others() <= SERVING["canary_percent"]
             )  # the decision comes before the traffic
         if code == -9:
-            assert deployer(runs[-1], before, -1, passed + 5 * model_registry.LEASE_SECONDS) == 0
+            assert deployer(runs[-1], before, -1, passed + 5 * lease.SECONDS) == 0
         cloud.assert_consistent(*runs)
     assert code == 0
     assert len(runs) > 30
@@ -377,7 +377,7 @@ def test_the_container_deploys_and_takes_back_what_does_not_answer(
     )
     done = run("run-1")
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: asking the new version failed: ")
+    assert done.stderr.splitlines()[-1].startswith("error: querying the new version failed: ")
     assert "Traceback" not in done.stderr
     assert cloud.champion() == 1
     cloud.assert_consistent("run-0", "run-1")

@@ -12,9 +12,9 @@ import time
 
 import pytest
 from core.errors import UserError
-from core.registry import LocalRegistry, Overtaken
+from core.registry import LocalRegistry, StaleChampion
 from gcp import client as api
-from gcp import deployment, endpoint, model_registry
+from gcp import deployment, endpoint, lease, model_registry, storage
 from gcp.model_registry import Serving, VertexRegistry, open_registry
 from google.api_core.future import polling
 from level_1_pipeline import status
@@ -173,7 +173,7 @@ def test_account_and_key_travel_with_the_model_and_level_2_makes_no_endpoint(clo
         "predictor@a-project.iam.gserviceaccount.com",
         "projects/a-project/locations/europe-west4/keyRings/a/cryptoKeys/b",
     )
-    with pytest.raises(UserError, match=r"no endpoint animals.*Terraform"):
+    with pytest.raises(UserError, match=r"endpoint animals not found.*Terraform"):
         cloud.deploy("run-1", None, service_account=account, key=key)
     endpoint = {"display_name": "animals", **Serving.parse({**SERVING, "key": key}).encryption}
     request = {"parent": Serving.parse(SERVING).parent, "endpoint": endpoint}
@@ -243,7 +243,7 @@ def test_whoever_was_compared_with_another_champion_is_not_deployed(cloud):
     outcome = cloud.deploy("run-2", None)
     assert outcome["version"] == 2
     assert not outcome["champion"]
-    assert "made 1 the champion" in outcome["problem"]
+    assert "has made 1 the champion" in outcome["problem"]
     assert outcome["problem"].endswith("make rollback VERSION=2 RUNNER=vertex")
     assert len(cloud.vertex.calls("endpoints.deployModel")) == 1
     assert cloud.served == {1: 100}
@@ -263,7 +263,7 @@ def test_a_champion_chosen_during_the_check_is_left_in_peace(cloud):
     cloud.vertex.predictor = overtake
     outcome = cloud.deploy("run-3", 2)
     assert not outcome["champion"]
-    assert "made 1 the champion" in outcome["problem"]
+    assert "has made 1 the champion" in outcome["problem"]
     assert json.loads(file.read_text())["version"] == 1
     assert cloud.served == {1: 100}  # what is served follows from the file, whoever wrote it
     assert "champion" in cloud.aliases[1]
@@ -273,14 +273,14 @@ def test_a_champion_chosen_while_it_is_written_is_not_overwritten(cloud, monkeyp
     cloud.deploy("run-1", None)
     cloud.deploy("run-2", 1)
     file = cloud.mount / "bucket" / "storage" / "registry" / "champion.json"
-    write = model_registry.replace
+    write = storage.replace
 
     def overtake(address, content, held):
         if address.endswith("champion.json"):
             file.write_text('{"version": 1, "replaces": 2, "reason": "by hand", "time": "now"}')
         return write(address, content, held)
 
-    monkeypatch.setattr(model_registry, "replace", overtake)
+    monkeypatch.setattr(storage, "replace", overtake)
     assert not cloud.deploy("run-3", 2)["champion"]
     assert json.loads(file.read_text())["version"] == 1
     assert cloud.served == {1: 100}
@@ -296,7 +296,7 @@ def test_a_decision_that_a_crash_kept_out_of_the_history_is_added_before_the_nex
 def test_a_version_that_answers_with_errors_is_taken_back(cloud):
     cloud.deploy("run-1", None)
     cloud.broken = {"2"}
-    with pytest.raises(UserError, match=r"asking the new version failed: .*out of order"):
+    with pytest.raises(UserError, match=r"querying the new version failed: .*out of order"):
         cloud.deploy("run-2", 1)
     assert cloud.served == {1: 100}
     assert "champion" in cloud.aliases[1]
@@ -485,7 +485,7 @@ def test_two_endpoints_of_the_same_name_are_refused_on_whichever_page_they_are(c
     request = {"parent": Serving.parse(SERVING).parent, "endpoint": {"display_name": "animals"}}
     api.client("EndpointService", "europe-west4").create_endpoint(request).result()
     cloud.vertex.fail("endpoints.list", status=503, after=1)
-    with pytest.raises(UserError, match="2 endpoints bear the name animals"):
+    with pytest.raises(UserError, match="2 endpoints have the name animals"):
         cloud.deploy("run-2", 1)
     assert cloud.served_by("animals") == {"1": 100}
 
@@ -498,7 +498,7 @@ def test_a_version_may_be_busy_at_first_and_no_longer(cloud, monkeypatch):
     assert cloud.deploy("run-2", 1)["champion"]
     monkeypatch.setattr(endpoint, "STARTING", 0.0)
     cloud.vertex.fail("endpoints.predict", status=503)
-    with pytest.raises(endpoint.Unfit, match="injected fault"):
+    with pytest.raises(endpoint.UnhealthyDeployment, match="injected fault"):
         cloud.deploy("run-3", 2)
     assert cloud.served == {2: 100}
 
@@ -507,7 +507,7 @@ def test_a_version_may_be_busy_at_first_and_no_longer(cloud, monkeypatch):
 def test_any_other_error_of_a_new_version_is_its_end(cloud, status):
     cloud.deploy("run-1", None)
     cloud.vertex.fail("endpoints.predict", status=status)
-    with pytest.raises(endpoint.Unfit, match="injected fault"):
+    with pytest.raises(endpoint.UnhealthyDeployment, match="injected fault"):
         cloud.deploy("run-2", 1)
     assert cloud.served == {1: 100}
 
@@ -537,7 +537,7 @@ def test_what_does_not_get_its_share_of_the_requests_is_not_promoted(cloud, monk
     cloud.deploy("run-1", None)
     monkeypatch.setattr(endpoint, "CHECK", 0.5)
     cloud.vertex.endpoints.choose = lambda endpoint: next(iter(endpoint.deployed_models))
-    with pytest.raises(UserError, match="the new version answered 0 of"):
+    with pytest.raises(UserError, match="the new version responded to 0 of"):
         cloud.deploy("run-2", 1)
     assert cloud.served == {1: 100}
 
@@ -546,7 +546,7 @@ def test_what_a_crash_left_beside_the_champion_is_removed_by_the_next_run(cloud)
     cloud.deploy("run-1", None)
     cloud.vertex.fail("endpoints.predict", status=403, times=1)
     cloud.vertex.fail("endpoints.patch", status=403, after=1)
-    with pytest.raises(UserError, match="Going back failed too"):
+    with pytest.raises(UserError, match="Restoring the traffic failed too"):
         cloud.deploy("run-2", 1)
     assert cloud.served == {1: 90, 2: 10}
     assert cloud.deploy("run-3", 1)["version"] == 3
@@ -656,7 +656,7 @@ def test_registering_needs_the_image_and_going_back_does_not(cloud):
 
 def test_another_deployment_is_waited_for(cloud, capsys):
     cloud.deploy("run-1", None)
-    with model_registry.Lease(REGISTRY, "run-x", print):
+    with lease.Lease(REGISTRY, "run-x"):
         thread = threading.Thread(target=cloud.deploy, args=("run-2", 1))
         thread.start()
         while "waiting for run run-x" not in capsys.readouterr().err:
@@ -669,21 +669,19 @@ def test_another_deployment_is_waited_for(cloud, capsys):
 
 def test_a_lease_that_nobody_prolongs_is_taken_over_and_its_owner_is_told(cloud, monkeypatch):
     cloud.model("run-1")
-    with model_registry.Lease(REGISTRY, "asleep", print) as asleep:
+    with lease.Lease(REGISTRY, "asleep") as asleep:
         asleep.check()
-        monkeypatch.setattr(
-            model_registry, "clock", lambda: time.time() + model_registry.LEASE_SECONDS
-        )
-        with model_registry.Lease(REGISTRY, "next", print) as following:
+        monkeypatch.setattr(lease, "clock", lambda: time.time() + lease.SECONDS)
+        with lease.Lease(REGISTRY, "next") as following:
             following.check()
-            with pytest.raises(UserError, match="interrupted for so long"):
+            with pytest.raises(UserError, match="paused for so long"):
                 asleep.check()
 
 
 def test_a_lease_is_prolonged_while_it_is_held(cloud, monkeypatch):
-    monkeypatch.setattr(model_registry, "LEASE_SECONDS", 0.03)
+    monkeypatch.setattr(lease, "SECONDS", 0.03)
     file = cloud.mount / "bucket" / "storage" / "registry" / "lock.json"
-    with model_registry.Lease(REGISTRY, "run-1", print):
+    with lease.Lease(REGISTRY, "run-1"):
         first, written = json.loads(file.read_text())["ends"], {}
         while written.get("ends", 0) <= first:
             written = json.loads(file.read_text())
@@ -746,9 +744,9 @@ def test_a_model_in_a_bucket_that_is_not_mounted_is_fetched(cloud, monkeypatch, 
     ("changed", "message"),
     [
         ({"machine": None}, "machine is missing"),
-        ({"machin": "x"}, "there is no machin"),
-        ({"replicas": 3}, "two whole numbers"),
-        ({"replicas": [3, 1]}, "fewest, most"),
+        ({"machin": "x"}, "unknown key machin"),
+        ({"replicas": 3}, "two integers"),
+        ({"replicas": [3, 1]}, "minimum, maximum"),
         ({"canary_percent": 0}, "from 1 to 100"),
     ],
 )
@@ -763,7 +761,7 @@ def test_a_damaged_model_or_one_on_this_machine_is_told_before_anything_is_asked
     (cloud.model("run-1") / "model.onnx").write_bytes(b"x")
     with pytest.raises(UserError, match="damaged"):
         cloud.deploy("run-1", None)
-    with pytest.raises(UserError, match=r"is in no bucket.*gcloud storage cp"):
+    with pytest.raises(UserError, match=r"is not in a bucket.*gcloud storage cp"):
         deployment.deploy(REGISTRY, trained / "model", {}, "run-1", "better", None, SERVING)
     assert not cloud.vertex.received
     assert not cloud.storage.received
@@ -774,7 +772,7 @@ def test_promoting_in_the_registry_is_refused_when_the_champion_is_another_one(c
     cloud.deploy("run-2", 1)
     registry = VertexRegistry(REGISTRY, Serving.parse(SERVING))
     with pytest.raises(
-        Overtaken, match="compared with champion none, and meanwhile another run made 2"
+        StaleChampion, match="compared with champion none, but another run has made 2"
     ):
         registry.promote(1, "late", None)
     assert registry.champion_number() == 2

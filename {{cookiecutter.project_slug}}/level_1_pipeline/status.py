@@ -12,7 +12,7 @@ import os
 from typing import Any
 
 from core.errors import UserError, run_command
-from core.registry import LocalRegistry, Registry, Version, by_hand
+from core.registry import LocalRegistry, Registry, Version, rollback_reason
 from gcp.environment import names_a_project, resolve_environment
 from gcp.model_registry import open_registry
 from project import runs
@@ -132,7 +132,7 @@ def rollback(registry: LocalRegistry, number: int) -> str:
     champion = registry.champion_number()
     if champion == number:
         raise UserError(f"version {number} is the champion already.")
-    registry.promote(number, by_hand(champion), champion)
+    registry.promote(number, rollback_reason(champion), champion)
     return f"Version {number} is the champion. A running server loads it within a second."
 
 

@@ -28,9 +28,11 @@ from typing import IO
 from core.errors import UserError, run_command
 from core.paths import project_root
 from gcp import storage
-from gcp.endpoint import Endpoint, NotThere, tell
+from gcp.client import report
+from gcp.endpoint import Endpoint, EndpointNotFound
 from gcp.environment import Environment, resolve_environment
-from gcp.model_registry import Lease, Serving
+from gcp.lease import Lease
+from gcp.model_registry import Serving
 from level_1_pipeline import parameters
 from level_2_cicd import submit_build
 from project.settings import Settings, load_settings
@@ -267,12 +269,12 @@ def undeploy(environment: Environment, settings: Settings) -> None:
     """Undeploy all models: they cost most, and an endpoint with models cannot be destroyed."""
     try:
         endpoint = Endpoint(Serving.parse(parameters.serving(settings, environment)))
-    except NotThere:
-        tell(f"no endpoint {environment.name}: nothing to undeploy")
+    except EndpointNotFound:
+        report(f"no endpoint {environment.name}: nothing to undeploy")
         return
-    with Lease(environment.registry, "destroy", tell):
+    with Lease(environment.registry, "destroy"):
         endpoint.settle(None)
-    tell(f"undeployed all models of {endpoint.name}")
+    report(f"undeployed all models of {endpoint.name}")
 
 
 def describe_remains(environment: Environment, settings: Settings) -> str:

@@ -24,7 +24,7 @@ import yaml
 from core import manifest
 from core.errors import UserError, run_command
 from core.paths import PROJECT_FILE, project_root
-from core.registry import BY_HAND
+from core.registry import MANUAL
 from gcp import client as api
 from gcp import (
     command_line,
@@ -346,7 +346,7 @@ def came_of(found: Published, what: str, environment: Environment) -> bool:
     """Whether an event's run, or one of its attempts, has made the champion; not where a person has chosen it."""
     registry = open_registry(environment.registry)
     change = registry.last_change()
-    if change is None or change["reason"].startswith(BY_HAND):
+    if change is None or change["reason"].startswith(MANUAL):
         return False
     champion = registry.version(change["version"])
     identity = run_of(found, what, environment).name.rpartition("/")[2]

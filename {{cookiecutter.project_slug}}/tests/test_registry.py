@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from core.errors import UserError
-from core.registry import LocalRegistry, Overtaken
+from core.registry import LocalRegistry, StaleChampion
 from gcp.model_registry import open_registry
 from level_1_pipeline import status
 from project import runs
@@ -57,13 +57,13 @@ def test_a_copy_that_was_cut_off_is_no_version_and_its_number_is_not_used_again(
     assert registry.register(trained / "model", {}, "run-1").number == 2
 
 
-def test_a_run_that_was_overtaken_does_not_replace_the_new_champion(registry, trained):
+def test_a_stale_challenger_does_not_replace_the_new_champion(registry, trained):
     for number in (1, 2):
         assert registry.register(trained / "model", {}, f"run-{number}").number == number
     registry.promote(1, "faster", None)
     with pytest.raises(
-        Overtaken,
-        match=r"compared with champion none.*another run made 1 the champion.*rollback VERSION=2",
+        StaleChampion,
+        match=r"compared with champion none.*another run has made 1 the champion.*rollback VERSION=2",
     ):
         registry.promote(2, "slower", None)
     assert registry.champion().number == 1
@@ -106,7 +106,7 @@ def test_many_processes_register_and_promote_at_once(registry, trained):
         "for _ in range(5):\n"
         "    version = registry.register(Path(sys.argv[2]), {}, sys.argv[3])\n"
         "    try: registry.promote(version.number, sys.argv[3], (c := registry.champion()) and c.number)\n"
-        "    except Overtaken: pass\n"
+        "    except StaleChampion: pass\n"
     )
     command = [sys.executable, "-c", code, str(registry.folder), str(trained / "model")]
     processes = [subprocess.Popen([*command, f"run-{number}"]) for number in range(4)]

@@ -25,8 +25,18 @@ except (
     fcntl = None  # type: ignore[assignment]
 
 
-class Overtaken(UserError):
-    """Another run has changed the champion since this one was compared with it."""
+class StaleChampion(UserError):
+    """The champion has changed since the challenger was compared with it."""
+
+    def __init__(
+        self, number: int, compared: int | None, champion: int | None, option: str = ""
+    ) -> None:
+        """Name the versions; `option` is the end of the rollback command."""
+        super().__init__(
+            f"compared with champion {compared or 'none'}, but another run has made"
+            f" {champion or 'none'} the champion; to choose it anyway:"
+            f" make rollback VERSION={number}{option}"
+        )
 
 
 @dataclass(frozen=True)
@@ -163,17 +173,12 @@ class LocalRegistry(Registry):
     def promote(self, number: int, reason: str, replaces: int | None) -> Version:
         """Make a version the champion, if the champion still is `replaces` (None: there was none).
 
-        Raises:
-            UserError: there is no such version, or its model is damaged.
-            Overtaken: another run has changed the champion in the meantime.
+        Raises StaleChampion if another run has changed the champion.
         """
         with self._locked():
             version, before = self.version(number), self.champion_number()
             if before != replaces:
-                raise Overtaken(
-                    f"it was compared with champion {replaces or 'none'}, and meanwhile another run made {before} the champion; "
-                    f"to choose it all the same: make rollback VERSION={number}"
-                )
+                raise StaleChampion(number, replaces, before)
             manifest.read(version.model)
             change = {"version": number, "replaces": before, "reason": reason, "time": now()}
             manifest.write_json(self.folder / "champion.json", change)
@@ -212,12 +217,12 @@ class LocalRegistry(Registry):
             yield
 
 
-BY_HAND = "it was chosen by hand"
+MANUAL = "chosen manually"
 
 
-def by_hand(before: int | None) -> str:
-    """The reason of a rollback, as the registry writes it."""
-    return f"{BY_HAND} (rollback from version {before or 'none'})"
+def rollback_reason(before: int | None) -> str:
+    """Format the reason of a rollback."""
+    return f"{MANUAL} (rollback from version {before or 'none'})"
 
 
 def now() -> str:

@@ -8,6 +8,7 @@ CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM replaces the address of Vertex AI; no
 
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -276,3 +277,8 @@ def labels(values: Mapping[str, str]) -> dict[str, str]:
 def label(text: str) -> str:
     """Make a label's value valid: lower case, digits, - and _, at most 63 characters."""
     return re.sub(r"[^a-z0-9_-]+", "-", text.lower())[:63].strip("-")
+
+
+def report(line: str) -> None:
+    """Print a line of progress to stderr."""
+    print(line, file=sys.stderr, flush=True)
