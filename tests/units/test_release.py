@@ -130,7 +130,7 @@ def pushed(tmp_path, project, monkeypatch):
 # ── publish ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def test_what_is_published_brings_its_rows_and_bears_the_commit(pushed):
     pushed.publish()
-    told, found = release.publication(pushed.environment)
+    told, found = release.read_publication(pushed.environment)
     assert told["commit"] == found.labels["commit"] == "1a2b"
     assert found.values["csv"].startswith(f"{pushed.environment.data}/")
     assert storage.read(found.values["csv"])
@@ -151,7 +151,7 @@ def test_what_differs_in_the_commit_alone_is_not_published_again(pushed):
 def test_rows_that_are_not_there_are_told(pushed):
     pushed.publish("data.source=gs://my-project-rows/rows.csv")
     pushed.store.create_bucket("my-project-rows")
-    with pytest.raises(UserError, match="no rows at gs://my-project-rows"):
+    with pytest.raises(UserError, match="no data at gs://my-project-rows"):
         pushed.release()
 
 
@@ -168,7 +168,7 @@ def test_the_functional_test_is_short_and_registers_nothing(pushed):
     (job,) = pushed.tests()
     values = dict(job.runtime_config.parameter_values)
     assert values["register"] is False
-    assert values["hyperparameters"]["epochs"] == release.EPOCHS
+    assert values["hyperparameters"]["epochs"] == release.TEST_EPOCHS
     assert (
         values["hyperparameters"]["learning_rate"] == load_settings().hyperparameters.learning_rate
     )
@@ -208,29 +208,29 @@ def test_a_step_that_should_not_run_or_should_is_told(pushed, ran):
 def test_a_build_waits_for_no_machine(pushed, monkeypatch):
     pushed.publish("cloud.train.jobs=[h100-flex]")
     image = pushed.images["train"]
-    assert release.jobs_of_test(load_settings(), pushed.environment, image)[0] == ["cpu"]
+    assert list(release.resolve_test_jobs(load_settings(), pushed.environment, image)) == ["cpu"]
     monkeypatch.setenv("SET", f"{DEV} cloud.train.jobs=[h100-flex,l4]")
-    assert release.jobs_of_test(load_settings(), pushed.environment, image)[0] == ["l4"]
+    assert list(release.resolve_test_jobs(load_settings(), pushed.environment, image)) == ["l4"]
     monkeypatch.setenv("JOB_SPEC", "t4")
-    names, (job,) = release.jobs_of_test(load_settings(), pushed.environment, image)
-    assert names == ["t4"]
+    [(name, job)] = release.resolve_test_jobs(load_settings(), pushed.environment, image).items()
+    assert name == "t4"
     assert job["workerPoolSpecs"][0]["containerSpec"]["imageUri"] == image
     monkeypatch.setenv("JOB_SPEC", "h100-flex")
-    with pytest.raises(UserError, match="h100-flex waits for a machine"):
-        release.jobs_of_test(load_settings(), pushed.environment, image)
+    with pytest.raises(UserError, match="h100-flex may wait a day for a machine"):
+        release.resolve_test_jobs(load_settings(), pushed.environment, image)
     monkeypatch.setenv("JOB_SPEC", "h1000")
     with pytest.raises(UserError, match="no GPU job 'h1000'"):
-        release.jobs_of_test(load_settings(), pushed.environment, image)
+        release.resolve_test_jobs(load_settings(), pushed.environment, image)
 
 
 # ── release ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def test_the_first_release_asks_for_a_run_of_its_own_version(pushed):
     version = pushed.publish()
-    assert pushed.release() == f"a run is asked for; version {version} is current"
+    assert pushed.release() == f"requested a run; version {version} is current"
     (asked,) = pushed.requests()
-    told, found = release.publication(pushed.environment)
+    told, found = release.read_publication(pushed.environment)
     generation = storage.generation(found.values["csv"])
-    event = f"push {release.content(found.spec, found.values)} {found.values['csv']}#{generation}"
+    event = f"push {release.hash_inputs(found)} {found.values['csv']}#{generation}"
     assert asked == {
         "event": event,
         "version": version,
@@ -246,7 +246,7 @@ def test_nothing_changed_starts_nothing(pushed):
     pushed.release()
     pushed.start_what_is_asked_for()
     pushed.publish(commit="3c4d")
-    assert pushed.release() == "nothing changed: nothing is started"
+    assert pushed.release() == "nothing changed: nothing to start"
     assert len(pushed.requests()) == 1
 
 
@@ -257,10 +257,10 @@ def test_a_training_that_failed_is_attempted_anew_by_the_next_push(pushed, state
     pushed.vertex.set_outcome(state=state, through=(), times=1)
     pushed.start_what_is_asked_for()
     pushed.publish(commit="3c4d")
-    assert "a run is asked for, attempt 2" in pushed.release()
+    assert "requested a run, attempt 2" in pushed.release()
     assert [asked["attempt"] for asked in pushed.requests()] == [1, 2]
     pushed.start_what_is_asked_for()
-    assert pushed.release() == "nothing changed: nothing is started"
+    assert pushed.release() == "nothing changed: nothing to start"
 
 
 def test_what_is_released_is_noted_as_passed(pushed):
@@ -291,7 +291,7 @@ def test_other_rows_under_the_same_name_are_another_event(pushed):
     pushed.release()
     pushed.start_what_is_asked_for()
     storage.write("gs://my-project-rows/rows.csv", b"a,digit\n1,3\n")
-    assert pushed.release() == "a run is asked for"
+    assert pushed.release() == "requested a run"
     first, second = pushed.requests()
     assert first["event"] != second["event"]
 
@@ -304,7 +304,7 @@ def test_what_was_trained_before_is_not_trained_again(pushed):
     pushed.start_what_is_asked_for()
     version = pushed.publish()
     said = pushed.release()
-    assert "this was trained before, in https://console.cloud.google.com/" in said
+    assert "these inputs were trained before: https://console.cloud.google.com/" in said
     assert said.endswith(f"version {version} is current")
     assert len(pushed.requests()) == 2
 
@@ -333,8 +333,8 @@ def test_a_pointer_that_is_damaged_is_written_anew(pushed):
 # ── another predictor ───────────────────────────────────────────────────────────────────────────────────────────────
 def event_of(pushed):
     """What `run_of` wants of what is published now."""
-    _, found = release.publication(pushed.environment)
-    return found, release.event(found), pushed.environment
+    _, found = release.read_publication(pushed.environment)
+    return found, release.push_event_id(found), pushed.environment
 
 
 def saved(pushed, run):
@@ -401,7 +401,7 @@ def serving(pushed, monkeypatch):
 
 
 def test_another_predictor_serves_the_champion_and_nothing_is_trained(serving):
-    assert "served by the new predictor, as version 2" in release_with_predictor(serving, "1")
+    assert "served by the new server image, as version 2" in release_with_predictor(serving, "1")
     assert images_of_versions(serving) == {1: "0", 2: "1"}
     assert served(serving) == {2: 100}
     assert len(serving.requests()) == 1
@@ -458,7 +458,7 @@ def test_whoever_is_cut_off_behind_the_deployment_does_not_repeat_it(serving):
     assert images_of_versions(serving) == {1: "0", 2: "1"}
     assert (
         pipeline_version.read_current(serving.environment)["version"]
-        == release.publication(serving.environment)[0]["version"]
+        == release.read_publication(serving.environment)[0]["version"]
     )
 
 
@@ -502,7 +502,7 @@ def test_a_run_that_goes_on_while_another_predictor_is_pushed_loses_neither(serv
     assert "as version 4" in serving.release()
     assert images_of_versions(serving)[4] == "1"
     assert served(serving) == {4: 100}
-    assert serving.release() == "nothing changed: nothing is started"
+    assert serving.release() == "nothing changed: nothing to start"
 
 
 def test_what_a_person_has_chosen_stays(serving):
@@ -518,7 +518,7 @@ def test_what_a_person_has_chosen_stays(serving):
         serving.environment.registry, 2, old
     )  # the same model, and the predictor that was good
     serving.publish(commit="docs")
-    assert serving.release() == "nothing changed: nothing is started"
+    assert serving.release() == "nothing changed: nothing to start"
     assert served(serving) == {2: 100}
 
 

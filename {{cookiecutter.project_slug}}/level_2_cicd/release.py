@@ -1,12 +1,12 @@
-"""What a push does once its images are there: publish, try, release. Each may be repeated after any failure.
+"""Release steps of a push, after its images are built. All are idempotent.
 
-python -m level_2_cicd.release publish      make publish: the pipeline and its parameters, with the images by digest; nothing uses it yet
-python -m level_2_cicd.release test         make functional-test: a short run of what is published; the champion stays
-python -m level_2_cicd.release release      make release: from now on events start it, and so does this push, if anything changed
+python -m level_2_cicd.release publish   make publish: the pipeline with images by digest; not active
+python -m level_2_cicd.release test      make functional-test: a short run that registers no model
+python -m level_2_cicd.release release   make release: activate the pipeline, start a run if needed
 
-Whether anything changed is not taken from git: what a run depends on is the compiled pipeline with its images' digests, its
-parameters and its rows. Of these the push's event is made, and one event starts one run. The predictor's image is none of
-them: where it alone is new, the champion gets it without a training.
+Git does not decide whether anything changed. A training depends on the compiled pipeline with its
+images' digests, on its parameters and on its data: their hash is the push's event, and one event
+starts one run. The server image is not part of it: a new one serves the champion without training.
 """
 
 import argparse
@@ -42,349 +42,288 @@ from gcp.pipeline_version import Published
 from level_1_pipeline.vertex import gpu_jobs, machines
 from level_1_pipeline.vertex import train as vertex_train
 from level_2_cicd import builds, submit_build
-from level_2_cicd import request as request_run
+from level_2_cicd import request as run_request
 from level_2_cicd.kfp_compile_container import main as kfp_compile
 from project.settings import Settings, load_settings
 
 PUBLICATION = Path("build/publication.json")
-BEGAN = Path("build/began")  # in a build, the first step writes it
-EPOCHS = 2  # of the functional test
-ATTEMPTS = 100  # of the same functional test, or of the same push, over all builds
-FAILED = {"FAILED", "CANCELLED"}  # states of a run that may be attempted again
-POLL = 10.0  # seconds between two looks at its run
-ENOUGH = (
-    "cpu"  # the job of the functional test where all of project.yaml's would wait for a machine
-)
+BEGAN = Path("build/began")  # start of the build, written by its first step (toolbox.sh)
+TEST_EPOCHS = 2
+TEST_JOB = "cpu"  # if all jobs of project.yaml may wait long for a machine
+MAX_ATTEMPTS = 100  # of one functional test or one push, over all builds
+RETRIED = {"FAILED", "CANCELLED"}  # states of a run that allow another attempt
+POLL = 10.0  # seconds
 
 
-# ── what a run depends on ───────────────────────────────────────────────────────────────────────────────────────────
-def content(spec: Mapping[str, Any], values: Mapping[str, Any]) -> str:
-    """A hash of all that a training depends on but its rows: the compiled pipeline, and its parameters without the predictor."""
-    serving = {key: value for key, value in values["serving"].items() if key != "image"}
-    document = [spec, {**values, "serving": serving}]
+# ── identity of a push ─────────────────────────────────────────────────────────────────────────
+def hash_inputs(inputs: Published) -> str:
+    """Hash what a training depends on, except its data: the pipeline and its parameters."""
+    serving = {key: value for key, value in inputs.values["serving"].items() if key != "image"}
+    document = [inputs.spec, {**inputs.values, "serving": serving}]
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def data(csv: str) -> str:
-    """The rows and which of their contents: gs://…#GENERATION.
-
-    Raises:
-        UserError: there are none.
-    """
+def data_version(csv: str) -> str:
+    """Return the data's URI with its generation: gs://…#GENERATION."""
     generation = storage.generation(csv)
     if generation is None:
-        raise UserError(
-            f"there are no rows at {csv}. Put them there, or name others as data.source in {PROJECT_FILE}."
-        )
+        raise UserError(f"no data at {csv}. Upload it, or set data.source in {PROJECT_FILE}.")
     return f"{csv}#{generation}"
 
 
-def event(found: Published) -> str:
-    """What has happened when this is pushed: the same words where nothing changed that a training depends on."""
-    return f"push {content(found.spec, found.values)} {data(found.values['csv'])}"
+def push_event_id(inputs: Published) -> str:
+    """Deduplication key of a push: unchanged inputs give the same key."""
+    return f"push {hash_inputs(inputs)} {data_version(inputs.values['csv'])}"
 
 
-# ── publish ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── publish ────────────────────────────────────────────────────────────────────────────────────
 def publish(settings: Settings, environment: Environment) -> dict[str, Any]:
-    """Publish the pipeline; what is current already is not published again under another commit.
+    """Publish the pipeline, unless the current version differs in the commit only.
 
     Returns:
-        What kfp_publish.publish does, the commit, and when the build began: a slower build of an older commit publishes later.
-
-    Raises:
-        UserError: an image, the rows or the pipeline are not right, or something was refused.
+        Result of kfp_compile, the commit, and when the build began.
     """
     csv = settings.data.source
     if not csv.startswith("gs://"):
         csv = vertex_train.upload_data(environment, vertex_train.source_csv(settings))
     commit = kfp_compile.version_of_code(submit_build.commit(), needed=True)
-    images = builds.read_digests()
-    made = kfp_compile.make(settings, environment, images, csv, commit)
+    compiled = kfp_compile.make(settings, environment, builds.read_digests(), csv, commit)
+    if BEGAN.is_file():
+        began = BEGAN.read_text(encoding="utf-8").strip()
+    else:
+        began = datetime.now(UTC).isoformat(timespec="seconds")
     current = pipeline_version.read_current(environment)
-    began = (
-        BEGAN.read_text(encoding="utf-8").strip()
-        if BEGAN.is_file()
-        else datetime.now(UTC).isoformat(timespec="seconds")
-    )
-    if current and is_same(
-        made,
-        pipeline_version.read(pipeline_version.templates_folder(environment), current["version"]),
-    ):
-        return {**current, "began": began}
-    return {
-        **kfp_compile.publish(made, environment, templates(environment), commit),
-        "commit": commit,
-        "began": began,
-    }
+    if current:
+        inputs = read_version(environment, current["version"])
+        values, _ = pipeline_template.read_parameters(compiled.values.decode())
+        if yaml.safe_load(compiled.pipeline) == inputs.spec and values == inputs.values:
+            return {**current, "began": began}
+    # A rehearsal has a registry of its own.
+    templates = os.environ.get("TEMPLATE_REGISTRY") or environment.templates
+    result = kfp_compile.publish(compiled, environment, templates, commit)
+    return {**result, "commit": commit, "began": began}
 
 
-def templates(environment: Environment) -> str:
-    """The registry of templates; TEMPLATE_REGISTRY names another one, as in a rehearsal."""
-    return os.environ.get("TEMPLATE_REGISTRY") or environment.templates
+def read_version(environment: Environment, version: str) -> Published:
+    """Read a published version."""
+    return pipeline_version.read(pipeline_version.templates_folder(environment), version)
 
 
-def is_same(made: kfp_compile.Publication, there: Published) -> bool:
-    """Whether it differs from what is published in nothing but the commit."""
-    values, _ = pipeline_template.read_parameters(made.values.decode())
-    return bool(yaml.safe_load(made.pipeline) == there.spec and values == there.values)
-
-
-def publication(environment: Environment) -> tuple[dict[str, Any], Published]:
-    """What `publish` has published, as it told it and as it is.
-
-    Raises:
-        UserError: it has not.
-    """
+def read_publication(environment: Environment) -> tuple[dict[str, Any], Published]:
+    """Return what `publish` has written, and the version that it published."""
     if not PUBLICATION.is_file():
-        raise UserError(f"there is no {PUBLICATION}. Type first: make images publish")
-    told = command_line.read_json(str(PUBLICATION), str(PUBLICATION))
-    return told, pipeline_version.read(
-        pipeline_version.templates_folder(environment), told["version"]
-    )
+        raise UserError(f"{PUBLICATION} not found. Run first: make images publish")
+    publication = command_line.read_json(str(PUBLICATION), str(PUBLICATION))
+    return publication, read_version(environment, publication["version"])
 
 
-# ── functional test ─────────────────────────────────────────────────────────────────────────────────────────────────
-def jobs_of_test(
-    settings: Settings, environment: Environment, train_image: str
-) -> tuple[list[str], list[dict[str, Any]]]:
-    """The jobs that the functional test may rent, by name and as the pipeline takes them: a build waits for no machine.
+# ── functional test ────────────────────────────────────────────────────────────────────────────
+def resolve_test_jobs(
+    settings: Settings, environment: Environment, image: str
+) -> dict[str, dict[str, Any]]:
+    """Return the jobs of the functional test by name, without those that may wait for a machine.
 
-    JOB_SPEC names one, or several with blanks between them; otherwise those of project.yaml that do not wait, or else processors.
-
-    Raises:
-        UserError: there is no such job, or it waits.
+    JOB_SPEC names one or several; the default is the jobs of project.yaml.
     """
+    request = os.environ.get("JOB_SPEC", "").split()
     root = project_root()
-    asked = os.environ.get("JOB_SPEC", "").split()
-    names = asked or settings.cloud.train.jobs
-    found = {name: gpu_jobs.resolve(name, root, environment, train_image) for name in names}
-    quick = {
-        name: job
-        for name, job in found.items()
-        if job.get("scheduling", {}).get("strategy") != machines.FLEX_START
+    jobs = {
+        name: gpu_jobs.resolve(name, root, environment, image)
+        for name in request or settings.cloud.train.jobs
     }
-    if asked and quick != found:
-        waiting = ", ".join(name for name in found if name not in quick)
+    waiting = [
+        name
+        for name, job in jobs.items()
+        if job.get("scheduling", {}).get("strategy") == machines.FLEX_START
+    ]
+    if request and waiting:
         raise UserError(
-            f"JOB_SPEC: {waiting} waits for a machine, perhaps for a day, and a build does not. Name another job."
+            f"JOB_SPEC: {', '.join(waiting)} may wait a day for a machine, which a build cannot. "
+            "Name another job."
         )
-    quick = quick or {ENOUGH: gpu_jobs.resolve(ENOUGH, root, environment, train_image)}
-    return list(quick), list(quick.values())
+    return {name: job for name, job in jobs.items() if name not in waiting} or {
+        TEST_JOB: gpu_jobs.resolve(TEST_JOB, root, environment, image)
+    }
 
 
 def test(settings: Settings, environment: Environment) -> str:
-    """Run what is published, with few epochs, to the gate; a run of the same that has succeeded is not repeated.
+    """Run the published pipeline up to the gate with few epochs, unless that has succeeded before.
 
     Returns:
-        What was found, in words.
-
-    Raises:
-        UserError: it fails.
+        A summary.
     """
-    _, found = publication(environment)
-    image = found.values["jobs"][0]["workerPoolSpecs"][0]["containerSpec"]["imageUri"]
-    names, jobs = jobs_of_test(settings, environment, image)
-    short = {
-        **found.values["hyperparameters"],
-        "epochs": min(EPOCHS, int(found.values["hyperparameters"]["epochs"])),
-    }
-    values = {**found.values, "hyperparameters": short, "jobs": jobs, "register": False}
-    what = f"functional test {content(found.spec, found.values)} {data(found.values['csv'])} {' '.join(names)}"
-    sent, started = start(found, values, what, environment)
-    name = f"{sent['parent']}/pipelineJobs/{sent['pipelineJobId']}"
-    print(
-        f"functional test: {'started' if started.new else 'goes on with'} {started.link}",
-        flush=True,
-    )
-    seen = pipeline_follow.follow(name, float(os.environ.get("POLL") or POLL))
-    pipeline_follow.require_success(seen)
-    require_tested(found.spec, seen)
-    reason = seen.facts.get(("gate", "decision"), {}).get("reason", "no reason is told")
-    return f"the functional test succeeded. The gate: {reason}"
+    _, inputs = read_publication(environment)
+    image = inputs.values["jobs"][0]["workerPoolSpecs"][0]["containerSpec"]["imageUri"]
+    jobs = resolve_test_jobs(settings, environment, image)
+    hyperparameters = dict(inputs.values["hyperparameters"])
+    hyperparameters["epochs"] = min(TEST_EPOCHS, int(hyperparameters["epochs"]))
+    changes = {"hyperparameters": hyperparameters, "jobs": list(jobs.values()), "register": False}
+    version = data_version(inputs.values["csv"])
+    event = f"functional test {hash_inputs(inputs)} {version} {' '.join(jobs)}"
+    run = start_test(inputs, {**inputs.values, **changes}, event, environment)
+    print(f"functional test: {'started' if run.new else 'resumed'} {run.link}", flush=True)
+    status = pipeline_follow.follow(run.name, float(os.environ.get("POLL") or POLL))
+    pipeline_follow.require_success(status)
+    require_tested(inputs.spec, status)
+    reason = status.facts.get(("gate", "decision"), {}).get("reason", "no reason given")
+    return f"the functional test succeeded. Gate: {reason}"
 
 
-def start(
-    found: Published, values: Mapping[str, Any], what: str, environment: Environment
-) -> tuple[dict[str, Any], pipeline_run.Started]:
-    """Start the functional test, or find the run of an earlier build that still counts: it goes on, or has succeeded."""
-    target = pipeline_run.target_of(environment)
-    labels = {**found.labels, "purpose": "functional-test"}
-    for attempt in range(1, ATTEMPTS + 1):
-        asked = Submission(
-            found.spec,
-            values,
-            what,
-            found.address,
-            attempt,
-            f"{environment.name} functional test",
-            labels,
+def start_test(
+    inputs: Published, values: Mapping[str, Any], event: str, environment: Environment
+) -> pipeline_run.Started:
+    """Start the functional test, or return the run of an earlier build that has not failed."""
+    name = f"{environment.name} functional test"
+    labels = {**inputs.labels, "purpose": "functional-test"}
+    for attempt in range(1, MAX_ATTEMPTS + 1):
+        submission = Submission(inputs.spec, values, event, inputs.address, attempt, name, labels)
+        run = pipeline_run.submit(
+            pipeline_run.request(submission, pipeline_run.target_of(environment))
         )
-        sent = pipeline_run.request(asked, target)
-        started = pipeline_run.submit(sent)
-        if started.new or pipeline_follow.look(started.name).state not in FAILED:
-            return sent, started
-    raise UserError(
-        f"{ATTEMPTS} attempts of this functional test have failed: mend what they found, and push again."
-    )
+        if run.new or pipeline_follow.look(run.name).state not in RETRIED:
+            return run
+    raise UserError(f"{MAX_ATTEMPTS} attempts of this functional test failed: fix and push again.")
 
 
-def require_tested(spec: Mapping[str, Any], seen: pipeline_follow.Seen) -> None:
-    """Pass if all steps ran but those behind the gate, and of those none.
-
-    Raises:
-        UserError: a step did not run, or one did that should not.
-    """
-    before = [
-        name for name in pipeline_template.steps(spec) if name in spec["root"]["dag"]["tasks"]
-    ]
-    states = {step.name: step.state for step in seen.steps}
+def require_tested(spec: Mapping[str, Any], status: pipeline_follow.Seen) -> None:
+    """Fail unless exactly the steps before the gate ran: the gate must be closed."""
+    tasks = spec["root"]["dag"]["tasks"]
+    before = [name for name in pipeline_template.steps(spec) if name in tasks]
+    states = {step.name: step.state for step in status.steps}
     missing = [name for name in before if states.get(name) != "succeeded"]
     if missing:
         raise UserError(f"the functional test ended without running {', '.join(missing)}.")
     behind = [name for name in states if name not in before]
-    if behind or seen.facts.get(("gate", "decision"), {}).get("passed") is True:
-        ran = f"{', '.join(behind)} ran" if behind else "its gate was open"
+    if behind or status.facts.get(("gate", "decision"), {}).get("passed") is True:
+        reason = f"{', '.join(behind)} ran" if behind else "its gate was open"
         raise UserError(
-            f"the functional test registers nothing, and {ran}: see gate in level_1_pipeline/pipeline.py."
+            f"the functional test must register nothing, but {reason}: see gate in "
+            "level_1_pipeline/pipeline.py."
         )
 
 
-# ── release ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── release ────────────────────────────────────────────────────────────────────────────────────
 def release(environment: Environment) -> str:
-    """Let events start what is published, start a run for this push if there is none, and give the champion the predictor.
+    """Activate the published pipeline, request a run for this push unless one exists, and redeploy
+    the champion on a new server image.
 
-    The request comes before the pointer: it names its version, and whoever is cut off between the two sends it again, which
-    starts nothing twice. A build that is overtaken by that of a later push releases nothing.
-
-    Raises:
-        UserError: something was refused; the same again goes on from there.
+    The request names its version and comes before the activation: a release that is interrupted
+    between them sends the request again, which starts no second run.
     """
-    told, found = publication(environment)
-    before = pipeline_version.read_current(environment)
+    publication, inputs = read_publication(environment)
+    current = pipeline_version.read_current(environment)
     builds.record_passed(builds.read_digests(), environment)
-    if not pipeline_version.is_later(told, before):
-        return overtaken(before)
-    done = []
-    what = event(found)
-    attempt = wanted_attempt(found, what, environment)
-    is_current = before is not None and before["version"] == told["version"]
+    if not pipeline_version.is_later(publication, current):
+        return describe_later_build(current)
+    actions = []
+    event = push_event_id(inputs)
+    is_current = current is not None and current["version"] == publication["version"]
+    attempt = next_attempt(inputs, event, environment)
     if attempt:
-        request_run.publish(
-            environment,
-            request_run.compose(what, version=found.version, actor="build", attempt=attempt),
-        )
-        done.append(
-            "a run is asked for"
-            + (f", attempt {attempt}: the one before failed" if attempt > 1 else "")
-        )
+        message = run_request.compose(event, version=inputs.version, actor="build", attempt=attempt)
+        run_request.publish(environment, message)
+        retry = f", attempt {attempt}: the previous one failed" if attempt > 1 else ""
+        actions.append(f"requested a run{retry}")
     else:
         if not is_current:
-            done.append(f"this was trained before, in {run_of(found, what, environment).link}")
-        # The run of this push brings the predictor that it was told at its start, perhaps long ago.
-        if image_is_new(found, before, environment) or came_of(found, what, environment):
-            done += redeployed(deployment.redeploy(environment.registry, found.values["serving"]))
-    if not pipeline_version.write_current(environment, told):
-        done.append(overtaken(pipeline_version.read_current(environment)))
+            link = run_of(inputs, event, environment).link
+            actions.append(f"these inputs were trained before: {link}")
+        # The champion of this push's run has the server image of that run's start.
+        if has_new_server(inputs, current, environment) or made_champion(
+            inputs, event, environment
+        ):
+            actions += redeploy_champion(inputs, environment)
+    if not pipeline_version.write_current(environment, publication):
+        actions.append(describe_later_build(pipeline_version.read_current(environment)))
     elif not is_current:
-        done.append(f"version {told['version']} is current")
-    return "; ".join(done) or "nothing changed: nothing is started"
+        actions.append(f"version {publication['version']} is current")
+    return "; ".join(actions) or "nothing changed: nothing to start"
 
 
-def overtaken(current: Mapping[str, Any] | None) -> str:
-    """Why a version does not become the current one, in words."""
-    told = current or {}
+def describe_later_build(current: Mapping[str, Any] | None) -> str:
+    """Explain why a version is not activated."""
+    later = current or {}
     return (
-        f"commit {told.get('commit')}, whose build began later ({told.get('began')}), is current already, so this one does not "
-        "become it. If it shall all the same, push again, or type: make images publish release"
+        f"commit {later.get('commit')}, whose build began later ({later.get('began')}), is current "
+        "and stays. To release this one anyway, push again or run: make images publish release"
     )
 
 
-def redeployed(outcome: Mapping[str, Any] | None) -> list[str]:
-    """What became of the champion with another predictor, in words.
-
-    Raises:
-        UserError: another run has changed the champion meanwhile.
-    """
+def redeploy_champion(inputs: Published, environment: Environment) -> list[str]:
+    """Serve the champion with the current server image; return what was done."""
+    outcome = deployment.redeploy(environment.registry, inputs.values["serving"])
     if outcome is None:
         return []
     if outcome["problem"]:
         raise UserError(
-            f"the champion has the predictor that it had: {outcome['problem']}. Type the same again, or push again."
+            f"the champion keeps its server image: {outcome['problem']}. Run the same command "
+            "again, or push again."
         )
-    return [f"the champion is served by the new predictor, as version {outcome['version']}"]
+    return [f"the champion is served by the new server image, as version {outcome['version']}"]
 
 
 def run_of(
-    found: Published, what: str, environment: Environment, attempt: int = 1
+    inputs: Published, event: str, environment: Environment, attempt: int = 1
 ) -> pipeline_run.Started:
-    """The run that an event has, if it was started."""
-    identity = Submission(found.spec, {}, what, attempt=attempt).identity
+    """Return the run of an event, which may not exist."""
+    identity = Submission(inputs.spec, {}, event, attempt=attempt).identity
     return pipeline_run.Started(f"{environment.parent}/pipelineJobs/{identity}", new=False)
 
 
-def wanted_attempt(found: Published, what: str, environment: Environment) -> int:
-    """The number of the run that this event wants: 1, or more where those before failed; 0 where one goes on, or has succeeded.
-
-    Raises:
-        UserError: too many have failed.
-    """
-    for attempt in range(1, ATTEMPTS + 1):
+def next_attempt(inputs: Published, event: str, environment: Environment) -> int:
+    """Return the number of the attempt to start; 0 if one is running or has succeeded."""
+    for attempt in range(1, MAX_ATTEMPTS + 1):
         try:
-            state = pipeline_follow.look(run_of(found, what, environment, attempt).name).state
+            run = run_of(inputs, event, environment, attempt)
+            state = pipeline_follow.look(run.name).state
         except api.ApiError as error:
             if error.code == 404:
                 return attempt
             raise
-        if state not in FAILED:
+        if state not in RETRIED:
             return 0
-    raise UserError(
-        f"{ATTEMPTS} runs of this push have failed: mend what they found, and push again."
-    )
+    raise UserError(f"{MAX_ATTEMPTS} runs of this push failed: fix and push again.")
 
 
-def came_of(found: Published, what: str, environment: Environment) -> bool:
-    """Whether an event's run, or one of its attempts, has made the champion; not where a person has chosen it."""
+def made_champion(inputs: Published, event: str, environment: Environment) -> bool:
+    """Whether a run of this event made the champion; False after a manual change."""
     registry = open_registry(environment.registry)
     change = registry.last_change()
     if change is None or change["reason"].startswith(MANUAL):
         return False
-    champion = registry.version(change["version"])
-    identity = run_of(found, what, environment).name.rpartition("/")[2]
-    return (
-        re.fullmatch(rf"{re.escape(identity)}(-a\d+)?", deployment.origin(champion.run)) is not None
-    )
+    origin = deployment.origin(registry.version(change["version"]).run)
+    identity = run_of(inputs, event, environment).name.rpartition("/")[2]
+    return re.fullmatch(rf"{re.escape(identity)}(-a\d+)?", origin) is not None
 
 
-def image_is_new(
-    found: Published, current: Mapping[str, Any] | None, environment: Environment
+def has_new_server(
+    inputs: Published, current: Mapping[str, Any] | None, environment: Environment
 ) -> bool:
-    """Whether another predictor is current, or none."""
+    """Whether the server image differs from the current version's."""
     if current is None:
         return True
-    there = pipeline_version.read(
-        pipeline_version.templates_folder(environment), current["version"]
-    )
-    return bool(there.values["serving"]["image"] != found.values["serving"]["image"])
+    serving = read_version(environment, current["version"]).values["serving"]
+    return bool(serving["image"] != inputs.values["serving"]["image"])
 
 
-# ── command line ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── command line ───────────────────────────────────────────────────────────────────────────────
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m level_2_cicd.release", description="Publish, try or release what was built."
+        prog="python -m level_2_cicd.release", description="Release steps of a push."
     )
-    parser.add_argument("what", choices=["publish", "test", "release"])
-    asked = parser.parse_args()
+    parser.add_argument("step", choices=["publish", "test", "release"])
+    step = parser.parse_args().step
     settings = load_settings()
     environment = resolve_environment(settings)
     submit_build.require_level_2(environment)
-    if asked.what == "publish":
-        told = publish(settings, environment)
+    if step == "publish":
+        publication = publish(settings, environment)
         PUBLICATION.parent.mkdir(exist_ok=True)
-        manifest.write_json(PUBLICATION, told)
-        print(json.dumps(told))
+        manifest.write_json(PUBLICATION, publication)
+        print(json.dumps(publication))
     else:
-        print(test(settings, environment) if asked.what == "test" else release(environment))
+        print(test(settings, environment) if step == "test" else release(environment))
 
 
 if __name__ == "__main__":
