@@ -72,7 +72,7 @@ def platform(settings):
         double.accounts = {COMPUTE}
         double.quotas = {("custom_model_training_preemptible_nvidia_l4_gpus", ""): 0}
         double.quotas["custom_model_training_preemptible_nvidia_l4_gpus", REGION] = 1
-        double.permissions = {("project", right) for right in vertex_doctor.RIGHTS}
+        double.permissions = {("project", right) for right in vertex_doctor.PERMISSIONS}
         double.permissions |= {(BUCKET, right) for right in vertex_doctor.OBJECTS}
         double.permissions |= {
             (settings.name, vertex_doctor.UPLOAD),
@@ -117,7 +117,7 @@ def test_nothing_is_missing(settings, overridden, capsys):
     assert overridden.calls("buckets.testIamPermissions") == [list(vertex_doctor.OBJECTS)]
     assert overridden.calls("repositories.testIamPermissions") == [[vertex_doctor.UPLOAD]]
     assert overridden.calls("serviceAccounts.testIamPermissions") == [[vertex_doctor.ACT_AS]]
-    assert overridden.calls("projects.testIamPermissions") == [list(vertex_doctor.RIGHTS)]
+    assert overridden.calls("projects.testIamPermissions") == [list(vertex_doctor.PERMISSIONS)]
     assert len(overridden.calls("consumerQuotaMetrics.get")) == 1
 
 
@@ -177,7 +177,7 @@ MISSING = [
     ),
     (
         lose("permissions", ("project", "aiplatform.endpoints.deploy")),
-        "rights",
+        "permissions",
         "you lack aiplatform.endpoints.deploy",
         "gcloud projects add-iam-policy-binding my-project --member=user:YOU --role=roles/aiplatform.user",
     ),
@@ -191,18 +191,18 @@ MISSING = [
 
 
 @pytest.mark.parametrize(
-    ("change", "name", "what", "mend"), MISSING, ids=[f"{row[1]}: {row[2][:30]}" for row in MISSING]
+    ("change", "name", "what", "fix"), MISSING, ids=[f"{row[1]}: {row[2][:30]}" for row in MISSING]
 )
 def test_what_is_missing_is_told_alone_and_with_what_to_type(
-    settings, overridden, capsys, change, name, what, mend
+    settings, overridden, capsys, change, name, what, fix
 ):
     change(overridden)
     ready, said = examine(settings, capsys)
     assert not ready
     assert {key for key, (sign, _) in said.items() if sign == "✗"} == {name}
-    text, typed = said[name][1].split("mend it: ")
+    text, typed = said[name][1].split("fix: ")
     assert what in text
-    assert mend in typed
+    assert fix in typed
 
 
 def test_a_repository_must_be_for_images_and_yours_to_write(settings, overridden, capsys):
@@ -236,7 +236,7 @@ def test_nobody_waits_for_ever(settings, overridden, capsys, monkeypatch):
     overridden.fail("buckets.get", seconds=1.0, status=None)
     ready, said = examine(settings, capsys)
     assert ready
-    assert "did not answer within" in said["bucket"][1]
+    assert "no response from storage within" in said["bucket"][1]
     assert said["repository"][0] == "✓"
 
 
@@ -278,14 +278,14 @@ def test_nobody_is_logged_in_with_gcloud(settings, overridden, capsys, machine):
     )
     ready, said = examine(settings, capsys)
     assert not ready
-    assert "nobody is logged in\n      mend it: gcloud auth login" in said["gcloud"][1]
+    assert "not logged in\n      fix: gcloud auth login" in said["gcloud"][1]
 
 
 def test_an_engine_that_does_not_answer_is_not_called_missing(
     settings, overridden, capsys, machine
 ):
     (machine / "programs" / "docker").write_text("#!/bin/sh\nexit 1\n")
-    assert "its engine does not answer" in examine(settings, capsys)[1]["docker"][1]
+    assert "does not respond" in examine(settings, capsys)[1]["docker"][1]
     (machine / "programs" / "docker").unlink()
     assert "it is not installed" in examine(settings, capsys)[1]["docker"][1]
 
@@ -300,7 +300,7 @@ def test_docker_and_gcloud(settings, overridden, capsys, machine):
     (machine / "DOCKER_CONFIG" / "config.json").write_text("{")
     assert "cannot be read" in examine(settings, capsys)[1]["docker"][1]
     (machine / "DOCKER_CONFIG" / "config.json").write_text("[]")
-    assert "something of another form" in examine(settings, capsys)[1]["docker"][1]
+    assert "unexpected response" in examine(settings, capsys)[1]["docker"][1]
     (machine / "programs" / "docker").unlink()
     assert "it is not installed" in examine(settings, capsys)[1]["docker"][1]
 
@@ -373,7 +373,7 @@ def test_without_a_bucket_made_by_hand_terraforms_are_looked_for(settings, overr
 )
 def test_the_double_of_google_refuses_what_google_would(settings, overridden, path, body, said):
     with pytest.raises((rest.Refused, rest.Unchecked), match=said):
-        rest.Rest(None, PROJECT).ask("serviceusage", path, body=body)
+        rest.Rest(None, PROJECT).call("serviceusage", path, body=body)
 
 
 # ── quotas ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -505,8 +505,8 @@ def test_credentials_that_have_expired(settings, google, key, tokens, capsys):
     tokens.refuses = True
     ready, said = examine(settings, capsys)
     assert not ready
-    assert "they are refused, or have expired" in said["credentials"][1]
-    assert "mend it: gcloud auth application-default login" in said["credentials"][1]
+    assert "invalid or expired" in said["credentials"][1]
+    assert "fix: gcloud auth application-default login" in said["credentials"][1]
     assert google.received == []
 
 
@@ -515,7 +515,7 @@ def test_no_credentials(settings, google, capsys):
     assert not ready
     assert said["credentials"] == (
         "✗",
-        "there are none\n      mend it: gcloud auth application-default login",
+        "not found\n      fix: gcloud auth application-default login",
     )
     assert said["bucket"] == ("·", "not checked: credentials come first")
     assert said["jobs"][0] == "✓"  # nobody need be asked for that

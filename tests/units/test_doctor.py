@@ -33,7 +33,7 @@ def test_an_engine_that_does_not_answer_is_there(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     doctor.report()
     assert (
-        f"docker       does not answer: runs the steps as containers\n      {doctor.START_DOCKER}"
+        f"docker       does not respond: runs the steps as containers\n      {doctor.START_DOCKER}"
         in capsys.readouterr().out
     )
 

@@ -103,7 +103,7 @@ def platform(settings, monkeypatch):
         double.objects = {f"{where.terraform_state}/foundation/default.tfstate", pointer}
         double.accounts = {where.account("build")}
         double.quotas = {("custom_model_training_nvidia_l4_gpus", REGION): 1}
-        double.permissions = {("project", right) for right in doctor_level_2.RIGHTS}
+        double.permissions = {("project", right) for right in doctor_level_2.PERMISSIONS}
         double.permissions |= {
             (bucket, right) for bucket in buckets(where) for right in vertex_doctor.OBJECTS
         }
@@ -140,13 +140,13 @@ def test_nothing_is_missing(settings, platform, capsys):
     assert said["buckets"][1].startswith(
         ", ".join(f"gs://{name}" for name in sorted(buckets(where)))
     )
-    assert f"as {where.account('build')}" in said["rights"][1]
+    assert f"as {where.account('build')}" in said["permissions"][1]
     assert said["metadata"][1] == "it is not there yet: the first apply makes it"
     # What was asked, and not only what was answered.
     names = [f"projects/{PROJECT}/services/{name}" for name in sorted(platform.services)]
     assert [sorted(asked) for asked in platform.calls("services.batchGet")] == [names]
     assert platform.calls("buckets.testIamPermissions") == 3 * [list(vertex_doctor.OBJECTS)]
-    assert platform.calls("projects.testIamPermissions") == [list(doctor_level_2.RIGHTS)]
+    assert platform.calls("projects.testIamPermissions") == [list(doctor_level_2.PERMISSIONS)]
     assert platform.calls("serviceAccounts.testIamPermissions") == [[vertex_doctor.ACT_AS]]
     assert len(platform.calls("objects.get")) == 2
 
@@ -191,7 +191,7 @@ MISSING = [
     (
         lose("services", "serviceusage"),
         "APIs",
-        "serviceusage.googleapis.com must be on before Terraform can ask",
+        "serviceusage.googleapis.com must be on before Terraform can run",
         f"gcloud services enable serviceusage.googleapis.com --project={PROJECT}",
     ),
     (
@@ -222,19 +222,19 @@ MISSING = [
     ),
     (
         lose("accounts"),
-        "rights",
+        "permissions",
         f"-build@{PROJECT}.iam.gserviceaccount.com is not there",
         FOUNDATION,
     ),
     (
         lose("permissions", "actAs"),
-        "rights",
+        "permissions",
         "you may not act as",
         "--member=user:YOU --role=roles/iam.serviceAccountUser",
     ),
     (
         lose("permissions", "builds.create"),
-        "rights",
+        "permissions",
         "you lack cloudbuild.builds.create",
         f"gcloud projects add-iam-policy-binding {PROJECT} --member=user:YOU --role=roles/cloudbuild.builds.editor",
     ),
@@ -250,22 +250,22 @@ MISSING = [
 def alone(said, name):
     """What is missing, and what mends it, where nothing else is missing."""
     assert {key for key, (sign, _) in said.items() if sign == "✗"} == {name}, said
-    what, mend = said[name][1].split("mend it: ")
-    return what, mend
+    what, fix = said[name][1].split("fix: ")
+    return what, fix
 
 
 @pytest.mark.parametrize(
-    ("change", "name", "what", "mend"), MISSING, ids=[f"{row[1]}: {row[2][:30]}" for row in MISSING]
+    ("change", "name", "what", "fix"), MISSING, ids=[f"{row[1]}: {row[2][:30]}" for row in MISSING]
 )
 def test_what_is_missing_is_told_alone_and_with_what_to_type(
-    settings, platform, capsys, change, name, what, mend
+    settings, platform, capsys, change, name, what, fix
 ):
     change(platform)
     ready, said = examine(settings, capsys)
     assert not ready
     found, typed = alone(said, name)
     assert what in found
-    assert mend in typed
+    assert fix in typed
 
 
 def test_before_the_foundation_everything_leads_to_it(settings, platform, capsys):
@@ -275,19 +275,19 @@ def test_before_the_foundation_everything_leads_to_it(settings, platform, capsys
         getattr(platform, name).clear()
     ready, said = examine(settings, capsys)
     assert not ready
-    lacking = {name: text for name, (sign, text) in said.items() if sign == "✗"}
-    assert list(lacking) == ["APIs", "foundation", "buckets", "rights"]
-    assert all(f"mend it: {FOUNDATION}" in text for text in lacking.values()), lacking
+    missing = {name: text for name, (sign, text) in said.items() if sign == "✗"}
+    assert list(missing) == ["APIs", "foundation", "buckets", "permissions"]
+    assert all(f"fix: {FOUNDATION}" in text for text in missing.values()), missing
 
 
 def test_a_bucket_that_was_brought_along_is_nobodys_to_make(platform, capsys):
     brought = settings_with(
         f"{{dev: {{project: {PROJECT}, existing: {{buckets: {{data: their-data}}}}}}}}"
     )
-    what, mend = alone(examine(brought, capsys)[1], "buckets")
+    what, fix = alone(examine(brought, capsys)[1], "buckets")
     assert what.strip() == "gs://their-data is not there"
-    assert "cloud.environments.dev.existing.buckets" in mend
-    assert "make foundation" not in mend
+    assert "cloud.environments.dev.existing.buckets" in fix
+    assert "make foundation" not in fix
 
 
 # ── Vertex AI's metadata store, of which there is one ───────────────────────────────────────────────────────────────
@@ -295,11 +295,10 @@ def test_a_metadata_store_from_earlier_use_is_told_before_an_apply_fails(
     settings, platform, capsys
 ):
     platform.metadata_store = True
-    what, mend = alone(examine(settings, capsys)[1], "metadata")
+    what, fix = alone(examine(settings, capsys)[1], "metadata")
     assert what.strip() == "Vertex AI's metadata store is there already, from earlier use"
     assert (
-        mend
-        == "write existing: {metadata_store: true} under cloud.environments.dev in project.yaml"
+        fix == "write existing: {metadata_store: true} under cloud.environments.dev in project.yaml"
     )
     assert platform.calls("metadataStores.get") == [
         f"/v1/projects/{PROJECT}/locations/{REGION}/metadataStores/default"
@@ -346,14 +345,14 @@ def test_who_builds_in_a_private_pool_must_be_allowed_to(platform, capsys, owner
     platform.routes.append(
         ("POST", "/v1/projects/shared:testIamPermissions", "shared.test", answer)
     )
-    lacks, mend = alone(examine(settings, capsys)[1], "rights")
+    lacks, fix = alone(examine(settings, capsys)[1], "permissions")
     assert resolve_environment(settings).build_pool.startswith(f"projects/{owner}/")
     assert (
         lacks.strip()
         == f"you lack cloudbuild.workerpools.use for {resolve_environment(settings).build_pool}"
     )
     typed = f"gcloud projects add-iam-policy-binding {owner} --member=user:YOU --role=roles/cloudbuild.workerPoolUser"
-    assert mend.strip() == f"ask an owner to type: {typed}"
+    assert fix.strip() == f"ask an owner to run: {typed}"
     platform.permissions.add((what, doctor_level_2.USE_POOL))
     assert examine(settings, capsys)[0]
 
@@ -367,7 +366,7 @@ def test_a_pool_whose_project_you_may_not_look_at_is_not_called_missing(platform
     ready, said = examine(settings, capsys)
     assert ready
     whether = f"whether you may build in {resolve_environment(settings).build_pool}"
-    assert said["rights"] == ("·", f"not checked: {whether}: you do not have access to it")
+    assert said["permissions"] == ("·", f"not checked: {whether}: you do not have access to it")
 
 
 # ── what is told without asking anybody ─────────────────────────────────────────────────────────────────────────────
@@ -421,37 +420,37 @@ def test_whose_pushes_may_deploy(platform, capsys, ci, repository, expected):
         assert ready
         assert said["pushes"] == ("✓", f"{ci}: {expected}")
         return
-    what, mend = alone(said, "pushes")
+    what, fix = alone(said, "pushes")
     must, found, typed = expected.split("|")
     assert must in what
     assert found in what
-    assert typed in mend
+    assert typed in fix
 
 
 def test_an_environment_without_a_project(platform, capsys):
     settings = settings_with(
         f"{{dev: {{project: {PROJECT}}}, test: {{project: ''}}, prod: {{project: '', promote_from: dev}}}}"
     )
-    what, mend = alone(examine(settings, capsys)[1], "projects")
+    what, fix = alone(examine(settings, capsys)[1], "projects")
     assert what.strip() == "test, prod: no project is named"
-    assert "write the ids into project.yaml, or remove what you do not want" in mend
+    assert "write the ids into project.yaml, or remove what you do not want" in fix
 
 
 def test_a_bucket_by_hand_is_the_one_thing_to_mend(platform, capsys):
     """Nothing that Terraform would make is called missing: it cannot be there yet."""
     settings = settings_with(f"{{dev: {{project: {PROJECT}, bucket: my-bucket}}}}")
-    what, mend = alone(examine(settings, capsys)[1], "projects")
-    assert what.strip() == "cloud.environments.dev.bucket names a bucket made by hand (level 1)"
-    assert "empty it in project.yaml" in mend
+    what, fix = alone(examine(settings, capsys)[1], "projects")
+    assert what.strip() == "cloud.environments.dev.bucket names a bucket created manually (level 1)"
+    assert "empty it in project.yaml" in fix
     assert (
         platform.calls("serviceAccounts.testIamPermissions") == platform.calls("objects.get") == []
     )
 
 
 def test_a_job_that_is_not_there(platform, capsys):
-    what, mend = alone(examine(settings_with(**{"train.jobs": "[l5]"}), capsys)[1], "jobs")
+    what, fix = alone(examine(settings_with(**{"train.jobs": "[l5]"}), capsys)[1], "jobs")
     assert "l5" in what
-    assert "make gpu-jobs" in mend
+    assert "make gpu-jobs" in fix
 
 
 def test_nothing_published_is_no_mistake(settings, platform, capsys):
@@ -467,9 +466,9 @@ def test_terraform_and_gcloud(settings, platform, capsys, programs):
     ready, said = examine(settings, capsys)
     assert not ready
     assert "it is not installed" in said["gcloud"][1]
-    what, mend = said["terraform"][1].split("mend it: ")
+    what, fix = said["terraform"][1].split("fix: ")
     assert "terraform 1.8.5 is too old; it must be 1.9 or newer" in what
-    assert mend.count("https://developer.hashicorp.com/terraform/install") == 1
+    assert fix.count("https://developer.hashicorp.com/terraform/install") == 1
     (programs / "terraform").unlink()
     assert "terraform is not installed" in examine(settings, capsys)[1]["terraform"][1]
 
@@ -540,20 +539,14 @@ def test_what_is_typed_next(copied, platform, monkeypatch):
     done = command()
     assert done.returncode == 2  # in the copy there are no jobs
     assert done.stdout.startswith(f"Level 2: environment dev, project {PROJECT}, {REGION}\n")
-    assert (
-        "Something that level 2 needs is missing (✗).\nMend it, then: make doctor LEVEL=2"
-        in done.stdout
-    )
+    assert "Level 2: some checks failed (✗).\nFix them, then: make doctor LEVEL=2" in done.stdout
     assert done.stderr == ""
 
 
 def test_ready_to_push(settings, platform, monkeypatch, capsys):
     monkeypatch.setattr(vertex_doctor, "load_settings", lambda: settings)
     vertex_doctor.run_level(LEVEL_2)
-    assert (
-        "Nothing that level 2 needs is missing.\nNext: git push, or make submit"
-        in capsys.readouterr().out
-    )
+    assert "Level 2: all checks passed.\nNext: git push, or make submit" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

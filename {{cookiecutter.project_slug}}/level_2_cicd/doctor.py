@@ -12,7 +12,7 @@ from gcp.config import Repository
 from gcp.pipeline_version import POINTER
 from level_1_pipeline.vertex import doctor as vertex_doctor
 from level_1_pipeline.vertex.doctor import ACT_AS, Cloud, Level
-from level_1_pipeline.vertex.rest import CALL, Missing, Refused, Unchecked, enable
+from level_1_pipeline.vertex.rest import CALL, Missing, Refused, Unchecked, enable_command
 from level_2_cicd import infra
 
 # What the foundation switches on, and what must be on before it can: Terraform asks these.
@@ -29,7 +29,7 @@ APIS = (
     "storage",
     "sts",
 )
-RIGHTS = (
+PERMISSIONS = (
     "cloudbuild.builds.create",
     "cloudbuild.builds.get",
 )  # roles/cloudbuild.builds.editor holds them
@@ -60,22 +60,22 @@ def terraform_program(cloud: Cloud) -> str:
     try:
         return infra.require()
     except UserError as error:
-        what, _, mend = str(error).partition(". ")
-        raise Missing(what, mend) from None
+        what, _, fix = str(error).partition(". ")
+        raise Missing(what, fix) from None
 
 
 def by_terraform(cloud: Cloud) -> str:
     """That each environment has a project, and its buckets are Terraform's."""
     if cloud.environment.by_hand:
         key = f"cloud.environments.{cloud.environment.environment}.bucket"
-        mend = f"empty it in {PROJECT_FILE}: at level 2 Terraform makes three, and what is in this one stays there"
-        raise Missing(f"{key} names a bucket made by hand (level 1)", mend)
+        fix = f"empty it in {PROJECT_FILE}: at level 2 Terraform makes three, and what is in this one stays there"
+        raise Missing(f"{key} names a bucket created manually (level 1)", fix)
     without = [
         name for name, where in cloud.settings.cloud.environments.items() if not where.project
     ]
     if without:
-        mend = f"write the ids into {PROJECT_FILE}, or remove what you do not want; `gcloud projects list` shows those that you have"
-        raise Missing(f"{', '.join(without)}: no project is named", mend)
+        fix = f"write the ids into {PROJECT_FILE}, or remove what you do not want; `gcloud projects list` shows those that you have"
+        raise Missing(f"{', '.join(without)}: no project is named", fix)
     return ", ".join(
         f"{name}: {where.project}" for name, where in cloud.settings.cloud.environments.items()
     )
@@ -86,18 +86,18 @@ def pushes(cloud: Cloud) -> str:
     repository: Repository = cloud.settings.cloud.repository
     ci = cloud.settings.cloud.ci
     ways, how = REPOSITORY[ci]
-    lacking = [
+    missing = [
         key
         for way in ways
         for key, form in way.items()
         if not re.fullmatch(form, getattr(repository, key))
     ]
-    if all(set(way) & set(lacking) for way in ways):
+    if all(set(way) & set(missing) for way in ways):
         wanted = ", or ".join(" and ".join(way) for way in ways)
-        said = ", ".join(f"{key} is '{getattr(repository, key)}'" for key in dict.fromkeys(lacking))
-        mend = f"write it into {PROJECT_FILE}: {how}"
+        said = ", ".join(f"{key} is '{getattr(repository, key)}'" for key in dict.fromkeys(missing))
+        fix = f"write it into {PROJECT_FILE}: {how}"
         raise Missing(
-            f"cloud.repository must say {wanted}, so that its pushes may deploy; {said}", mend
+            f"cloud.repository must say {wanted}, so that its pushes may deploy; {said}", fix
         )
     return f"{ci}: {', '.join(filter(None, [repository.name, repository.id]))}, branch {repository.branch}"
 
@@ -105,12 +105,12 @@ def pushes(cloud: Cloud) -> str:
 def apis(cloud: Cloud) -> str:
     """The APIs that must be on."""
     wanted = [*FIRST, *(f"{name}.googleapis.com" for name in APIS)]
-    off = _off(cloud, wanted)
+    off = vertex_doctor.disabled_apis(cloud, wanted)
     first = [name for name in FIRST if name in off]
     if first:
         raise Missing(
-            f"{', '.join(first)} must be on before Terraform can ask",
-            enable(first, cloud.environment.project),
+            f"{', '.join(first)} must be on before Terraform can run",
+            enable_command(first, cloud.environment.project),
         )
     if off:
         raise Missing(
@@ -119,31 +119,13 @@ def apis(cloud: Cloud) -> str:
     return f"{len(wanted)} are on"
 
 
-def _off(cloud: Cloud, wanted: Sequence[str]) -> list[str]:
-    names = [f"projects/{cloud.environment.project}/services/{name}" for name in wanted]
-    try:
-        answer = cloud.rest.ask(
-            "serviceusage",
-            f"/v1/projects/{cloud.environment.project}/services:batchGet",
-            {"names": names},
-        )
-    except Refused as refused:
-        raise vertex_doctor.no_project(refused, cloud.environment) from None
-    on = {
-        service["name"].rsplit("/", 1)[1]
-        for service in answer.get("services", [])
-        if service.get("state") == "ENABLED"
-    }
-    return [name for name in wanted if name not in on]
-
-
 def foundation(cloud: Cloud) -> str:
     """That a person has applied it."""
     _require_terraforms(cloud)
     bucket = cloud.environment.terraform_state
     if not _has_state(cloud, "foundation"):
-        mend = f"make foundation ENVIRONMENT={cloud.environment.environment}, by somebody who may grant rights there"
-        raise Missing(f"gs://{bucket}/foundation is not there", mend)
+        fix = f"make foundation ENVIRONMENT={cloud.environment.environment}, by an admin who may grant IAM roles"
+        raise Missing(f"gs://{bucket}/foundation is not there", fix)
     return f"its state is in gs://{bucket}"
 
 
@@ -151,7 +133,7 @@ def _has_state(cloud: Cloud, part: str) -> bool:
     """Whether this part of Terraform's has been applied."""
     path = f"/storage/v1/b/{cloud.environment.terraform_state}/o/{quote(f'{part}/default.tfstate', safe='')}"
     try:
-        cloud.rest.ask("storage", path)
+        cloud.rest.call("storage", path)
     except Refused as refused:
         if refused.status != 404:
             raise Unchecked(str(refused)) from None
@@ -176,27 +158,27 @@ def metadata(cloud: Cloud) -> str:
             return "it is not there yet: the first apply makes it"
         raise Unchecked(str(error)) from None
     if not _has_state(cloud, "stack"):
-        mend = f"write existing: {{metadata_store: true}} under cloud.environments.{where.environment} in {PROJECT_FILE}"
-        raise Missing("Vertex AI's metadata store is there already, from earlier use", mend)
+        fix = f"write existing: {{metadata_store: true}} under cloud.environments.{where.environment} in {PROJECT_FILE}"
+        raise Missing("Vertex AI's metadata store is there already, from earlier use", fix)
     return "it is there, and so is the stack's state"
 
 
 def _require_terraforms(cloud: Cloud) -> None:
-    """What is Terraform's cannot be there beside a bucket made by hand."""
+    """What is Terraform's cannot be there beside a bucket created manually."""
     if cloud.environment.by_hand:
-        raise Unchecked("the bucket made by hand comes first")
+        raise Unchecked("the bucket created manually comes first")
 
 
-def rights(cloud: Cloud) -> str:
+def permissions(cloud: Cloud) -> str:
     """That you may start a build, as the build's account."""
     _require_terraforms(cloud)
     where = cloud.environment
     account = where.account("build")
     try:
-        lacking = cloud.rest.lacking(
-            "cloudresourcemanager", f"/v1/projects/{where.project}:testIamPermissions", RIGHTS
+        missing = cloud.rest.missing_permissions(
+            "cloudresourcemanager", f"/v1/projects/{where.project}:testIamPermissions", PERMISSIONS
         )
-        lacking += cloud.rest.lacking(
+        missing += cloud.rest.missing_permissions(
             "iam", f"/v1/projects/-/serviceAccounts/{account}:testIamPermissions", [ACT_AS]
         )
     except Refused as refused:
@@ -205,15 +187,15 @@ def rights(cloud: Cloud) -> str:
                 f"{account} is not there", f"make foundation ENVIRONMENT={where.environment}"
             ) from None
         raise Unchecked(str(refused)) from None
-    if ACT_AS in lacking:
-        mend = (
+    if ACT_AS in missing:
+        fix = (
             f"gcloud iam service-accounts add-iam-policy-binding {account} --project={where.project} "
             "--member=user:YOU --role=roles/iam.serviceAccountUser"
         )
-        raise Missing(f"you may not act as {account}", f"ask an owner to type: {mend}")
-    if lacking:
-        mend = f"gcloud projects add-iam-policy-binding {where.project} --member=user:YOU --role=roles/cloudbuild.builds.editor"
-        raise Missing(f"you lack {', '.join(lacking)}", f"ask an owner to type: {mend}")
+        raise Missing(f"you may not act as {account}", f"ask an owner to run: {fix}")
+    if missing:
+        fix = f"gcloud projects add-iam-policy-binding {where.project} --member=user:YOU --role=roles/cloudbuild.builds.editor"
+        raise Missing(f"you lack {', '.join(missing)}", f"ask an owner to run: {fix}")
     if where.build_pool:
         _require_pool(cloud)
     return f"you may start builds as {account}; the CI may too, if the foundation is there"
@@ -223,18 +205,18 @@ def _require_pool(cloud: Cloud) -> None:
     """That you may build in the private pool, which may be another project's."""
     project = cloud.environment.build_pool.split("/")[1]
     try:
-        lacking = cloud.rest.lacking(
+        missing = cloud.rest.missing_permissions(
             "cloudresourcemanager", f"/v1/projects/{project}:testIamPermissions", [USE_POOL]
         )
     except Refused as refused:
         raise Unchecked(
             f"whether you may build in {cloud.environment.build_pool}: {refused}"
         ) from None
-    if lacking:
-        mend = f"gcloud projects add-iam-policy-binding {project} --member=user:YOU --role=roles/cloudbuild.workerPoolUser"
+    if missing:
+        fix = f"gcloud projects add-iam-policy-binding {project} --member=user:YOU --role=roles/cloudbuild.workerPoolUser"
         raise Missing(
             f"you lack {USE_POOL} for {cloud.environment.build_pool}",
-            f"ask an owner to type: {mend}",
+            f"ask an owner to run: {fix}",
         )
 
 
@@ -252,10 +234,10 @@ def buckets(cloud: Cloud) -> str:
             if f"gs://{name} " in said
         ]
         if "is not there" in said:
-            mend = f"its name stands in {PROJECT_FILE}: cloud.environments.{environment}.existing.buckets"
+            fix = f"its name stands in {PROJECT_FILE}: cloud.environments.{environment}.existing.buckets"
             raise Missing(
                 said.split(",", maxsplit=1)[0],
-                mend if own else f"make foundation ENVIRONMENT={environment}",
+                fix if own else f"make foundation ENVIRONMENT={environment}",
             ) from None
         if " is in " in said:
             raise Missing(
@@ -271,7 +253,7 @@ def published(cloud: Cloud) -> str:
     pointer = f"{pipeline_version.templates_folder(cloud.environment)}/{POINTER}"
     bucket, name = pointer.removeprefix("gs://").split("/", maxsplit=1)
     try:
-        cloud.rest.ask("storage", f"/storage/v1/b/{bucket}/o/{quote(name, safe='')}")
+        cloud.rest.call("storage", f"/storage/v1/b/{bucket}/o/{quote(name, safe='')}")
     except Refused as refused:
         raise Unchecked(
             "nothing is published yet: the first push does"
@@ -294,7 +276,7 @@ LEVEL_2 = Level(
         "foundation": foundation,
         "metadata": metadata,
         "buckets": buckets,
-        "rights": rights,
+        "permissions": permissions,
         "quota": vertex_doctor.quota,
         "published": published,
     },

@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as Late
 from dataclasses import dataclass
@@ -25,7 +25,14 @@ from core.paths import PROJECT_FILE, project_root
 from gcp.environment import Environment, resolve_environment
 from level_1_pipeline.vertex import gpu_jobs
 from level_1_pipeline.vertex.machines import SHARED
-from level_1_pipeline.vertex.rest import Missing, Refused, Rest, Unchecked, credentials, enable
+from level_1_pipeline.vertex.rest import (
+    Missing,
+    Refused,
+    Rest,
+    Unchecked,
+    enable_command,
+    load_credentials,
+)
 from project.doctor import START_DOCKER, version_of
 from project.settings import Settings, load_settings
 
@@ -33,7 +40,7 @@ PATIENCE = 30.0  # seconds for all of it
 
 # What level 1 calls; by hand, the steps run as Compute Engine's default account, which comes with its API.
 APIS = ("aiplatform.googleapis.com", "storage.googleapis.com", "artifactregistry.googleapis.com")
-RIGHTS = (  # roles/aiplatform.user holds them
+PERMISSIONS = (  # roles/aiplatform.user holds them
     "aiplatform.customJobs.create",
     "aiplatform.pipelineJobs.create",
     "aiplatform.models.upload",
@@ -101,7 +108,7 @@ def gcloud(cloud: Cloud) -> str:
         "gcloud", "auth", "list", "--filter=status:ACTIVE", "--format=value(account)"
     )()
     if not account or "@" not in account:
-        raise Missing(f"{found}, where nobody is logged in", "gcloud auth login")
+        raise Missing(f"{found}, but not logged in", "gcloud auth login")
     return f"{found}, as {account}"
 
 
@@ -109,10 +116,10 @@ def docker(cloud: Cloud) -> str:
     """Docker, and whether it may push to the registry of images."""
     engine = version_of("docker", "version", "--format", "engine {{.Server.Version}}")()
     if not engine and shutil.which("docker"):
-        raise Missing("its engine does not answer, which builds the images", START_DOCKER)
+        raise Missing("its engine, which builds the images, does not respond", START_DOCKER)
     if not engine:
         raise Missing(
-            "it is not installed, which builds the images", "https://docs.docker.com/engine/install"
+            "it is not installed, but builds the images", "https://docs.docker.com/engine/install"
         )
     host = cloud.environment.images.split("/")[0]
     if not host.endswith("-docker.pkg.dev"):
@@ -127,7 +134,7 @@ def docker(cloud: Cloud) -> str:
     except (OSError, ValueError) as error:
         raise Missing(
             f"{file} cannot be read: {error}",
-            f"mend that file, then: gcloud auth configure-docker {host}",
+            f"fix that file, then: gcloud auth configure-docker {host}",
         ) from None
     known = {*config.get("credHelpers", {}), *config.get("auths", {})}
     if not known & {host, f"https://{host}"}:
@@ -139,51 +146,56 @@ def docker(cloud: Cloud) -> str:
 
 def apis(cloud: Cloud) -> str:
     """The APIs that must be on."""
-    where = cloud.environment
-    wanted = [*APIS, "compute.googleapis.com"] if where.by_hand else [*APIS]
-    names = [f"projects/{where.project}/services/{name}" for name in wanted]
+    required = [*APIS, *(["compute.googleapis.com"] if cloud.environment.by_hand else [])]
+    off = disabled_apis(cloud, required)
+    if off:
+        fix = enable_command(off, cloud.environment.project)
+        raise Missing(f"{', '.join(off)} {'is' if len(off) == 1 else 'are'} off", fix)
+    return ", ".join(name.split(".")[0] for name in required)
+
+
+def disabled_apis(cloud: Cloud, names: Sequence[str]) -> list[str]:
+    """Those of the APIs that are not enabled in the project."""
+    project = cloud.environment.project
     try:
-        answer = cloud.rest.ask(
-            "serviceusage", f"/v1/projects/{where.project}/services:batchGet", {"names": names}
+        response = cloud.rest.call(
+            "serviceusage",
+            f"/v1/projects/{project}/services:batchGet",
+            {"names": [f"projects/{project}/services/{name}" for name in names]},
         )
     except Refused as refused:
-        raise no_project(refused, where) from None
-    on = {
+        raise no_project(refused, cloud.environment) from None
+    enabled = {
         service["name"].rsplit("/", 1)[1]
-        for service in answer.get("services", [])
+        for service in response.get("services", [])
         if service.get("state") == "ENABLED"
     }
-    off = [name for name in wanted if name not in on]
-    if off:
-        raise Missing(
-            f"{', '.join(off)} {'is' if len(off) == 1 else 'are'} off", enable(off, where.project)
-        )
-    return ", ".join(name.split(".")[0] for name in wanted)
+    return [name for name in names if name not in enabled]
 
 
 def no_project(refused: Refused, where: Environment) -> Exception:
     """What to say of a project that is not to be looked at."""
     if refused.status in (403, 404):
         key = f"cloud.environments.{where.environment}.project"
-        mend = f"`gcloud projects list` shows those that you have; write the id into {PROJECT_FILE}: {key}"
+        fix = f"`gcloud projects list` shows those that you have; write the id into {PROJECT_FILE}: {key}"
         return Missing(
-            f"project {where.project} is not there, or you may not look at it: {refused}", mend
+            f"project {where.project} is not there, or you may not look at it: {refused}", fix
         )
     return Unchecked(str(refused))
 
 
-def rights(cloud: Cloud) -> str:
+def permissions(cloud: Cloud) -> str:
     """What you may do in the project."""
     project = cloud.environment.project
     try:
-        lacking = cloud.rest.lacking(
-            "cloudresourcemanager", f"/v1/projects/{project}:testIamPermissions", RIGHTS
+        missing = cloud.rest.missing_permissions(
+            "cloudresourcemanager", f"/v1/projects/{project}:testIamPermissions", PERMISSIONS
         )
     except Refused as refused:
         raise Unchecked(str(refused)) from None
-    if lacking:
-        mend = f"gcloud projects add-iam-policy-binding {project} --member=user:YOU --role=roles/aiplatform.user"
-        raise Missing(f"you lack {', '.join(lacking)}", f"ask an owner to type: {mend}")
+    if missing:
+        fix = f"gcloud projects add-iam-policy-binding {project} --member=user:YOU --role=roles/aiplatform.user"
+        raise Missing(f"you lack {', '.join(missing)}", f"ask an owner to run: {fix}")
     return "you may start jobs and pipeline runs, upload models and deploy them"
 
 
@@ -198,7 +210,7 @@ def bucket(cloud: Cloud) -> str:
     )
     for name in names:
         try:
-            found = cloud.rest.ask("storage", f"/storage/v1/b/{name}")
+            found = cloud.rest.call("storage", f"/storage/v1/b/{name}")
         except Refused as refused:
             raise _no_bucket(refused, where, name) from None
         location = str(found.get("location", "")).lower()
@@ -208,13 +220,13 @@ def bucket(cloud: Cloud) -> str:
                 "make another one in that region, under another name: "
                 + create_bucket(where, f"{where.project}-{where.name}"),
             )
-        lacking = cloud.rest.lacking(
+        missing = cloud.rest.missing_permissions(
             "storage", f"/storage/v1/b/{name}/iam/testPermissions", OBJECTS
         )
-        if lacking:
-            mend = f"gcloud storage buckets add-iam-policy-binding gs://{name} --member=user:YOU --role=roles/storage.objectUser"
+        if missing:
+            fix = f"gcloud storage buckets add-iam-policy-binding gs://{name} --member=user:YOU --role=roles/storage.objectUser"
             raise Missing(
-                f"gs://{name}: you lack {', '.join(lacking)}", f"ask an owner to type: {mend}"
+                f"gs://{name}: you lack {', '.join(missing)}", f"ask an owner to run: {fix}"
             )
     return (
         f"{', '.join(f'gs://{name}' for name in names)} in {where.region}; you may read and write"
@@ -227,8 +239,8 @@ def _no_bucket(refused: Refused, where: Environment, name: str) -> Exception:
     if refused.status == 404:
         own = f"{where.project}-{where.name}"
         key = f"cloud.environments.{where.environment}.bucket"
-        mend = f"{create_bucket(where, own)}, and write {own} into {PROJECT_FILE}: {key}"
-        return Missing(f"gs://{name} is not there, and {key} names no bucket made by hand", mend)
+        fix = f"{create_bucket(where, own)}, and write {own} into {PROJECT_FILE}: {key}"
+        return Missing(f"gs://{name} is not there, and {key} names no bucket created manually", fix)
     if refused.status == 403:
         return Missing(
             f"gs://{name} is not yours to look at; bucket names are shared by all of Google's customers",
@@ -248,8 +260,10 @@ def repository(cloud: Cloud) -> str:
     location, (project, name) = host.removesuffix("-docker.pkg.dev"), path[:2]
     resource = f"/v1/projects/{project}/locations/{location}/repositories/{name}"
     try:
-        kind = cloud.rest.ask("artifactregistry", resource).get("format")
-        lacking = cloud.rest.lacking("artifactregistry", f"{resource}:testIamPermissions", [UPLOAD])
+        kind = cloud.rest.call("artifactregistry", resource).get("format")
+        missing = cloud.rest.missing_permissions(
+            "artifactregistry", f"{resource}:testIamPermissions", [UPLOAD]
+        )
     except Refused as refused:
         if refused.status in (403, 404):
             raise Missing(
@@ -262,12 +276,12 @@ def repository(cloud: Cloud) -> str:
             f"{where.images} holds {kind}, not images",
             f"make another, and write it into containers.registry in {PROJECT_FILE}",
         )
-    if lacking:
-        mend = (
+    if missing:
+        fix = (
             f"gcloud artifacts repositories add-iam-policy-binding {name} --project={project} --location={location} "
             "--member=user:YOU --role=roles/artifactregistry.writer"
         )
-        raise Missing(f"{where.images}: you may not push to it", f"ask an owner to type: {mend}")
+        raise Missing(f"{where.images}: you may not push to it", f"ask an owner to run: {fix}")
     return f"{where.images}; you may push"
 
 
@@ -277,7 +291,7 @@ def act_as(cloud: Cloud) -> str:
     if where.by_hand:
         path = f"/v1/projects/{where.project}/services:batchGet"
         try:
-            found = cloud.rest.ask(
+            found = cloud.rest.call(
                 "serviceusage",
                 path,
                 {"names": [f"projects/{where.project}/services/compute.googleapis.com"]},
@@ -292,25 +306,25 @@ def act_as(cloud: Cloud) -> str:
         accounts = [where.account("pipeline"), where.account("trainer")]
     for account in accounts:
         try:
-            lacking = cloud.rest.lacking(
+            missing = cloud.rest.missing_permissions(
                 "iam", f"/v1/projects/-/serviceAccounts/{account}:testIamPermissions", [ACT_AS]
             )
         except Refused as refused:
             if refused.status != 404:
                 raise Unchecked(str(refused)) from None
-            mend = (
-                enable(["compute.googleapis.com"], where.project)
+            fix = (
+                enable_command(["compute.googleapis.com"], where.project)
                 if where.by_hand
                 else f"by hand, name your bucket in cloud.environments.{where.environment}.bucket of {PROJECT_FILE}, and "
                 "Google's own account acts; at level 2 Terraform makes this one"
             )
-            raise Missing(f"{account} is not there", mend) from None
-        if lacking:
-            mend = (
+            raise Missing(f"{account} is not there", fix) from None
+        if missing:
+            fix = (
                 f"gcloud iam service-accounts add-iam-policy-binding {account} --project={where.project} "
                 "--member=user:YOU --role=roles/iam.serviceAccountUser"
             )
-            raise Missing(f"you may not act as {account}", f"ask an owner to type: {mend}")
+            raise Missing(f"you may not act as {account}", f"ask an owner to run: {fix}")
     return f"you may act as {', '.join(accounts)}; what it may do itself is not looked up"
 
 
@@ -330,15 +344,15 @@ def quota(cloud: Cloud) -> str:
         resolved = gpu_jobs.chosen_jobs(cloud.settings, cloud.root, cloud.environment, "")
     except UserError:
         raise Unchecked("the jobs of cloud.train.jobs must be right first") from None
-    lacking: list[Missing] = []
+    failures: list[Missing] = []
     for name, job in zip(names, resolved, strict=True):
         try:
             enough = quota_of(cloud, name, needed(job))
         except Missing as missing:
-            lacking.append(missing)
+            failures.append(missing)
         else:
-            return "; ".join([*map(str, lacking), enough])
-    raise Missing("; ".join(map(str, lacking)), lacking[-1].mend)
+            return "; ".join([*map(str, failures), enough])
+    raise Missing("; ".join(map(str, failures)), failures[-1].fix)
 
 
 def quota_of(cloud: Cloud, name: str, wanted: Mapping[str, int]) -> str:
@@ -349,7 +363,7 @@ def quota_of(cloud: Cloud, name: str, wanted: Mapping[str, int]) -> str:
         raise Unchecked(f"which quota '{name}' draws on is not known here. See {page}")
     for metric, amount in wanted.items():
         try:
-            limit = in_region(cloud.rest.ask("serviceusage", _metric(where, metric)), where.region)
+            limit = in_region(cloud.rest.call("serviceusage", _metric(where, metric)), where.region)
         except Refused as refused:
             raise Unchecked(f"{metric}: {refused}. See {page}") from None
         if limit is None:
@@ -357,9 +371,9 @@ def quota_of(cloud: Cloud, name: str, wanted: Mapping[str, int]) -> str:
                 f"{metric} has no limit for {where.region} that can be read. See {page}"
             )
         if 0 <= limit < amount:
-            mend = f"ask for more at {page}, or choose another job (make gpu-jobs) or region in {PROJECT_FILE}"
+            fix = f"ask for more at {page}, or choose another job (make gpu-jobs) or region in {PROJECT_FILE}"
             raise Missing(
-                f"{metric} in {where.region} is {limit}, and '{name}' needs {amount}", mend
+                f"{metric} in {where.region} is {limit}, and '{name}' needs {amount}", fix
             )
     return f"enough for '{name}': {', '.join(wanted)}; how much of it is in use is not looked up"
 
@@ -434,7 +448,7 @@ LEVEL_1 = Level(
         "docker": docker,
         "jobs": jobs,
         "APIs": apis,
-        "rights": rights,
+        "permissions": permissions,
         "bucket": bucket,
         "repository": repository,
         "actAs": act_as,
@@ -453,17 +467,13 @@ def tell(name: str, find: Callable[[], str]) -> bool:
     except Unchecked as why:
         print(f"  · {name:<12} not checked: {why}", flush=True)
     except Missing as missing:
-        print(f"  ✗ {name:<12} {missing}\n      mend it: {missing.mend}", flush=True)
+        print(f"  ✗ {name:<12} {missing}\n      fix: {missing.fix}", flush=True)
         return False
     return True
 
 
 def report(settings: Settings, root: Path, level: Level = LEVEL_1) -> bool:
-    """Look at everything at once, and tell it in order; False when something that is needed is missing.
-
-    Raises:
-        UserError: project.yaml names no project, or no such environment.
-    """
+    """Look at everything at once, and tell it in order; False when something that is needed is missing."""
     where = resolve_environment(settings)
     ends = time.monotonic() + PATIENCE
     print(
@@ -472,7 +482,7 @@ def report(settings: Settings, root: Path, level: Level = LEVEL_1) -> bool:
     problem: Missing | Unchecked | None = None
     found, whose = None, ""
     try:
-        found, whose = credentials(where.project)
+        found, whose = load_credentials(where.project)
     except (Missing, Unchecked) as error:
         problem = error
     cloud = Cloud(settings, root, where, Rest(found, where.project))
@@ -502,9 +512,7 @@ def report(settings: Settings, root: Path, level: Level = LEVEL_1) -> bool:
         except Late:
             raise Unchecked(f"no answer within {PATIENCE:.0f} s") from None
         except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
-            raise Unchecked(
-                f"something of another form was found: {type(error).__name__}: {error}"
-            ) from None
+            raise Unchecked(f"unexpected response: {type(error).__name__}: {error}") from None
 
     told = [
         tell("credentials", identity),
@@ -524,15 +532,12 @@ def main() -> None:
 def run_level(level: Level) -> None:
     """Print the report of a level and what to do next; exit code 2 when something is missing."""
     ready = report(load_settings(), project_root(), level)
-    print(
-        f"\n{'Nothing' if ready else 'Something'} that level {level.number} needs is missing{'.' if ready else ' (✗).'}"
+    print(f"\nLevel {level.number}: {'all checks passed.' if ready else 'some checks failed (✗).'}")
+    environment = os.environ.get("ENVIRONMENT")
+    again = f"make doctor LEVEL={level.number}" + (
+        f" ENVIRONMENT={environment}" if environment else ""
     )
-    where = f" ENVIRONMENT={os.environ['ENVIRONMENT']}" if os.environ.get("ENVIRONMENT") else ""
-    print(
-        f"Next: {level.then}"
-        if ready
-        else f"Mend it, then: make doctor LEVEL={level.number}{where}"
-    )
+    print(f"Next: {level.then}" if ready else f"Fix them, then: {again}")
     if not ready:
         sys.exit(2)
 

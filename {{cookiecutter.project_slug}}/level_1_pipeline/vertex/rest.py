@@ -1,15 +1,15 @@
-"""Those of Google's APIs that are asked a single question each: with the credentials of who types, over HTTP, once.
+"""Single read-only REST calls with the caller's credentials, without retry.
 
-gcloud's variables CLOUDSDK_API_ENDPOINT_OVERRIDES_… (SERVICEUSAGE, ARTIFACTREGISTRY, IAM, CLOUDRESOURCEMANAGER) and
-STORAGE_EMULATOR_HOST name other servers than Google's; those are asked without credentials. For Vertex AI see api.py.
+gcloud's variables CLOUDSDK_API_ENDPOINT_OVERRIDES_… (SERVICEUSAGE, ARTIFACTREGISTRY, IAM,
+CLOUDRESOURCEMANAGER) and STORAGE_EMULATOR_HOST replace Google's servers; overridden servers are
+called without credentials. For Vertex AI see gcp/client.py.
 """
 
 import os
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-CALL = 10.0  # seconds that one answer may take
+CALL = 10.0  # timeout of one call in seconds
 
 SERVICES = {
     "serviceusage": "https://serviceusage.googleapis.com",
@@ -21,31 +21,32 @@ SERVICES = {
 WHO = "https://openidconnect.googleapis.com/v1/userinfo"
 SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 
-# What a failed connection says → what it means.
+# Part of a connection error → explanation.
 NETWORK = {
-    "Name or service not known": "its name is not known here; is there a network?",
-    "Temporary failure in name resolution": "its name is not known here; is there a network?",
-    "nodename nor servname": "its name is not known here; is there a network?",
+    "Name or service not known": "unknown host name; is there a network?",
+    "Temporary failure in name resolution": "unknown host name; is there a network?",
+    "nodename nor servname": "unknown host name; is there a network?",
     "Connection refused": "the connection is refused",
-    "ProxyError": "the proxy does not let it through",
-    "CERTIFICATE_VERIFY_FAILED": "its certificate is not known; in a network with certificates of its own set REQUESTS_CA_BUNDLE",
+    "ProxyError": "the proxy blocks it",
+    "CERTIFICATE_VERIFY_FAILED": "unknown certificate; in a network with its own certificates "
+    "set REQUESTS_CA_BUNDLE",
 }
 
 
 class Missing(Exception):
-    """Something that is needed is not there, or not right; `mend` is what to type."""
+    """A requirement is missing or wrong; `fix` is what to run."""
 
-    def __init__(self, what: str, mend: str) -> None:
-        super().__init__(what)
-        self.mend = mend
+    def __init__(self, problem: str, fix: str) -> None:
+        super().__init__(problem)
+        self.fix = fix
 
 
 class Unchecked(Exception):
-    """It could not be found out, and why."""
+    """A check could not be completed, and why."""
 
 
 class Refused(Exception):
-    """An API's answer that is an error."""
+    """An error response of an API."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -53,7 +54,7 @@ class Refused(Exception):
 
 
 def address(service: str) -> str:
-    """A service's address: Google's, or the one that the environment names."""
+    """A service's address: Google's, or the override of the environment."""
     variable = (
         "STORAGE_EMULATOR_HOST"
         if service == "storage"
@@ -62,26 +63,14 @@ def address(service: str) -> str:
     return (os.environ.get(variable) or SERVICES[service]).rstrip("/")
 
 
-def is_google(service: str) -> bool:
-    """Whether Google is asked, who wants to know who asks."""
-    return address(service) == SERVICES[service]
-
-
-def enable(apis: Sequence[str], project: str) -> str:
-    """The command that switches APIs on."""
+def enable_command(apis: Sequence[str], project: str) -> str:
     return f"gcloud services enable {' '.join(apis)} --project={project}"
 
 
-# ── credentials ─────────────────────────────────────────────────────────────────────────────────────────────────────
-def credentials(project: str) -> tuple[Any, str]:
-    """The Application Default Credentials, made fresh, and whose they are; (None, …) where no server of Google's is asked.
-
-    Raises:
-        Missing: there are none, they have expired, or no project pays for what they ask.
-        Unchecked: Google could not be reached.
-    """
-    if not any(map(is_google, SERVICES)):
-        return None, "none are needed: the environment names other servers than Google's"
+def load_credentials(project: str) -> tuple[Any, str]:
+    """Application Default Credentials, refreshed, and their account; None if all is overridden."""
+    if all(address(service) != url for service, url in SERVICES.items()):
+        return None, "not needed: the environment overrides all of Google's servers"
     import google.auth
     from google.auth import exceptions
     from google.auth.transport.requests import Request
@@ -89,10 +78,12 @@ def credentials(project: str) -> tuple[Any, str]:
 
     login = "gcloud auth application-default login"
     try:
-        found, _ = google.auth.default(scopes=[SCOPE])
-        found.refresh(lambda *args, **options: Request()(*args, **{**options, "timeout": CALL}))
+        credentials, _ = google.auth.default(scopes=[SCOPE])
+        # google-auth's own default is two minutes
+        credentials.refresh(lambda *args, **kw: Request()(*args, **{**kw, "timeout": CALL}))
     except exceptions.TransportError as error:
         raise Unchecked(f"Google cannot be reached: {_reason(error)}") from None
+    # all but the first come from a file in an unknown format
     except (
         exceptions.DefaultCredentialsError,
         AttributeError,
@@ -100,122 +91,95 @@ def credentials(project: str) -> tuple[Any, str]:
         TypeError,
         ValueError,
     ) as error:
-        # The later ones are what a file of another form leads to.
-        said = (
-            "there are none"
-            if "were not found" in str(error)
-            else f"they cannot be read: {_short(error)}"
-        )
-        raise Missing(said, login) from None
+        if "were not found" in str(error):
+            raise Missing("not found", login) from None
+        raise Missing(f"they cannot be read: {_one_line(error)}", login) from None
     except exceptions.GoogleAuthError as error:
-        raise Missing(f"they are refused, or have expired: {_short(error)}", login) from None
-    if isinstance(found, Credentials) and not found.quota_project_id:
-        mend = f"gcloud auth application-default set-quota-project {project}"
-        raise Missing("no project is named that pays for what they ask", mend)
-    return found, who(found)
+        raise Missing(f"invalid or expired: {_one_line(error)}", login) from None
+    if isinstance(credentials, Credentials) and not credentials.quota_project_id:
+        fix = f"gcloud auth application-default set-quota-project {project}"
+        raise Missing("no quota project is set", fix)
+    return credentials, _account(credentials)
 
 
-def who(found: Any) -> str:
-    """Whose credentials these are, as far as that can be told."""
+def _account(credentials: Any) -> str:
     import requests
     from google.auth.exceptions import GoogleAuthError
     from google.auth.transport.requests import AuthorizedSession
 
-    named = getattr(found, "service_account_email", "") or getattr(found, "account", "")
-    if "@" not in (named or ""):
+    name = getattr(credentials, "service_account_email", "") or getattr(credentials, "account", "")
+    if "@" not in (name or ""):
         try:
-            named = AuthorizedSession(found).get(WHO, timeout=CALL).json().get("email")
+            name = AuthorizedSession(credentials).get(WHO, timeout=CALL).json().get("email")
         except (requests.exceptions.RequestException, GoogleAuthError, ValueError, AttributeError):
-            named = ""
-    return named or "there are some; whose is not told"
+            name = ""
+    return name or "found (account unknown)"
 
 
-# ── asking ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 class Rest:
-    """Asks with these credentials; from many threads at once, each with a session of its own."""
+    """Calls Google's APIs; safe in threads, because each call has its own session."""
 
-    def __init__(self, found: Any, project: str) -> None:
-        self.credentials, self.project = found, project
-        self._own = threading.local()
+    def __init__(self, credentials: Any, project: str) -> None:
+        self.credentials, self.project = credentials, project
 
-    def ask(
+    def call(
         self, service: str, path: str, query: Mapping[str, Any] | None = None, body: Any = None
     ) -> dict[str, Any]:
-        """Call an API once: GET, or POST if there is a body; returns its JSON.
+        """GET, or POST if there is a body; return the JSON object.
 
-        Raises:
-            Refused: the API said no.
-            Unchecked: it is off, or gave no good answer.
+        Raises Refused for an error response, Unchecked if the API is off, down or too slow.
         """
         import requests
         from google.auth.exceptions import GoogleAuthError
+        from google.auth.transport.requests import AuthorizedSession
 
-        method = "GET" if body is None else "POST"
+        own = address(service) == SERVICES[service]
+        session = AuthorizedSession(self.credentials) if own else requests.Session()
         try:
-            answer = self._session(service).request(
-                method, address(service) + path, params=query, json=body, timeout=CALL
-            )
+            with session:
+                response = session.request(
+                    "GET" if body is None else "POST",
+                    address(service) + path,
+                    params=query,
+                    json=body,
+                    timeout=CALL,
+                )
         except requests.exceptions.Timeout:
-            raise Unchecked(f"{service} did not answer within {CALL:.0f} s") from None
+            raise Unchecked(f"no response from {service} within {CALL:.0f} s") from None
         except (requests.exceptions.RequestException, GoogleAuthError) as error:
             raise Unchecked(f"{service} cannot be reached: {_reason(error)}") from None
         try:
-            content = answer.json()
+            content = response.json()
         except ValueError:
             content = None
-        if answer.status_code == 200 and isinstance(content, dict):
+        if response.status_code == 200 and isinstance(content, dict):
             return content
-        message = _message(content) or f"answer {answer.status_code}"
-        if answer.status_code >= 500 or answer.status_code in (200, 429):
-            raise Unchecked(f"{service} says: {message}")
-        if "is disabled" in message:  # it has not been used in the project, or it is disabled
+        message = _error_message(content) or f"HTTP {response.status_code}"
+        if response.status_code >= 500 or response.status_code in (200, 429):
+            raise Unchecked(f"{service}: {message}")
+        if "is disabled" in message:  # "… has not been used in project … or it is disabled"
             api = f"{service}.googleapis.com"
-            raise Unchecked(f"{api} is off. Type: {enable([api], self.project)}")
-        raise Refused(answer.status_code, message)
+            raise Unchecked(f"{api} is off. Run `{enable_command([api], self.project)}`")
+        raise Refused(response.status_code, message)
 
-    def lacking(self, service: str, path: str, wanted: Sequence[str]) -> list[str]:
-        """Those of the wanted permissions that you do not have there.
-
-        Raises:
-            Refused, Unchecked: see `ask`.
-        """
-        question = {"permissions": list(wanted)}
-        answer = (
-            self.ask(service, path, question)
-            if service == "storage"
-            else self.ask(service, path, body=question)
-        )
-        return [
-            permission for permission in wanted if permission not in answer.get("permissions", [])
-        ]
-
-    def _session(self, service: str) -> Any:
-        import requests
-        from google.auth.transport.requests import AuthorizedSession
-
-        name = "google" if is_google(service) else "other"
-        if not hasattr(self._own, name):
-            setattr(
-                self._own,
-                name,
-                AuthorizedSession(self.credentials) if name == "google" else requests.Session(),
-            )
-        return getattr(self._own, name)
+    def missing_permissions(self, service: str, path: str, permissions: Sequence[str]) -> list[str]:
+        """Those of the permissions that the caller does not have on a resource."""
+        # Cloud Storage takes the permissions in a query, the others in a body.
+        option = "query" if service == "storage" else "body"
+        granted = self.call(service, path, **{option: {"permissions": list(permissions)}})
+        return [name for name in permissions if name not in granted.get("permissions", [])]
 
 
-def _message(content: Any) -> str:
-    """What an error in Google's form says, in one line."""
+def _error_message(content: Any) -> str:
     error = content.get("error") if isinstance(content, dict) else None
-    said = error.get("message") if isinstance(error, dict) else error
-    return _short(said or "").rstrip(".")
+    message = error.get("message") if isinstance(error, dict) else error
+    return _one_line(message or "").rstrip(".")
 
 
 def _reason(error: Exception) -> str:
-    """The innermost reason of a failed connection."""
-    return next((text for key, text in NETWORK.items() if key in str(error)), _short(error))
+    return next((text for key, text in NETWORK.items() if key in str(error)), _one_line(error))
 
 
-def _short(said: object) -> str:
-    """In one line, which is not too long."""
-    line = " ".join(str(said).split())
+def _one_line(text: object) -> str:
+    line = " ".join(str(text).split())
     return line if len(line) <= 250 else f"{line[:250]} …"

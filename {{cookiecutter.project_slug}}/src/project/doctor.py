@@ -1,4 +1,6 @@
-"""What this machine has and what is missing, level by level. Standard library only: it runs before anything is installed.
+"""Check what is installed on this machine, level by level.
+
+Standard library only, Python 3.9 or newer: it runs before anything is installed.
 
 python3 src/project/doctor.py            everything
 python3 src/project/doctor.py python     only: is this Python new enough? (exit code 2 if not)
@@ -15,13 +17,13 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 OLDEST_PYTHON = (3, 11)
 DISK_GB = 4
-START_DOCKER = "start Docker Desktop, or type: sudo systemctl start docker"
+START_DOCKER = "start Docker Desktop, or run `sudo systemctl start docker`"
 
 
 class Check(NamedTuple):
-    """One thing to look for. `find` returns what is there, or None; `get` says how to get it, by system.
+    """A check: `find` returns a description or None; `get` maps each system to a way to install.
 
-    `start`: what to do where the program is there and does not answer.
+    `start`: what to do if the program is installed but does not respond.
     """
 
     level: int
@@ -34,7 +36,7 @@ class Check(NamedTuple):
 
 
 def version_of(*command: str) -> Callable[[], "str | None"]:
-    """The first line that a command prints, when it is there and works."""
+    """Return a function that returns the first line of the command's output, None if it fails."""
 
     def find() -> "str | None":
         if shutil.which(command[0]) is None:
@@ -50,18 +52,18 @@ def version_of(*command: str) -> Callable[[], "str | None"]:
 
 
 def python() -> "str | None":
-    """This Python, when it is new enough."""
+    """Return the version of this Python if it is new enough."""
     return f"Python {platform.python_version()}" if sys.version_info[:2] >= OLDEST_PYTHON else None
 
 
 def disk() -> "str | None":
-    """Free disk space, when there is enough of it."""
+    """Return the free disk space if it is enough."""
     free = shutil.disk_usage(ROOT).free / 1e9
     return f"{free:.0f} GB free" if free >= DISK_GB else None
 
 
 def environment() -> "str | None":
-    """The project's environment, when it is as new as the lock."""
+    """Return torch's version if the environment is as new as the lock."""
     ready, lock = ROOT / ".venv" / ".ready", ROOT / "requirements" / "dev.txt"
     if not ready.is_file() or ready.stat().st_mtime < lock.stat().st_mtime:
         return None
@@ -73,7 +75,7 @@ def environment() -> "str | None":
 
 
 def accelerator() -> "str | None":
-    """What would make training faster."""
+    """Return the name of the GPU, if any."""
     code = (
         "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() "
         "else 'Apple MPS' if torch.backends.mps.is_available() else '')"
@@ -83,7 +85,7 @@ def accelerator() -> "str | None":
 
 
 def anywhere(text: str) -> "dict[str, str]":
-    """The same advice for every system."""
+    """Return the same advice for every system."""
     return dict.fromkeys(("linux", "macos", "wsl"), text)
 
 
@@ -188,7 +190,7 @@ def system() -> str:
 
 
 def report(checks: "tuple[Check, ...]" = CHECKS) -> bool:
-    """Print what is there and what is not; False when something that level 0 needs is missing."""
+    """Print the result of each check; return whether all that level 0 needs is installed."""
     complete = True
     level = -1
     for check in checks:
@@ -203,7 +205,7 @@ def report(checks: "tuple[Check, ...]" = CHECKS) -> bool:
             sign = "✗" if check.needed else "·"
             there = check.start and shutil.which(check.name)
             problem, mend = (
-                ("does not answer", check.start)
+                ("does not respond", check.start)
                 if there
                 else ("missing", f"get it: {check.get[system()]}")
             )
@@ -211,7 +213,7 @@ def report(checks: "tuple[Check, ...]" = CHECKS) -> bool:
     print(
         "\nLevels 0 and 1 can start on this machine."
         if complete
-        else "\nSomething that level 0 needs is missing (✗)."
+        else "\nLevel 0: some checks failed (✗)."
     )
     return complete
 
