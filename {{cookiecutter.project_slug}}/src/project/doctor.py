@@ -213,7 +213,7 @@ def report(checks: "tuple[Check, ...]" = CHECKS) -> bool:
     print(
         "\nLevels 0 and 1 can start on this machine."
         if complete
-        else "\nLevel 0: some checks failed (✗)."
+        else "\nSome checks of level 0 failed (✗)."
     )
     return complete
 
