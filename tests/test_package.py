@@ -201,12 +201,13 @@ def imports(path: Path) -> Iterator[str]:
 def test_the_wheel_predicts_in_an_empty_environment(
     python: Path, model: Path, tmp_path: Path
 ) -> None:
-    for width, size in ((1.1, "large"), (-0.1, "small")):
-        row = json.dumps({"width": width})
-        answer = run(
-            python, "-m", "level_0_manual.predict", "--model-dir", model, "--row", row, cwd=tmp_path
-        )
-        assert f"prediction  {size}" in answer
+    code = (
+        "import sys; from pathlib import Path; from core.onnx_model import Model\n"
+        "model = Model.load(Path(sys.argv[1]))\n"
+        "scores = model.probabilities({'width': [1.1, -0.1]})\n"
+        "print(*(model.schema.classes[best] for best in scores.argmax(axis=1)))"
+    )
+    assert run(python, "-c", code, model, cwd=tmp_path).strip() == "large small"
     installed = run(
         python,
         "-c",

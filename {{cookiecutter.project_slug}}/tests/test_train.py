@@ -16,7 +16,7 @@ import torch
 
 from core.errors import UserError
 from core.paths import local_path
-from trainer import data, distributed
+from trainer import data, distributed, export
 from trainer import train as train_module
 from trainer.config import Hyperparameters
 from trainer.evaluate import evaluate
@@ -71,7 +71,7 @@ class Stopped(Exception):
 def test_an_interrupted_run_resumes_and_ends_with_the_same_weights(
     trained, tmp_path, options, monkeypatch, after
 ):
-    saved = train.save_checkpoint
+    saved = train_module.save_checkpoint
 
     def stop(folder, network, optimizer, progress, facts):
         saved(folder, network, optimizer, progress, facts)
@@ -84,7 +84,7 @@ def test_an_interrupted_run_resumes_and_ends_with_the_same_weights(
     assert not (tmp_path / "model" / "model.json").exists()
     monkeypatch.setattr(train_module, "save_checkpoint", saved)
     epochs = []
-    run_epoch = train.run_epoch
+    run_epoch = train_module.run_epoch
     monkeypatch.setattr(
         train_module, "run_epoch", lambda *given: epochs.append(given[7]) or run_epoch(*given)
     )
@@ -137,7 +137,7 @@ def test_nothing_is_pickled_or_unpickled(trained, tmp_path, options, monkeypatch
     tensors, state = distributed.load_checkpoint(tmp_path)
     assert tensors["x"].tolist() == [0, 1, 2]
     assert state == {"epoch": 1}
-    train.artifact.load(trained / "model")
+    export.load(trained / "model")
 
 
 def test_two_ranks_follow_the_path_of_one(trained, tmp_path, options):
