@@ -24,11 +24,7 @@ if TYPE_CHECKING:
 
 
 def read_csv(path: Path) -> dict[str, list[str]]:
-    """Column name → cells as text.
-
-    Raises:
-        UserError: the file is not there, is no CSV in UTF-8, or a line has too many or too few cells.
-    """
+    """Column name → cells as text."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.reader(stream, strict=True)
@@ -55,11 +51,7 @@ def read_csv(path: Path) -> dict[str, list[str]]:
 
 
 def parse_row(text: str, schema: Schema) -> dict[str, list[Any]]:
-    """One row given as a JSON object.
-
-    Raises:
-        UserError: it is no JSON object, or has a key that is no column of the model.
-    """
+    """One row given as a JSON object."""
     try:
         row = json.loads(text)
     except ValueError as error:

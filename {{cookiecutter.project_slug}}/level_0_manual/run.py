@@ -23,11 +23,7 @@ from trainer.data import find_csv
 
 
 def execute(name: str, run: runs.Run, place: str) -> float:
-    """Run one notebook and write its report, also when a cell fails; returns the seconds it took.
-
-    Raises:
-        UserError: a cell failed; names the report that shows where.
-    """
+    """Run one notebook and write its report, also when a cell fails; returns the seconds it took."""
     path = notebooks.notebook_path(name)
     notebook = nbformat.read(path, as_version=4)
     cells = sum(cell.cell_type == "code" for cell in notebook.cells)

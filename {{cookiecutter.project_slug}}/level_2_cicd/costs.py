@@ -59,11 +59,7 @@ class Cost:
 
 
 def hour(machine: str) -> float:
-    """A machine that serves, or runs a step or Jupyter, with Vertex AI's share.
-
-    Raises:
-        UserError: its price is not known here.
-    """
+    """A machine that serves, or runs a step or Jupyter, with Vertex AI's share."""
     found = MACHINES.get(machine) or _small(machine)
     if found is None or found.price is None:
         known = [name for name, other in MACHINES.items() if other.price is not None]

@@ -45,11 +45,7 @@ def names(root: Path) -> list[str]:
 
 
 def load(name: str, root: Path) -> dict[str, Any]:
-    """A job's file, as it stands.
-
-    Raises:
-        UserError: there is none of that name, or it cannot be read.
-    """
+    """A job's file, as it stands."""
     known = names(root)
     if name not in known:
         raise UserError(
@@ -71,9 +67,6 @@ def resolve(name: str, root: Path, environment: Environment | None, image: str) 
     Args:
         place: where it will run; None: that is not known yet, so neither account nor region.
         image: the training image's address; empty: not known yet.
-
-    Raises:
-        UserError: see `load` and `check`.
     """
     job = load(name, root)
     check(job, environment.region if environment else "", str(FOLDER / f"{name}.yaml"))
@@ -108,11 +101,7 @@ def require_known(settings: Settings, root: Path) -> None:
 def chosen_jobs(
     settings: Settings, root: Path, environment: Environment | None, image: str
 ) -> list[dict[str, Any]]:
-    """The jobs of cloud.train.jobs, in their order, as `resolve` gives them.
-
-    Raises:
-        UserError: one is not there, or is wrong.
-    """
+    """The jobs of cloud.train.jobs, in their order, as `resolve` gives them."""
     require_known(settings, root)
     return [resolve(name, root, environment, image) for name in settings.cloud.train.jobs]
 
@@ -134,11 +123,7 @@ class Row:
 
 
 def describe(name: str, root: Path, region: str, minutes: float | None = None) -> Row:
-    """A job as a row of the list.
-
-    Raises:
-        UserError: its file is wrong.
-    """
+    """A job as a row of the list."""
     job = resolve(name, root, None, "")
     pools = job["workerPoolSpecs"]
     machine = pools[0]["machineSpec"]
@@ -168,11 +153,7 @@ def _money(amount: float | None, sign: str) -> str:
 
 
 def table(root: Path, region: str, minutes: float | None = None) -> str:
-    """All jobs, the cheapest first.
-
-    Raises:
-        UserError: a file is wrong.
-    """
+    """All jobs, the cheapest first."""
     rows = sorted((describe(name, root, region, minutes) for name in names(root)), key=_expense)
     columns = {
         "job": [row.name for row in rows],

@@ -28,9 +28,6 @@ def check(job: dict[str, Any], region: str, where: str) -> None:
         job: as `load` gives it, or `resolve`.
         region: where it shall run; empty: not known yet.
         where: what to call it in a message.
-
-    Raises:
-        UserError: names each field, its value and what is allowed.
     """
     from google.cloud.aiplatform_v1 import types  # takes a second
     from google.protobuf import json_format

@@ -28,11 +28,7 @@ def write_json(path: Path, document: Any) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file as a whole or not at all: under another name, flushed to disk, then renamed.
-
-    Raises:
-        UserError: the disk is full, or the folder is not to be written.
-    """
+    """Write a file as a whole or not at all: under another name, flushed to disk, then renamed."""
     partial = path.with_name(path.name + ".partial")
     try:
         partial.write_bytes(content)
@@ -65,11 +61,7 @@ def write(folder: Path, document: dict[str, Any]) -> None:
 
 
 def parse(folder: Path) -> dict[str, Any]:
-    """The manifest of a saved model, whose other files are not looked at.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
+    """The manifest of a saved model, whose other files are not looked at."""
     path = folder / NAME
     if not path.is_file():
         raise UserError(
@@ -92,11 +84,7 @@ def parse(folder: Path) -> dict[str, Any]:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The manifest of a saved model, after every file was compared with it.
-
-    Raises:
-        UserError: there is no model, or it is not the one that was saved.
-    """
+    """The manifest of a saved model, after every file was compared with it."""
     document = parse(folder)
     files: dict[str, dict[str, Any]] = document["files"]
     problems = [

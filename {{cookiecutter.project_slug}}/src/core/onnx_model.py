@@ -22,11 +22,7 @@ class Model:
 
     @classmethod
     def load(cls, folder: Path, threads: int = 1) -> "Model":
-        """Read the manifest, compare every file with it, start the ONNX session.
-
-        Raises:
-            UserError: there is no model, or it is damaged.
-        """
+        """Read the manifest, compare every file with it, start the ONNX session."""
         document = manifest.read(folder)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = threads
@@ -43,10 +39,6 @@ class Model:
         return cls(schema, session)
 
     def probabilities(self, table: Mapping[str, Sequence[Any] | np.ndarray]) -> np.ndarray:
-        """Probabilities, float32 (rows, classes), for columns of values.
-
-        Raises:
-            UserError: names the row, column and value that is not allowed.
-        """
+        """Probabilities, float32 (rows, classes), for columns of values."""
         features = self.schema.encode(table)
         return np.asarray(self.session.run(["probabilities"], {"features": features})[0])

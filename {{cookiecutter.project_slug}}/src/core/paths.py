@@ -10,11 +10,7 @@ PROJECT_FILE = "project.yaml"
 
 
 def project_root() -> Path:
-    """The nearest folder upwards from the current one that holds project.yaml.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The nearest folder upwards from the current one that holds project.yaml."""
     here = Path.cwd()
     for folder in (here, *here.parents):
         if (folder / PROJECT_FILE).is_file():
@@ -25,11 +21,7 @@ def project_root() -> Path:
 
 
 def local_path(address: str) -> Path:
-    """A local path for a path or a gs:// address: in the cloud, buckets are mounted under $GCS_MOUNT (default /gcs).
-
-    Raises:
-        UserError: a gs:// address where no bucket is mounted.
-    """
+    """A local path for a path or a gs:// address: in the cloud, buckets are mounted under $GCS_MOUNT (default /gcs)."""
     if not address.startswith("gs://"):
         return Path(address)
     bucket, name = split_uri(address)
@@ -57,11 +49,7 @@ def in_bucket(path: Path) -> bool:
 
 
 def split_uri(address: str) -> tuple[str, str]:
-    """Bucket and name of a gs:// address.
-
-    Raises:
-        UserError: it is none.
-    """
+    """Bucket and name of a gs:// address."""
     found = re.fullmatch(r"gs://([^/]+)(?:/(.*))?", address)
     if not found:
         raise UserError(

@@ -73,11 +73,7 @@ class Registry(ABC):
         return [version for number in self._numbers() if (version := self._version(number))]
 
     def version(self, number: int) -> Version:
-        """One version.
-
-        Raises:
-            UserError: there is no such version.
-        """
+        """One version."""
         version = self._version(number)
         if version is None:
             known = ", ".join(str(version.number) for version in self.versions()) or "none yet"
@@ -85,11 +81,7 @@ class Registry(ABC):
         return version
 
     def champion(self) -> Version | None:
-        """The version that is served; None before the first.
-
-        Raises:
-            UserError: it is lost.
-        """
+        """The version that is served; None before the first."""
         number = self.champion_number()
         return None if number is None else self.version(number)
 
@@ -150,11 +142,7 @@ class LocalRegistry(Registry):
         self.where = str(folder)
 
     def register(self, model: Path, metrics: Mapping[str, float], run: str) -> Version:
-        """Keep a copy of a saved model as a new version; it is not champion yet.
-
-        Raises:
-            UserError: the model is damaged.
-        """
+        """Keep a copy of a saved model as a new version; it is not champion yet."""
         document = manifest.read(model)
         with self._locked():
             number = max(self._numbers(), default=0) + 1

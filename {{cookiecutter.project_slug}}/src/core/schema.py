@@ -26,11 +26,7 @@ UNKNOWN = 0  # the code of a blank category, and of one that training never saw
 
 
 def parse_number(value: object) -> float:
-    """The number that a CSV cell or JSON value stands for; NaN when it is missing.
-
-    Raises:
-        ValueError: it is no finite number.
-    """
+    """The number that a CSV cell or JSON value stands for; NaN when it is missing."""
     if isinstance(value, str):
         text = value.strip(BLANKS)
         if text.lower() in MISSING:
@@ -77,11 +73,7 @@ class Column:
         )
 
     def encode(self, values: Sequence[Any] | np.ndarray) -> np.ndarray:
-        """The column's values as float64 of the same length: numbers (NaN: missing), or codes of categories.
-
-        Raises:
-            UserError: names the first row, the column and the value that is not allowed.
-        """
+        """The column's values as float64 of the same length: numbers (NaN: missing), or codes of categories."""
         if isinstance(values, np.ndarray) and values.dtype == np.float64 and self.kind == "numeric":
             encoded = values
             if np.isinf(encoded).any():
@@ -129,11 +121,7 @@ class Schema:
     classes: tuple[int, ...] | tuple[str, ...]
 
     def encode(self, table: Mapping[str, Sequence[Any] | np.ndarray]) -> np.ndarray:
-        """The table's rows as a float64 matrix of shape (rows, columns); other columns are not looked at.
-
-        Raises:
-            UserError: a column is not there, or a value is not allowed.
-        """
+        """The table's rows as a float64 matrix of shape (rows, columns); other columns are not looked at."""
         absent = [
             column.name
             for column in self.columns
@@ -184,11 +172,7 @@ class Schema:
         return None if np.isinf(numbers).any() or np.isnan(numbers[required]).any() else numbers
 
     def encode_labels(self, labels: Sequence[Any] | np.ndarray) -> np.ndarray:
-        """Labels as int64 positions in `classes`.
-
-        Raises:
-            UserError: names the first row whose label is no class of the model.
-        """
+        """Labels as int64 positions in `classes`."""
         positions = {str(name): position for position, name in enumerate(self.classes)}
         encoded = np.empty(len(labels), dtype=np.int64)
         for row, label in enumerate(labels):

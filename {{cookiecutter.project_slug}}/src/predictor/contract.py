@@ -47,11 +47,7 @@ class _Constant:
 
 
 def answer(model: Model, version: int | None, body: bytes) -> bytes:
-    """The response's body for a request's body.
-
-    Raises:
-        BadRequest: names the instance and the column, or what else is not allowed.
-    """
+    """The response's body for a request's body."""
     request = _parse(body)
     top = _read_top(request.get("parameters"), len(model.schema.classes))
     table = _read_instances(request, model.schema)

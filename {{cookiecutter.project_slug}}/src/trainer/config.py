@@ -67,11 +67,7 @@ class Hyperparameters:
 
     @classmethod
     def from_json(cls, text: str) -> "Hyperparameters":
-        """Parse and check.
-
-        Raises:
-            UserError: it is no JSON object, or names the value and its rule.
-        """
+        """Parse and check."""
         try:
             return cls(**json.loads(text))
         except ValidationError as error:

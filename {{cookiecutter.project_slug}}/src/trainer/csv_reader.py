@@ -20,11 +20,7 @@ from core.schema import BLANKS, MISSING
 
 
 def read_header(path: Path) -> list[str]:
-    """The names in the CSV's first line.
-
-    Raises:
-        UserError: there is no such file, it is empty, or names are blank, stand twice or have line breaks.
-    """
+    """The names in the CSV's first line."""
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for without end
             what = "a folder" if path.is_dir() else "no ordinary file"
@@ -71,11 +67,7 @@ def check_header(
 def choose_features(
     names: Sequence[str], label: str, ignore: Iterable[str], categorical: Iterable[str]
 ) -> list[str]:
-    """The columns that the model sees.
-
-    Raises:
-        UserError: a column that project.yaml names is not in the file, or no column is left.
-    """
+    """The columns that the model sees."""
     shown = ", ".join(
         names if len(names) <= 12 else [*names[:6], "…", *names[-3:]]
     )  # a label is often the last column
@@ -255,11 +247,7 @@ def infer_kinds(
     numbers: Sequence[str],
     categorical: Iterable[str] = (),
 ) -> dict[str, str]:
-    """For each feature "numeric" or "categorical"; `numbers` are the columns that are known to be numbers.
-
-    Raises:
-        UserError: names a column without any value, or a cell that is no number among numbers.
-    """
+    """For each feature "numeric" or "categorical"; `numbers` are the columns that are known to be numbers."""
     of_text = f"count(*) FILTER (NOT {IS_MISSING}), count(*) FILTER ({IS_NUMBER}), count(*) FILTER ({IS_CODE})"
     of_number = "count({0}), count({0}), 0"
     counts = [

@@ -108,11 +108,7 @@ def is_test(names: Iterable[str], test_fraction: float, split_seed: int) -> str:
 
 
 def check_split(database: duckdb.DuckDBPyConnection, label: str) -> tuple[int, int]:
-    """How many rows are to train on, and how many to test on.
-
-    Raises:
-        UserError: a class has no row to train on, or there is no row to test on.
-    """
+    """How many rows are to train on, and how many to test on."""
     sides = database.execute(f"""
         SELECT {name_in_sql(label)}, count(*) FILTER (NOT {TEST}), count(*) FILTER ({TEST}) FROM rows GROUP BY 1 ORDER BY 1
     """).fetchall()
@@ -181,9 +177,6 @@ def prepare(
 
     Returns:
         Numbers of rows and the kind of each column, to look at.
-
-    Raises:
-        UserError: one message that names the row, the column and the value; nothing is written then.
     """
     names = csv_reader.read_header(csv_path)
     features = csv_reader.choose_features(names, label, ignore, categorical)

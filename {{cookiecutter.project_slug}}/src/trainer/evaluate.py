@@ -88,11 +88,7 @@ scored too, whatever has become of `model.py` since it was trained.
 
 # %%
 def answer(model_dir: Path, test_path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities (rows, classes) of a saved model for the rows of a Parquet file, and their labels (rows).
-
-    Raises:
-        UserError: the model is damaged, or the rows do not fit it.
-    """
+    """Probabilities (rows, classes) of a saved model for the rows of a Parquet file, and their labels (rows)."""
     model, rows = Model.load(model_dir), read_rows(test_path)
     if model.schema.label not in rows:
         raise UserError(
@@ -102,11 +98,7 @@ def answer(model_dir: Path, test_path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def evaluate(model_dir: Path, test_path: Path, metrics_path: Path) -> dict[str, Any]:
-    """Score a saved model on test rows, and write the metrics as JSON.
-
-    Raises:
-        UserError: also when the model was trained on another division of the same file, so that it may have seen these rows.
-    """
+    """Score a saved model on test rows, and write the metrics as JSON."""
     origin, trained_on = read_origin(test_path), manifest.read(model_dir)
     if origin["sha256"] == trained_on.get("data_sha256") and origin["split"] != trained_on.get(
         "data_split"

@@ -47,11 +47,7 @@ def save(
 
 
 def load(folder: Path) -> tuple[Network, Schema]:
-    """The network, on the CPU and ready to answer, and its schema; nothing is unpickled.
-
-    Raises:
-        UserError: there is no model, or it is damaged.
-    """
+    """The network, on the CPU and ready to answer, and its schema; nothing is unpickled."""
     schema = Schema.from_json(manifest.read(folder)["schema"])
     network = Network(schema)
     network.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS))
