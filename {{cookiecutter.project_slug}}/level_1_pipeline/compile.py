@@ -1,4 +1,4 @@
-"""Compile the pipeline, and check the result before anything runs it."""
+"""Compile the pipeline and check the result before a run."""
 
 import importlib.util
 import json
@@ -21,7 +21,8 @@ DIGEST = r"[^\s@]+@sha256:[0-9a-f]{64}"
 
 
 def load_definition() -> ModuleType:
-    """Load level_1_pipeline/pipeline.py of the current project, which no image contains."""
+    """Return level_1_pipeline/pipeline.py of the current project as a module."""
+    # Loaded by path: no image contains the definition.
     path = project_root() / "level_1_pipeline" / "pipeline.py"
     spec = importlib.util.spec_from_file_location("pipeline", path)
     if spec is None or spec.loader is None:
@@ -32,7 +33,7 @@ def load_definition() -> ModuleType:
 
 
 def compile_pipeline(pipeline: Any, path: Path) -> PipelineSpec:
-    """Write the compiled pipeline to `path`, and check it."""
+    """Write the compiled pipeline to `path` and check it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     compiler.Compiler().compile(pipeline, str(path))
     return check(path)
@@ -41,11 +42,9 @@ def compile_pipeline(pipeline: Any, path: Path) -> PipelineSpec:
 def compile_for_cloud(images: Mapping[str, str], path: Path) -> PipelineSpec:
     """Compile for Vertex AI, where the train step is a custom training job.
 
-    Args:
-        images: container (train, deploy, vertex_train) → image address by digest, so that a later
-            run uses the same bytes.
-        path: the YAML file to write.
+    `images` maps container (train, deploy, vertex_train) to image address by digest.
     """
+    # A tag can move; with a digest a later run uses the same image.
     for name in STEP_IMAGES:
         if not re.fullmatch(DIGEST, images.get(name, "")):
             raise UserError(
@@ -57,7 +56,8 @@ def compile_for_cloud(images: Mapping[str, str], path: Path) -> PipelineSpec:
 
 
 def check(path: Path) -> PipelineSpec:
-    """Parse a compiled pipeline strictly; reject what would not run locally."""
+    """Parse a compiled pipeline strictly; reject features that do not run locally."""
+    # kfp writes the platform spec as a second YAML document.
     documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
     if len(documents) > 1:
         platforms = ", ".join(documents[1].get("platforms", {"unknown": None}))
@@ -76,7 +76,8 @@ def check(path: Path) -> PipelineSpec:
 
 
 def _check_conditions(component: str, tasks: Any) -> None:
-    """Reject conditions on a named output: a local run never takes them, and still succeeds."""
+    """Reject conditions on a named output."""
+    # kfp's local runner silently skips such a branch, and the run still succeeds.
     for task in tasks.values():
         for parameter in task.inputs.parameters.values():
             output = parameter.task_output_parameter

@@ -1,7 +1,7 @@
-"""Build and push the containers' images: make containers.
+"""Build and push the container images: make containers.
 
 A container is a folder level_*/NAME_container/ with a Dockerfile. Its Dockerfile.dockerignore lists
-the files that go in; the tag is a hash of them, so an unchanged image is not built again.
+the input files; the image tag is a hash of them, so an unchanged image is not rebuilt.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from project.settings import Settings, load_settings
 
 BASE = Path("level_1_pipeline/base_image.txt")
 LOGS = Path("build/containers")
-# The variables that say where packages come from: pip's and uv's, which ignores pip's.
+# pip's package source variables → uv's: uv ignores those of pip.
 PIP_AS_UV = {
     "PIP_INDEX_URL": "UV_DEFAULT_INDEX",
     "PIP_EXTRA_INDEX_URL": "UV_INDEX",
@@ -88,16 +88,12 @@ Result = TypeVar("Result")
 def run_parallel(
     work: Mapping[str, Callable[[], Result]], done: Callable[[Result], None] | None = None
 ) -> dict[str, Result]:
-    """Call functions in parallel threads; collect all results and errors.
+    """Call functions in parallel threads; return name → result, or report all errors together.
 
-    Args:
-        work: name → function.
-        done: called with each result, in the order of the names.
-
-    A UserError lists every failure, a shared one once; other exceptions pass through.
+    `done` is called with each result in the order of the names. Only UserErrors are collected.
     """
     results: dict[str, Result] = {}
-    failures: dict[str, list[str]] = {}  # message → names
+    failures: dict[str, list[str]] = {}  # message → names: a shared error is reported once
     with ThreadPoolExecutor(max_workers=max(1, len(work))) as pool:
         futures = {name: pool.submit(function) for name, function in work.items()}
         for name, future in futures.items():
@@ -114,7 +110,7 @@ def run_parallel(
     return results
 
 
-# ── the image's name ────────────────────────────────────────────────────────────────────────────
+# ── the image's name ──────────────────────────────────────────────────────────────────────────────
 @dataclass(frozen=True)
 class Container:
     """A folder with a Dockerfile, relative to the project's root."""
@@ -124,7 +120,7 @@ class Container:
 
     @property
     def name(self) -> str:
-        """train, for level_1_pipeline/train_container."""
+        """Return the folder's name without its suffix: train for train_container."""
         return self.folder.name.removesuffix("_container")
 
     @property
@@ -132,7 +128,8 @@ class Container:
         return self.folder / "Dockerfile"
 
     def inputs(self) -> list[Path]:
-        """The files that go into the image, sorted."""
+        """Return the sorted files that the image contains."""
+        # The ignore file excludes everything and re-includes inputs with "!" lines.
         allowlist = self.root / f"{self.dockerfile}.dockerignore"
         files: set[Path] = set()
         for line in allowlist.read_text(encoding="utf-8").splitlines():
@@ -148,12 +145,13 @@ class Container:
         )
 
     def arguments(self) -> dict[str, str]:
-        """The Dockerfile's build arguments: the torch build, where it has one."""
+        """Return the Dockerfile's build arguments: TORCH, if it declares it."""
         dockerfile = (self.root / self.dockerfile).read_text(encoding="utf-8")
         return {"TORCH": torch_build()} if re.search(r"(?m)^ARG TORCH", dockerfile) else {}
 
     def tag(self) -> str:
-        """A hash of what the image contains; not of package mirrors, since packages are pinned."""
+        """Return a hash of the image's inputs."""
+        # Mirrors are left out: packages are pinned, so their source does not change the image.
         digest = hashlib.sha256(f"{target_platform()} {self.arguments()}\n".encode())
         for path in (BASE, self.dockerfile, *self.inputs()):
             content = hashlib.sha256((self.root / path).read_bytes()).hexdigest()
@@ -163,19 +161,19 @@ class Container:
 
 
 def torch_build() -> str:
-    """The torch build in the training image: cpu, or a CUDA version such as cu130."""
+    """Return the torch build of the training image: cpu, or a CUDA version such as cu130."""
     return os.environ.get("TORCH") or "cpu"
 
 
 def target_platform() -> str:
-    """The images' platform: Docker's own variable, or this machine's."""
+    """Return the platform of the images: Docker's variable, or else this machine's."""
     names = {"x86_64": "amd64", "AMD64": "amd64", "aarch64": "arm64"}
     machine = names.get(platform.machine(), platform.machine())
     return os.environ.get("DOCKER_DEFAULT_PLATFORM") or f"linux/{machine}"
 
 
 def find(root: Path, names: Sequence[str] = ()) -> list[Container]:
-    """Return the named containers, or all."""
+    """Return the named containers, or all of them."""
     folders = [
         file.parent.relative_to(root) for file in root.glob("level_*/*_container/Dockerfile")
     ]
@@ -188,19 +186,20 @@ def find(root: Path, names: Sequence[str] = ()) -> list[Container]:
 
 
 def image(container: Container, prefix: str) -> str:
-    """PREFIX/NAME:TAG, where the prefix is the project's name or a registry's address."""
+    """Return PREFIX/NAME:TAG; the prefix is the project's name or a registry's address."""
     return f"{prefix}/{container.name}:{container.tag()}"
 
 
 def registry_of(name: str) -> str:
-    """The registry in an image's name; docker.io where it names none."""
+    """Return the registry of an image name; docker.io by default."""
+    # As in Docker: the first part is a host only with a dot, a port, or as localhost.
     first, _, rest = name.partition("/")
     return first if rest and re.search(r"[.:]|^localhost$", first) else "docker.io"
 
 
-# ── docker ──────────────────────────────────────────────────────────────────────────────────────
+# ── docker ────────────────────────────────────────────────────────────────────────────────────────
 def docker(*arguments: str, log: Path | None = None, host: str = "") -> str:
-    """Run docker; return its standard output, or write all output to a log."""
+    """Run docker; return its standard output, or write all output to `log`."""
     command = ["docker", *arguments]
     environment = {**os.environ, "DOCKER_BUILDKIT": "1"}
     run = partial(subprocess.run, command, env=environment, check=False, text=True)
@@ -225,9 +224,9 @@ def docker(*arguments: str, log: Path | None = None, host: str = "") -> str:
 
 
 def explain(output: str, host: str = "") -> str:
-    """Return one line for Docker's failure: advice, or else its own error."""
+    """Return one line about a failure of Docker: advice, or else Docker's own error."""
     tail = output[-4000:]
-    # Errors of the commands inside a build: their network errors are not the registry's.
+    # Network errors of commands inside a build do not come from the registry: skip its advice.
     inner = re.findall(r"(?im)^#\d+ [\d.]+ (.*\berror\b.*)$", tail)
     for pattern, advice in CAUSES.items():
         if inner and "{host}" in advice:
@@ -240,15 +239,15 @@ def explain(output: str, host: str = "") -> str:
 
 
 def engine() -> str:
-    """The address of the engine that the docker command uses."""
+    """Return the address of the daemon that the docker command uses."""
     inspect = ("context", "inspect", "--format", "{{.Endpoints.docker.Host}}")
     return os.environ.get("DOCKER_HOST") or docker(*inspect).strip()
 
 
 def digest_of(name: str) -> str:
-    """sha256:… of an image that was pulled or pushed by this name."""
+    """Return the digest (sha256:…) of an image that was pulled or pushed by this name."""
     digests = docker("image", "inspect", "--format", '{{join .RepoDigests "\\n"}}', name).split()
-    # Docker omits its own registry's name, and that of its library.
+    # Docker omits docker.io/ and library/ in RepoDigests.
     repository = re.sub(r"^(docker\.io/)?(library/)?", "", name.rpartition(":")[0])
     for digest in digests:
         if digest.startswith(f"{repository}@"):
@@ -256,19 +255,20 @@ def digest_of(name: str) -> str:
     raise UserError(f"{name} has no digest: it was built here and not pushed.")
 
 
-# ── building ────────────────────────────────────────────────────────────────────────────────────
+# ── building ──────────────────────────────────────────────────────────────────────────────────────
 def base_image(root: Path, settings: Settings) -> str:
-    """The base image of all images, from the mirror if there is one."""
+    """Return the base image of all images, from the mirror if one is set."""
     name = (root / BASE).read_text(encoding="utf-8").strip()
     mirror = settings.cloud.mirrors.base_images
     return f"{mirror}/{name}" if mirror else name
 
 
 def pin_base(root: Path, settings: Settings) -> str:
-    """Write the base image's present digest beside its name."""
+    """Write the base image's current digest beside its name."""
     name = base_image(root, settings).partition("@")[0]
     docker("pull", "--quiet", name, host=registry_of(name))
     plain = (root / BASE).read_text(encoding="utf-8").strip().partition("@")[0]
+    # The mirror is a setting of its own, so the file does not contain it.
     pinned = f"{plain}@{digest_of(name)}"
     (root / BASE).write_text(f"{pinned}\n", encoding="utf-8")
     return pinned
@@ -276,7 +276,8 @@ def pin_base(root: Path, settings: Settings) -> str:
 
 @contextmanager
 def secrets(settings: Settings) -> Iterator[list[str]]:
-    """Options of `docker build` for package sources: as secrets they stay out of the image."""
+    """Yield the options of `docker build` for package sources and certificates."""
+    # As secrets they stay out of the image, unlike build arguments.
     mirrors = settings.cloud.mirrors
     certificates = project_root() / mirrors.certificates
     if mirrors.certificates and not certificates.is_file():
@@ -303,13 +304,13 @@ def secrets(settings: Settings) -> Iterator[list[str]]:
 
 
 def build(container: Container, name: str, settings: Settings) -> None:
-    """Build one image; its log is in build/containers/."""
+    """Build one image and write its log to build/containers/."""
     root = container.root
     base = base_image(root, settings)
     labels = {
         "title": f"{settings.name}/{container.name}",
         "source": git.remote(),
-        # Cloud Build sets COMMIT: its copy of the code has no git.
+        # Cloud Build sets COMMIT: its copy of the code has no .git folder.
         "revision": os.environ.get("COMMIT") or git.version(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -329,9 +330,9 @@ def build(container: Container, name: str, settings: Settings) -> None:
 def make(container: Container, settings: Settings, registry: str | None) -> tuple[list[str], str]:
     """Build one image unless it exists, and push it if a registry is given.
 
-    Returns:
-        Lines to print; and the image's name: by digest in the registry, or else its local name.
+    Return lines to print, and the image name: by digest if pushed, else the local name.
     """
+    # The tag is a hash of the inputs, so an existing image is up to date.
     name, start, label = image(container, settings.name), time.monotonic(), f"{container.name:<12}"
     if docker("image", "ls", "--quiet", name).strip():
         lines = [f"= {label} unchanged   {name}"]
@@ -354,14 +355,14 @@ def make(container: Container, settings: Settings, registry: str | None) -> tupl
 def make_all(
     containers: Sequence[Container], settings: Settings, registry: str | None = None
 ) -> dict[str, str]:
-    """Build in parallel, and push if a registry is given; return container → image name."""
+    """Build (and push, if a registry is given) in parallel; return container → image name."""
     work = {one.name: partial(make, one, settings, registry) for one in containers}
     results = run_parallel(work, lambda result: print("\n".join(result[0]), flush=True))
     return {name: image for name, (_, image) in results.items()}
 
 
 def push_registry(settings: Settings) -> str:
-    """The registry for --push: containers.registry, or the Google Cloud project's repository."""
+    """Return the registry for --push: containers.registry, or the cloud project's repository."""
     if not settings.containers.registry and not names_a_project(settings):
         raise UserError(
             "--push: no registry. Set containers.registry in project.yaml, for example to "
@@ -371,7 +372,7 @@ def push_registry(settings: Settings) -> str:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m level_1_pipeline.containers", description="Build the containers' images."
     )

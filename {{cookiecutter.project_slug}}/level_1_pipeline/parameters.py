@@ -1,4 +1,4 @@
-"""The pipeline's parameters, from project.yaml; each run adds its own name."""
+"""Make the pipeline parameters from project.yaml; each run adds its own name."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -20,11 +20,9 @@ def from_settings(
     jobs: Sequence[Mapping[str, Any]] = (),
     serving: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return the parameters.
+    """Return the parameters; `csv` and `registry` are paths or gs:// addresses.
 
-    Args:
-        csv, registry: paths or gs:// addresses.
-        jobs, serving: the custom training jobs and the endpoint; a local run has neither.
+    A local run has no `jobs` (custom training jobs) and no `serving` (endpoint).
     """
     data, gate = settings.data, settings.gate
     return {
@@ -55,7 +53,7 @@ def for_cloud(
 
 
 def serving(settings: Settings, environment: Environment, image: str = "") -> dict[str, Any]:
-    """Return the endpoint's parameters, see gcp.deployment; a rollback needs no image."""
+    """Return the endpoint's parameters, as gcp.deployment expects them; a rollback needs no image."""
     serve = settings.cloud.serve
     return {
         "project": environment.project,

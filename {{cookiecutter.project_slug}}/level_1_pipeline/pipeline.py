@@ -1,10 +1,8 @@
-"""The pipeline: preprocess → train → evaluate → gate → register.
+"""Define the pipeline: preprocess → train → evaluate → gate → register.
 
-Each step is a plain function that calls the code of src/; `make_pipeline` makes it a component.
+Each step is a plain function that calls the code of src/; `make_pipeline` turns it into a component.
 The same definition runs locally (make level1), in containers and on Vertex AI; only the images and
 the train step differ.
-
-A step's function must stand on its own: kfp copies its source, so its imports are inside it.
 """
 
 from functools import partial
@@ -16,6 +14,8 @@ from kfp.dsl import Artifact, Dataset, Input, Metrics, Model, Output
 from level_1_pipeline.component import component
 
 NAME = "train-and-register"
+
+# A step imports inside its function, because kfp copies only the function's source.
 
 
 def preprocess(
@@ -69,11 +69,11 @@ def vertex_train(
     train_data: Input[Dataset],
     model: Output[Model],
 ) -> None:
-    """Train in a custom training job and save the model: the train step on Vertex AI."""
+    """Train in a custom training job and save the model; used on Vertex AI."""
     from gcp.training_job import pipeline_request, train
     from trainer.config import Hyperparameters
 
-    # Parsed here, so that a wrong value fails before a job is submitted.
+    # Parse here, so that an invalid value fails before a job is submitted.
     options = Hyperparameters.from_parameter(hyperparameters)
     args = ["--train", train_data.uri, "--hyperparameters", options.to_json()]
     model.metadata.update(train(pipeline_request(pipeline_job, jobs, args, model.uri)))
@@ -128,7 +128,7 @@ def register(
     decision: Input[Metrics],
     version: Output[Artifact],
 ) -> int:
-    """Register the challenger and deploy it, unless the champion has changed meanwhile."""
+    """Register and deploy the challenger, unless the champion has changed since the evaluation."""
     import json
     from pathlib import Path
 
@@ -156,9 +156,8 @@ def make_pipeline(
 ) -> Any:
     """Return the pipeline, ready to run or to compile.
 
-    Args:
-        train_image, deploy_image: the steps' images; unused where steps are local processes.
-        vertex_train_image: the image of the train step on Vertex AI; empty: train in the step.
+    Images are unused where steps run as local processes. With `vertex_train_image`, the train step
+    submits a custom training job on Vertex AI; without it, it trains in the step.
     """
     step = partial(component, image=train_image)
     preprocess_step, evaluate_step, gate_step = step(preprocess), step(evaluate), step(gate)
@@ -191,7 +190,7 @@ def make_pipeline(
             test_fraction=test_fraction,
             split_seed=split_seed,
         )
-        # The laptop's step trains by itself: it needs neither the jobs nor the run's resource name.
+        # Only the train step on Vertex AI has these inputs; the local one trains in its own process.
         vertex_only = (
             {"jobs": jobs, "pipeline_job": dsl.PIPELINE_JOB_RESOURCE_NAME_PLACEHOLDER}
             if vertex_train_image
@@ -210,8 +209,8 @@ def make_pipeline(
             register=register,
             scores=scores,
         )
-        # A local run evaluates a condition only on a step's single unnamed output; on a named one
-        # it is silently false.
+        # kfp's local runner evaluates conditions only on a step's single unnamed output; on a named
+        # output the condition is silently false.
         with dsl.If(passed.outputs["Output"] == True, name="the gate is open"):  # noqa: E712 (kfp reads the comparison)
             decision = passed.outputs["decision"]
             register_step(

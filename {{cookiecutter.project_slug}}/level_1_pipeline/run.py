@@ -1,7 +1,8 @@
 """Compile the pipeline, run it and report each step: make level1.
 
-RUNNER=local runs each step as a process of this environment, RUNNER=docker as a container;
-RUNNER=vertex: see level_1_pipeline.vertex.run.
+RUNNER=local    each step is a process in this environment
+RUNNER=docker   each step is a container
+RUNNER=vertex   the pipeline runs on Vertex AI, see level_1_pipeline.vertex.run
 """
 
 import json
@@ -29,16 +30,16 @@ from project.runs import Run
 from project.settings import load_settings
 
 RUNNERS = {"local": "in this environment", "docker": "in containers", "vertex": "in the cloud"}
-# Lines of kfp's log.
+# kfp's local runner reports steps only in its log: these patterns parse it.
 COLOUR = re.compile(r"\x1b\[\d+m")
 STARTED = re.compile(r"INFO - Executing task '([^']+)'")
 FINISHED = re.compile(r"- Task '([^']+)' finished with status (\w+)")
 LAST_LINES = 12
-CHILD = "--execute"  # the option with which this program starts itself
+CHILD = "--execute"  # option for the child process that runs kfp
 
 
 def choose_runner() -> str:
-    """Read the RUNNER variable."""
+    """Return the runner named by the RUNNER variable."""
     runner = os.environ.get("RUNNER") or "local"
     if runner not in RUNNERS:
         raise UserError(
@@ -53,12 +54,12 @@ def choose_runner() -> str:
 
 
 def docker_options(values: dict[str, Any], run: str) -> dict[str, Any]:
-    """Options of the steps' containers: this user, no network, no privileges, read-only root.
+    """Return options for the step containers: this user, no network, no privileges, read-only root.
 
-    They see the CSV file, the registry and, as kfp mounts it, the run's folder.
+    Mounts are the CSV file and the registry; kfp adds the run's folder.
     """
     Path(values["registry"]).mkdir(parents=True, exist_ok=True)
-    # A rootless engine maps this user to root.
+    # A rootless daemon maps this user to root inside the container.
     rootless = not hasattr(os, "getuid") or "rootless" in containers.docker(
         "info", "--format", "{{.SecurityOptions}}"
     )
@@ -67,9 +68,9 @@ def docker_options(values: dict[str, Any], run: str) -> dict[str, Any]:
         "environment": {"CODE_VERSION": git.version()},
         "user": "0:0" if rootless else f"{os.getuid()}:{os.getgid()}",
         "labels": {"run": run},
-        "init": True,  # SIGTERM ends it, whatever the step does
+        "init": True,  # so that SIGTERM always ends the container
         "read_only": True,
-        "tmpfs": {"/tmp": ""},  # noqa: S108 (the container's own)
+        "tmpfs": {"/tmp": ""},  # noqa: S108 (inside the container)
         "network_mode": "none",
         "cap_drop": ["ALL"],
         "security_opt": ["no-new-privileges"],
@@ -78,7 +79,7 @@ def docker_options(values: dict[str, Any], run: str) -> dict[str, Any]:
 
 
 def execute(pipeline: str, arguments: str, root: str, docker: str = "") -> None:
-    """Run a compiled pipeline with kfp; `docker` is JSON of docker_options."""
+    """Run a compiled pipeline with kfp; `docker` is the JSON of `docker_options`."""
     from kfp import components, local
 
     runner: Any = local.SubprocessRunner(use_venv=False)
@@ -100,7 +101,7 @@ def execute(pipeline: str, arguments: str, root: str, docker: str = "") -> None:
 def run_steps(
     run: Run, compiled: Path, values: dict[str, Any], story: Story, docker: bool = False
 ) -> None:
-    """Run the compiled pipeline in a process of its own, and report its steps."""
+    """Run the compiled pipeline in a child process and report its steps."""
     arguments, log = run.folder / "arguments.json", run.folder / "pipeline.log"
     write_json(arguments, values)
     command = [sys.executable, "-m", "level_1_pipeline.run", CHILD]
@@ -108,15 +109,15 @@ def run_steps(
     environment = {"CODE_VERSION": git.version(), **os.environ}
     if docker:
         command.append(json.dumps(docker_options(values, run.name)))
-        # kfp's client reads only this variable; the docker command knows contexts too.
+        # kfp's Docker client reads only this variable; the docker command also knows contexts.
         environment["DOCKER_HOST"] = containers.engine()
     pipe: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     try:
         with subprocess.Popen(command, **pipe, encoding="utf-8", env=environment) as process:
             last = follow(process.stdout or (), log, story)
     finally:
-        if docker:  # a container outlives the process that started it
-            with suppress(UserError):  # no engine, no containers
+        if docker:  # a container outlives the process that started it, e.g. after Ctrl-C
+            with suppress(UserError):  # without a daemon there are no containers
                 left = containers.docker("ps", "--quiet", "--filter", f"label=run={run.name}")
                 if left:
                     containers.docker("rm", "--force", *left.split())
@@ -148,14 +149,14 @@ def follow(lines: Iterable[str], log: Path, story: Story) -> list[str]:
                 step.state = "succeeded" if finished[2] == "SUCCESS" else "failed"
                 if step.state == "succeeded":
                     show(step)
-            # What follows a finished step is kfp's own output.
+            # Lines after a finished step are kfp's own output, not the step's.
             elif line.strip() and (not story.steps or story.steps[-1].state == "running"):
                 last = [*last, line.strip()][-LAST_LINES:]
     return last
 
 
 def explain(last: list[str]) -> str:
-    """Return a UserError's message, or else the step's last lines."""
+    """Return the message of the step's UserError, or else its last lines."""
     for line in last:
         if "UserError: " in line:
             return line.split("UserError: ", 1)[1]
@@ -163,12 +164,12 @@ def explain(last: list[str]) -> str:
 
 
 def output(run: Run, step: str, name: str) -> Path | None:
-    """The file or folder of a step's output, or None."""
+    """Return the file or folder of a step's output, or None."""
     return next((run.folder / "steps").glob(f"*/{step}/{name}"), None)
 
 
 def conclude(run: Run, story: Story) -> None:
-    """Judge the run by its steps' outputs, and put the results where `make runs` reads them."""
+    """Check the steps' outputs and store the results where `make runs` reads them."""
     log = f"The whole log: {run.folder / 'pipeline.log'}"
     for step, name, link in (
         ("preprocess", "train_data", run.train_data),
@@ -191,7 +192,7 @@ def conclude(run: Run, story: Story) -> None:
 
 
 def main() -> None:
-    """Compile, run, report."""
+    """Compile the pipeline, run it and print a summary."""
     runner = choose_runner()
     notebooks.require_in_sync()
     settings = load_settings()

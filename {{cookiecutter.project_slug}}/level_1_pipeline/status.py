@@ -1,10 +1,10 @@
-"""Show a run from its event to the champion, or make another version the champion.
+"""Show runs and the champion, or make another version the champion.
 
 make status             the champion and the last runs
-make status RUN=ID      one run; ID may be that of a run on Vertex AI
+make status RUN=ID      one run, from its event to the champion; also a run on Vertex AI
 make rollback VERSION=N make version N the champion again
 
-With RUNNER=vertex, of the registry on Google Cloud.
+RUNNER=vertex uses the registry on Google Cloud.
 """
 
 import argparse
@@ -22,7 +22,7 @@ LAST_RUNS = 8
 
 
 def overview(registry: Registry) -> str:
-    """The champion and its reason, the versions, and the pipeline's last runs."""
+    """Return the champion and its reason, the versions, and the last pipeline runs as text."""
     champion, problem = _champion(registry)
     change = registry.last_change()
     more = " RUNNER=vertex" if in_cloud() else ""
@@ -64,7 +64,7 @@ def overview(registry: Registry) -> str:
 
 
 def story(run: runs.Run, registry: Registry) -> str:
-    """Event → run → steps → gate and reason → version → champion."""
+    """Return one run as text: event, steps, gate with its reason, version, champion."""
     record = _record(run)
     lines = [
         f"event    {record['event']}, {record['started']}",
@@ -94,7 +94,7 @@ def story(run: runs.Run, registry: Registry) -> str:
 
 
 def _record(run: runs.Run) -> dict[str, Any]:
-    """A run's record; queried on Vertex AI unless its end is recorded."""
+    """Return a run's record, updated from Vertex AI while its job is running."""
     record = runs.read_json(run.folder / "story.json")
     if record and not (record.get("job") and record["state"] == "running"):
         return record
@@ -108,7 +108,7 @@ def _record(run: runs.Run) -> dict[str, Any]:
 
 
 def _champion(registry: Registry) -> tuple[Version | None, str]:
-    """The champion, or why it is unavailable."""
+    """Return the champion, or the reason why it is unavailable."""
     try:
         return registry.champion(), ""
     except UserError as error:
@@ -123,12 +123,12 @@ def _gate(record: dict[str, Any]) -> str:
 
 
 def in_cloud() -> bool:
-    """Whether RUNNER selects the registry on Google Cloud."""
+    """Return True if RUNNER selects the registry on Google Cloud."""
     return os.environ.get("RUNNER") == "vertex"
 
 
 def rollback(registry: LocalRegistry, number: int) -> str:
-    """Make a version the champion again, whatever its scores."""
+    """Make a version the champion again, regardless of its scores."""
     champion = registry.champion_number()
     if champion == number:
         raise UserError(f"version {number} is the champion already.")
@@ -137,7 +137,7 @@ def rollback(registry: LocalRegistry, number: int) -> str:
 
 
 def rollback_in_cloud(number: int) -> str:
-    """The same on Google Cloud, where the version must answer first; DRY_RUN=1 prints requests."""
+    """Make a version the champion on Google Cloud after a test request; DRY_RUN=1 prints requests."""
     from gcp import deployment
     from level_1_pipeline import parameters
     from level_1_pipeline.deploy_container import main as deploy_main
@@ -156,7 +156,7 @@ def rollback_in_cloud(number: int) -> str:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m level_1_pipeline.status")
     parser.add_argument("--run", help="a run's id")
     parser.add_argument("--rollback", metavar="VERSION", help="the version to serve again")
