@@ -14,9 +14,11 @@
 # %% [markdown]
 """
 # Data
-A CSV file goes in; two Parquet files come out: rows to train on, and rows to test on.
+Check a CSV file and split its rows into two Parquet files: one for training, one for testing.
 
-Run it here cell by cell, or as a program: `python -m trainer.data --csv data/digits.csv --label digit --train train.parquet --test test.parquet`
+Run it cell by cell, or as a program:
+
+    python -m trainer.data --csv data/digits.csv --label digit --train train.parquet --test test.parquet
 """
 
 # %% tags=["active-ipynb"]
@@ -50,15 +52,16 @@ from trainer.csv_reader import TEST, file_in_sql, name_in_sql, text_in_sql
 
 # %% [markdown]
 """
-## Where the rows come from
-`data.source` in project.yaml names a CSV file, or one of three real datasets that scikit-learn carries, so that there is something to
-learn from before your own data are ready. A sample is written as a CSV too: from here on nothing knows the difference.
+## Data source
+`data.source` in project.yaml is the path of a CSV file, or one of three datasets included in scikit-learn
+(`sample:digits`, `sample:wine`, `sample:breast_cancer`), so you can start before your own data are ready. A sample
+is written as a CSV file too, so the rest of the code treats both alike.
 """
 
 
 # %%
 def find_csv(source: str, folder: Path) -> Path:
-    """The CSV file that `data.source` means; a sample is made in `folder` if it is not there yet."""
+    """Return the path of the CSV file of `data.source`; write a sample to `folder` if missing."""
     if not source.startswith("sample:"):
         path = local_path(source)
         return path if path.is_absolute() else folder.parent / path
@@ -75,7 +78,9 @@ def _write_sample(name: str, path: Path) -> None:
     sample = getattr(datasets, f"load_{name}")()
     label = {"digits": "digit", "wine": "cultivar", "breast_cancer": "diagnosis"}[name]
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{name}.{os.getpid()}.partial")  # two runs may make it at once
+    partial = path.with_name(
+        f"{name}.{os.getpid()}.partial"
+    )  # unique: two runs may write it at once
     try:
         with partial.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream)
@@ -91,15 +96,18 @@ def _write_sample(name: str, path: Path) -> None:
 
 # %% [markdown]
 """
-## Train or test?
-Each row is put on one side by a hash of its own content (and a seed). A row therefore never changes side when other rows are added,
-and two equal rows are never on both sides, which would let the model be tested on what it has seen.
+## Train/test split
+A hash of a row's content and of a seed assigns each row to the training or the test set. A row therefore stays in
+its set when other rows are added. Duplicate rows always land in the same set, so the test set contains no
+copies of training rows (data leakage).
 """
 
 
 # %%
 def is_test(names: Iterable[str], test_fraction: float, split_seed: int) -> str:
-    """The SQL condition under which a row is a test row; MD5 because every system and version computes it alike."""
+    """Return the SQL condition that selects the test rows."""
+    # MD5, because every system and version computes it alike. Sorted, so that the order of the
+    # columns in the file does not matter.
     cells = ", ".join(f"coalesce({name_in_sql(name)}, '')" for name in sorted(names))
     bound = f"{round(test_fraction * 16**8):08x}"
     return (
@@ -108,7 +116,7 @@ def is_test(names: Iterable[str], test_fraction: float, split_seed: int) -> str:
 
 
 def check_split(database: duckdb.DuckDBPyConnection, label: str) -> tuple[int, int]:
-    """How many rows are to train on, and how many to test on."""
+    """Return the numbers of training and test rows; check that every class has training rows."""
     sides = database.execute(f"""
         SELECT {name_in_sql(label)}, count(*) FILTER (NOT {TEST}), count(*) FILTER ({TEST}) FROM rows GROUP BY 1 ORDER BY 1
     """).fetchall()
@@ -129,8 +137,9 @@ def check_split(database: duckdb.DuckDBPyConnection, label: str) -> tuple[int, i
 # %% [markdown]
 """
 ## From CSV to Parquet
-The file is checked before anything is written: the header, the label, and what each column holds, which is decided by all of its rows and
-not by the first few (the checks themselves are in `src/trainer/csv_reader.py`). A mistake is told with its row, column and value.
+Before anything is written, the file is checked (see `src/trainer/csv_reader.py`): the header, the label, and the type
+of each column, which is inferred from all rows, not only from the first few. Errors name the row, the column and
+the value.
 """
 
 
@@ -138,7 +147,10 @@ not by the first few (the checks themselves are in `src/trainer/csv_reader.py`).
 def write_sides(
     database: duckdb.DuckDBPyConnection, origin: str, train_path: Path, test_path: Path
 ) -> None:
-    """Write the rows of both sides. Whenever both files are there, they belong together, also after an interruption."""
+    """Write both sets to Parquet.
+
+    If both files exist, they come from the same split, also after an interruption.
+    """
     sides = {train_path: f"NOT {TEST}", test_path: TEST}
     partial = {path: path.with_name(path.name + ".partial") for path in sides}
     try:
@@ -151,9 +163,8 @@ def write_sides(
                 origin,
             )
             flush(partial[path])
-        test_path.unlink(
-            missing_ok=True
-        )  # or a new train.parquet would for a moment lie beside an old test.parquet
+        # Otherwise a new train.parquet would exist beside an old test.parquet for a moment.
+        test_path.unlink(missing_ok=True)
         for path in sides:
             partial[path].replace(path)
     finally:
@@ -173,15 +184,11 @@ def prepare(
     test_fraction: float = 0.2,
     split_seed: int = 0,
 ) -> dict[str, Any]:
-    """Check the CSV file and write its rows, typed, to two Parquet files.
-
-    Returns:
-        Numbers of rows and the kind of each column, to look at.
-    """
+    """Check a CSV file, write the training and test rows to Parquet, and return a summary."""
     names = csv_reader.read_header(csv_path)
     features = csv_reader.choose_features(names, label, ignore, categorical)
     test = is_test([*features, label], test_fraction, split_seed)
-    # The condition says all that decides on which side a row is: columns, share, seed.
+    # The condition contains everything that determines the split: columns, fraction and seed.
     split = hashlib.sha256(test.encode()).hexdigest()
     with (
         csv_reader.explained(csv_path, train_path),
@@ -205,15 +212,15 @@ def prepare(
 
 # %% [markdown]
 """
-## Reading them back
-The Parquet files carry all that training needs to know of the data: the types of the columns, the label's name and the hash of the
-CSV file that they came from.
+## Read the Parquet files
+They contain everything that training needs: the column types and, as metadata, the name of the label and the hashes
+of the CSV file and of the split.
 """
 
 
 # %%
 def read_origin(path: Path) -> dict[str, str]:
-    """The label's name, the SHA-256 of the CSV file that a Parquet file came from, and that of the rule that divided its rows."""
+    """Return a Parquet file's metadata: `label`, `sha256` of the CSV file, and `split`, its hash."""
     if not path.is_file():
         raise UserError(
             f"there is no file {path}. Make it with `python -m trainer.data`, or run data.ipynb."
@@ -235,7 +242,7 @@ def read_origin(path: Path) -> dict[str, str]:
 
 
 def read_rows(path: Path) -> dict[str, np.ndarray]:
-    """Column name → values: float64 with NaN for missing numbers, or text with None for blanks."""
+    """Return the values of each column: float64 with NaN, or text with None, for missing values."""
     read_origin(path)
     table = duckdb.execute(f"SELECT * FROM read_parquet({file_in_sql(path)})").fetchnumpy()
     for values in filter(np.ma.isMaskedArray, table.values()):
@@ -247,10 +254,7 @@ MOST_CATEGORIES = 1000
 
 
 def read_schema(train_path: Path) -> Schema:
-    """Columns, categories and classes as the training rows show them.
-
-    A category that occurs once shares the code of unknown ones: that is how the model learns what to make of them.
-    """
+    """Infer columns, categories and classes from the training rows."""
     label, rows = read_origin(train_path)["label"], read_rows(train_path)
     columns = []
     for name, values in rows.items():
@@ -260,6 +264,8 @@ def read_schema(train_path: Path) -> Schema:
             columns.append(Column(name, "numeric", optional=bool(np.isnan(values).any())))
             continue
         known = Counter(value for value in values if value is not None)
+        # A category that occurs once gets the code of unknown categories: this is how the model
+        # learns an embedding for them.
         often = sorted(value for value, count in known.most_common(MOST_CATEGORIES) if count > 1)
         columns.append(Column(name, "categorical", known.total() < len(values), tuple(often)))
     found = sorted({str(value) for value in rows[label]})
@@ -271,7 +277,7 @@ def read_schema(train_path: Path) -> Schema:
 
 
 def notes(rows: dict[str, np.ndarray]) -> list[str]:
-    """Columns of text in which nearly every row has a value of its own: they look like names or ids."""
+    """Return a note for each text column with mostly unique values: it may be an id or a name."""
     found = []
     for name, values in rows.items():
         different = len(set(values.tolist())) if values.dtype != np.float64 else 0
@@ -286,7 +292,7 @@ def notes(rows: dict[str, np.ndarray]) -> list[str]:
 # %% [markdown]
 """
 ## Try it
-These cells use the source that project.yaml names. Change `data` there, and run all again.
+The following cells use `data` from project.yaml. Change it there, and run all cells again.
 """
 
 # %% tags=["active-ipynb"]
@@ -319,7 +325,7 @@ print(f"{len(schema.columns)} columns, {len(schema.classes)} classes: {', '.join
 
 # %% [markdown]
 """
-Look at the rows before anything else. If you cannot tell the classes apart, do not expect the model to.
+Look at the rows first. If you cannot distinguish the classes, the model probably cannot either.
 """
 
 # %% tags=["active-ipynb"]
@@ -330,7 +336,8 @@ plots.samples(train_rows, schema)
 
 # %% [markdown]
 """
-Are the classes balanced? If one class holds nine rows in ten, then a model that always answers with it is right nine times in ten.
+Are the classes balanced? If 90 % of the rows belong to one class, a model that always predicts it has an accuracy
+of 90 %.
 """
 
 # %% tags=["active-ipynb"]
@@ -340,7 +347,8 @@ plots.class_balance(train_rows[schema.label], read_rows(run.test_data)[schema.la
 
 # %% [markdown]
 """
-What does each column hold? Missing values are allowed: the model sees the training median and a flag beside it.
+How are the values of each column distributed? Missing numbers are allowed: the model replaces them with the
+median of the training rows and adds an indicator.
 """
 
 # %% tags=["active-ipynb"]
@@ -351,7 +359,7 @@ plots.columns(train_rows, schema)
 
 # %% tags=["active-py"]
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m trainer.data", description="CSV → train.parquet and test.parquet"
     )

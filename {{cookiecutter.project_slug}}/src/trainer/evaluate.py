@@ -14,9 +14,11 @@
 # %% [markdown]
 """
 # Evaluate
-How good is the model on rows that it has never seen, and where is it wrong?
+Measure the model on the test rows, which it has not seen in training, and look at its errors.
 
-Run it here cell by cell, or as a program: `python -m trainer.evaluate --model-dir model --test test.parquet --metrics-file evaluation.json`
+Run it cell by cell, or as a program:
+
+    python -m trainer.evaluate --model-dir model --test test.parquet --metrics-file evaluation.json
 """
 
 # %% tags=["active-ipynb"]
@@ -43,19 +45,20 @@ from trainer.data import read_origin, read_rows
 
 # %% [markdown]
 """
-## The numbers
-Accuracy is easy to read and easy to be fooled by: where one class is common, always answering with it already scores well. That is the
-*baseline*. The macro F1 counts every class alike, however rare. The log loss also punishes confidence in wrong answers.
+## Metrics
+Accuracy is easy to read but can mislead: if one class is frequent, always predicting it already gives a high accuracy.
+This is the *baseline*. The macro F1 gives every class the same weight, however rare it is. The log loss also
+penalises wrong predictions with a high confidence.
 """
 
 
 # %%
 def score(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """Metrics of probabilities (rows, classes) against labels (rows), as positions of classes.
+    """Return the metrics of probabilities (rows, classes) for labels (rows; class indices).
 
-    Returns:
-        accuracy, macro_f1 (mean over the classes that occur or were answered), log_loss (nats per row), baseline (share
-        of the most common class), rows, confusion (true class by answered class), and for each class precision, recall, F1.
+    macro_f1: mean over the classes that occur or were predicted. log_loss: nats per row.
+    baseline: fraction of the most frequent class. confusion: rows are true classes, columns are
+    predicted classes. precision, recall, f1: one number per class.
     """
     classes = probabilities.shape[1]
     answers = probabilities.argmax(axis=1)
@@ -80,15 +83,15 @@ def score(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
 
 # %% [markdown]
 """
-## Ask the saved model
-What is judged is what will be served: the saved model's ONNX file, after every file was checked against the manifest. So an older model can be
-scored too, whatever has become of `model.py` since it was trained.
+## Predict with the saved model
+The evaluation uses the model that is later served: the ONNX file of the saved model, after the manifest's checksums
+are verified. It does not use `model.py`, so older models can be evaluated too, even if `model.py` has changed since.
 """
 
 
 # %%
 def answer(model_dir: Path, test_path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities (rows, classes) of a saved model for the rows of a Parquet file, and their labels (rows)."""
+    """Return a saved model's probabilities (rows, classes) for a Parquet file, and labels (rows)."""
     model, rows = Model.load(model_dir), read_rows(test_path)
     if model.schema.label not in rows:
         raise UserError(
@@ -98,8 +101,9 @@ def answer(model_dir: Path, test_path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def evaluate(model_dir: Path, test_path: Path, metrics_path: Path) -> dict[str, Any]:
-    """Score a saved model on test rows, and write the metrics as JSON."""
+    """Evaluate a saved model on test rows and write the metrics as JSON."""
     origin, trained_on = read_origin(test_path), manifest.read(model_dir)
+    # The same data with another split: some of the test rows were training rows of this model.
     if origin["sha256"] == trained_on.get("data_sha256") and origin["split"] != trained_on.get(
         "data_split"
     ):
@@ -116,14 +120,16 @@ def evaluate(model_dir: Path, test_path: Path, metrics_path: Path) -> dict[str, 
 # %% [markdown]
 """
 ## The champion on the same rows
-A new model is compared with the one in use on the same test rows, now: the number that the champion once got was got on other rows.
+The champion is the registered model in use. It is evaluated again on the current test rows, because its stored metrics
+come from other rows and cannot be compared with those of the new model.
 """
 
 
 # %%
 def score_champion(registry: Registry, test_path: Path) -> dict[str, Any]:
-    """What the gate needs to know of the champion: its metrics on these rows, its version, or why it cannot be scored."""
+    """Return the champion's version and metrics for the gate, or why it cannot be evaluated."""
     metrics, problem, predicts = None, None, None
+    # A broken champion must not stop a new model: the gate reports the problem.
     try:
         champion = registry.champion()
         if champion:
@@ -162,7 +168,8 @@ print(f"log loss  {metrics['log_loss']:.4f}   on {metrics['rows']:,} test rows")
 
 # %% [markdown]
 """
-Which classes are taken for which? A row is a true class, a column an answer; all that is off the diagonal is a mistake.
+Which classes does the model confuse? Rows are true classes, columns are predicted classes; all counts outside the
+diagonal are errors.
 """
 
 # %% tags=["active-ipynb"]
@@ -173,7 +180,7 @@ plots.confusion(metrics["confusion"], schema)
 
 # %% [markdown]
 """
-The worst mistakes: wrong, and sure of it. Look at each: is it the model that is wrong, or the label?
+The worst errors: wrong predictions with the highest confidence. Look at each: is the prediction wrong, or the label?
 """
 
 # %% tags=["active-ipynb"]
@@ -184,7 +191,7 @@ plots.worst_mistakes(read_rows(run.test_data), probabilities, labels, schema)
 
 # %% [markdown]
 """
-Can its confidence be believed? Of the answers given with 90 %, nine in ten should be right.
+Is the model calibrated? Of the predictions with a confidence of 90 %, about 90 % should be correct.
 """
 
 # %% tags=["active-ipynb"]
@@ -195,7 +202,7 @@ plots.calibration(probabilities, labels)
 
 # %% tags=["active-py"]
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m trainer.evaluate", description="saved model + test.parquet → metrics"
     )
