@@ -14,8 +14,9 @@
 # %% [markdown]
 """
 # Model
-A small network for tables: numbers are standardised, categories are embedded, two hidden layers do the rest.
-It is shaped by the data, so it needs no change when they do. To use another model, change this file (or its notebook) and nothing else.
+A small neural network for tabular data: standardised numbers, embedded categories and two hidden layers.
+Its size follows from the data, so new data need no change of the code. To use another model, edit only this file
+or its notebook.
 """
 
 # %% tags=["active-ipynb"]
@@ -36,19 +37,25 @@ from core.schema import Schema
 
 # %% [markdown]
 """
-## From a row to numbers that a network likes
-A network learns best from inputs around zero with a standard deviation of about one. The medians, means and standard deviations are taken from the training rows
-alone, and live inside the model: whoever serves it cannot forget them or use others.
+## Feature preprocessing
+A network trains best on inputs with a mean near 0 and a standard deviation near 1. The medians, means and standard
+deviations come from the training rows only. They are stored in the model, so training and serving always apply
+the same preprocessing.
 
-Where training saw missing values, the median stands in, and a flag beside it says that it does.
+Missing numbers are replaced by the median. A column with missing values in the training rows also gets an indicator:
+1 where the value is missing, otherwise 0.
 """
 
 
 # %%
 class Standardizer(nn.Module):
-    """Raw float64 features (rows, columns) → standardised float32 inputs (rows, numbers + missing indicators + categories)."""
+    """Impute and standardise raw features.
 
-    LIMIT = 10.0  # standard deviations; further out a number says nothing new, and cannot upset the sums
+    Input: float64 (rows, columns). Output: float32 (rows, numbers + missing indicators + category
+    codes).
+    """
+
+    LIMIT = 10.0  # standard deviations: clips outliers, which would dominate the layers' sums
 
     def __init__(self, schema: Schema) -> None:
         super().__init__()
@@ -65,33 +72,30 @@ class Standardizer(nn.Module):
         self.std: torch.Tensor
 
     def fit(self, features: np.ndarray) -> None:
-        """Take median, mean and standard deviation (1 for a constant) from training rows."""
+        """Compute median, mean and standard deviation (1 for constants) from training rows."""
         numbers = features[:, self.numeric]
-        numbers = np.where(
-            np.isnan(numbers).all(axis=0), 0.0, numbers
-        )  # all values of a rare column may lie in other rows
-        # Halved first: the median of an even number of values adds the middle two.
+        # All values of a sparse column may be in the validation rows.
+        numbers = np.where(np.isnan(numbers).all(axis=0), 0.0, numbers)
+        # Halve first: the median of an even number of values adds the middle two, which may overflow.
         median = (
             np.nanmedian(numbers / 2, axis=0) * 2 if numbers.size else np.zeros(len(self.numeric))
         )
         filled = np.where(np.isnan(numbers), median, numbers)
-        size = np.maximum(
-            np.abs(filled).max(axis=0, initial=0), 1e-288
-        )  # torch and ONNX round the smallest numbers differently
-        mean = (filled / size).mean(
-            axis=0
-        ) * size  # divided first: the sum of large numbers would overflow
+        # The lower bound, because PyTorch and ONNX Runtime round the smallest numbers differently.
+        size = np.maximum(np.abs(filled).max(axis=0, initial=0), 1e-288)
+        # Divide first: the sum of large numbers would overflow.
+        mean = (filled / size).mean(axis=0) * size
         std = (filled / size).std(axis=0) * size
-        tiny = std <= 1e-12 * size  # rounding, not variation
+        tiny = std <= 1e-12 * size  # a rounding error, not variation
         self.median.copy_(torch.from_numpy(median))
         self.mean.copy_(torch.from_numpy(mean))
         self.std.copy_(torch.from_numpy(np.where(tiny, 1.0, std)))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Impute, standardise, flag; pass category codes through."""
+        """Impute, standardise, add missing indicators; pass category codes through."""
         numbers = features[:, self.numeric]
         numbers = torch.where(torch.isnan(numbers), self.median, numbers)
-        # Halved first, because the difference of two huge numbers may overflow.
+        # Halve first: the difference of two huge numbers may overflow.
         standard = (numbers / 2 - self.mean / 2) / self.std * 2
         parts = [standard.clamp(-self.LIMIT, self.LIMIT)]
         if self.missing_indicators:
@@ -104,14 +108,15 @@ class Standardizer(nn.Module):
 # %% [markdown]
 """
 ## The network
-Each category becomes a short vector that training places: similar categories end up near each other. Code 0 (unknown) starts at zero, which
-means "no opinion". The width of the hidden layers grows with the number of inputs, within limits.
+Each category becomes an embedding: a short vector that is learned, so similar categories get similar vectors. Code 0
+(unknown) starts as a vector of zeros, which is neutral. The width of the hidden layers grows with the number of
+inputs, within limits.
 """
 
 
 # %%
 class Network(nn.Module):
-    """Features (rows, columns) → one logit for each class (rows, classes)."""
+    """Map raw features (rows, columns) to logits (rows, classes)."""
 
     def __init__(self, schema: Schema, dropout: float = 0.0) -> None:
         super().__init__()
@@ -132,11 +137,12 @@ class Network(nn.Module):
         )
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Raw features in, logits out: what is saved and served."""
+        """Return the logits of raw features; this is the graph that is exported and served."""
         return self.from_scaled(self.standardizer(features))
 
     def from_scaled(self, inputs: torch.Tensor) -> torch.Tensor:
-        """The part that learns: training scales its rows once and then calls this at every step."""
+        """Return the logits of standardised inputs."""
+        # A method of its own, because training standardises the rows once, not at every step.
         if not self.embeddings:
             return self.layers(inputs)  # type: ignore[no-any-return]
         parts = [inputs[:, : self.numbers]]
@@ -146,18 +152,18 @@ class Network(nn.Module):
 
 
 def embedding_width(categories: int) -> int:
-    """Numbers per category: about the square root of how many there are, 50 at most."""
+    """Return the embedding size: the square root of the number of categories, at most 50."""
     return min(50, math.ceil(math.sqrt(categories)))
 
 
 def hidden_width(inputs: int) -> int:
-    """Twice the inputs, as a power of two between 32 and 256."""
+    """Return twice the number of inputs, rounded up to a power of two between 32 and 256."""
     return int(2 ** min(8, max(5, math.ceil(math.log2(2 * inputs)))))
 
 
 # %% [markdown]
 """
-## Look at it
+## Try it
 """
 
 # %% tags=["active-ipynb"]
@@ -174,8 +180,8 @@ print(f"\n{sum(weights.numel() for weights in network.parameters()):,} weights")
 
 # %% [markdown]
 """
-Before it has learned anything it should be undecided: about the same probability for each class. If it is not, something is wrong with the
-scaling or the initial weights.
+Before training, the network should predict about the same probability for each class. If it does not, check the scaling
+and the initial weights.
 """
 
 # %% tags=["active-ipynb"]
@@ -191,7 +197,7 @@ for name, probability in zip(schema.classes, probabilities.mean(dim=0).tolist(),
 
 # %% [markdown]
 """
-What comes out of the standardizer has a mean of 0 and a standard deviation of 1, whatever the columns' units were.
+The standardizer's outputs have a mean near 0 and a standard deviation near 1, whatever the units of the columns are.
 """
 
 # %% tags=["active-ipynb"]

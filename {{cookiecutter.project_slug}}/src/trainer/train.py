@@ -14,11 +14,15 @@
 # %% [markdown]
 """
 # Train
-An explicit loop: shuffle, step, measure, keep the best. Early stopping on rows held back from training; a checkpoint after every epoch.
+An explicit PyTorch training loop with early stopping on a validation split and a checkpoint after every epoch.
 
-Run it here cell by cell, or as a program:
-`python -m trainer.train --train train.parquet --model-dir model --hyperparameters '{"seed": 0, "threads": 1, "epochs": 40, "batch_size": 128, "learning_rate": 0.003}'`
-(in the project's folder the last argument may be left out: project.yaml says it). On several GPUs the program starts itself once for each.
+Run it cell by cell, or as a program:
+
+    python -m trainer.train --train train.parquet --model-dir model
+
+In the project's folder, the hyperparameters come from project.yaml. Elsewhere, pass them as JSON:
+`--hyperparameters '{"seed": 0, "threads": 1, "epochs": 40, "batch_size": 128, "learning_rate": 0.003}'`.
+On a machine with several GPUs, the program restarts itself under torchrun with one process per GPU.
 """
 
 # %% tags=["active-ipynb"]
@@ -55,9 +59,10 @@ from trainer.model import Network
 
 # %% [markdown]
 """
-## Rows held back
-Early stopping needs rows that training does not see, and the test rows must not be used for it: choosing on them would make the test too
-kind. So a part of the training rows is held back, drawn with the seed, the same part of each class.
+## Validation split
+Early stopping needs rows that are not trained on. The test rows must not be used for it: selecting the best epoch on
+them would make the test result too optimistic. So a fraction of the training rows is held out, stratified by
+class and drawn with the seed.
 """
 
 
@@ -65,7 +70,10 @@ kind. So a part of the training rows is held back, drawn with the seed, the same
 def validation_split(
     labels: np.ndarray, fraction: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the rows to learn from, and of the rows to validate on; a class with one row is only learned from."""
+    """Return the indices of the rows to train on and of the validation rows.
+
+    A class with a single row is only trained on.
+    """
     chance = np.random.default_rng(seed)
     validation = []
     for label in np.unique(labels):
@@ -82,23 +90,24 @@ def validation_split(
 
 # %% [markdown]
 """
-## The state of training
-All that is needed to go on after an interruption. Chance is not part of it: each epoch draws anew from the seed and its own number, so a
-resumed run shuffles as an undisturbed one would, and ends with the same weights.
+## Checkpoints
+A checkpoint contains everything that is needed to resume after an interruption. The state of the random number
+generator is not saved: each epoch is seeded from the run's seed and the number of the epoch. A resumed run
+therefore shuffles like an uninterrupted one and ends with the same weights.
 """
 
 
 # %%
 @dataclass
 class Progress:
-    """What training knows after an epoch: curves so far, and the best weights."""
+    """Keep the learning curves and the best weights so far."""
 
     history: list[dict[str, float]] = field(default_factory=list)
     best_epoch: int = 0
     best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def note(self, measured: dict[str, float], network: Network) -> None:
-        """Add an epoch; keep its weights if its validation loss is the lowest so far."""
+        """Add an epoch; keep its weights if its validation loss is the lowest."""
         self.history.append(measured)
         if (
             self.best_epoch == 0
@@ -108,14 +117,15 @@ class Progress:
             self.best_weights = copy.deepcopy(network.state_dict())
 
     def should_stop(self, patience: int) -> bool:
-        """True when the last `patience` epochs brought nothing better."""
+        """Return True if the last `patience` epochs did not improve the validation loss."""
         return len(self.history) - self.best_epoch >= patience
 
 
 def save_checkpoint(
     folder: Path, network: Network, optimizer: torch.optim.Optimizer, progress: Progress, facts: str
 ) -> None:
-    """Keep network, optimiser and progress."""
+    """Save network, optimizer and progress."""
+    # Flattened to named tensors, because safetensors stores no nested state.
     moments = {
         f"optimizer.{number}.{name}": value
         for number, state in optimizer.state_dict()["state"].items()
@@ -131,11 +141,9 @@ def save_checkpoint(
 def load_checkpoint(
     folder: Path, network: Network, optimizer: torch.optim.Optimizer, facts: str
 ) -> Progress:
-    """Put network and optimiser back where they were; an empty Progress when there is nothing to resume.
-
-    A checkpoint of other data or hyper-parameters (`facts`) is of another run, and is not used.
-    """
+    """Restore network and optimizer; return an empty Progress if there is no checkpoint to resume."""
     saved = distributed.load_checkpoint(folder)
+    # A checkpoint of other data, hyperparameters or code belongs to another run.
     if saved is None or saved[1]["facts"] != facts:
         return Progress()
     tensors, state = saved
@@ -156,16 +164,16 @@ def load_checkpoint(
 
 # %% [markdown]
 """
-## The loop
-The rows fit in memory, scaled once. What a step of a small network costs is less its arithmetic than its many small operations, so there
-are few of them: rows are gathered for many steps at once, and the optimiser sees all weights as one vector. With several ranks each takes its
-share of every batch, and their gradients are added up, so one GPU and eight follow the same path.
+## Training loop
+All rows are in memory and standardised once. For a small network, the overhead of many small operations costs more
+than the arithmetic. So the rows of many steps are gathered at once, and the optimizer updates all weights as one
+vector. With several ranks (GPUs), each rank processes its part of every batch and the gradients are added up, so
+one and eight GPUs run the same algorithm.
 """
 
 # %%
-STEPS_AT_ONCE = (
-    64  # whose rows are gathered together: enough to cost little, few enough to need little memory
-)
+# Rows of this many steps are gathered at once: enough to save time, few enough to save memory.
+STEPS_AT_ONCE = 64
 
 
 def fit(
@@ -177,16 +185,14 @@ def fit(
     checkpoints: Path | None = None,
     facts: str = "",
 ) -> Progress:
-    """Train `network` on raw features (rows, columns) and labels (rows), and leave the best epoch's weights in it."""
+    """Train `network` on raw features (rows, columns) and labels (rows); keep the best weights."""
     learn, validate = validation_split(labels, options.validation_fraction, options.seed)
     network.standardizer.fit(features[learn])
     with torch.no_grad():
         inputs = network.standardizer(torch.from_numpy(features)).to(machine.device)
     targets = torch.from_numpy(labels).to(machine.device)
-    for part in (
-        network.embeddings,
-        network.layers,
-    ):  # the standardizer stays on the CPU: its 64-bit numbers are unknown to MPS
+    # The standardizer stays on the CPU, because MPS has no float64.
+    for part in (network.embeddings, network.layers):
         part.to(machine.device)
 
     weights, gradient = as_one_vector(network)
@@ -200,7 +206,7 @@ def fit(
         print(f"Resuming after epoch {len(progress.history)} from {checkpoints}")
 
     epochs = range(len(progress.history) + 1, options.epochs + 1)
-    # To standard output: a notebook would show standard error on red, as if something had failed.
+    # To stdout, because notebooks show stderr in red, like an error.
     silent = not machine.is_main
     bar = tqdm(
         total=options.epochs,
@@ -213,9 +219,8 @@ def fit(
     for epoch in epochs:
         if progress.should_stop(options.patience):
             break
-        for (
-            group
-        ) in optimizer.param_groups:  # cosine decay: large steps first, small ones to settle
+        # Learning rate with cosine decay: large steps first, small ones at the end.
+        for group in optimizer.param_groups:
             group["lr"] = (
                 options.learning_rate * 0.5 * (1 + math.cos(math.pi * (epoch - 1) / options.epochs))
             )
@@ -242,7 +247,7 @@ def fit(
 
 
 def as_one_vector(network: nn.Module) -> tuple[nn.Parameter, torch.Tensor]:
-    """All weights that learn as one vector, and its gradient; the network's own become views of these two."""
+    """Return the trainable weights as one vector, and its gradient; the network's become views."""
     weights = [weight for weight in network.parameters() if weight.requires_grad]
     vector = nn.Parameter(torch.cat([weight.detach().flatten() for weight in weights]))
     vector.grad = torch.zeros_like(vector)
@@ -266,11 +271,10 @@ def run_epoch(
     epoch: int,
     machine: distributed.Runtime,
 ) -> float:
-    """One pass over the rows to learn from; returns the mean loss."""
-    chance = torch.Generator().manual_seed(options.seed * 100_003 + epoch)  # the same on every rank
-    torch.manual_seed(
-        options.seed * 100_003 + epoch + 7919 * machine.rank
-    )  # for dropout: its own on each rank
+    """Train on all rows once and return the mean loss."""
+    # The shuffle is the same on every rank, the dropout is different.
+    chance = torch.Generator().manual_seed(options.seed * 100_003 + epoch)
+    torch.manual_seed(options.seed * 100_003 + epoch + 7919 * machine.rank)
     order = torch.from_numpy(learn)[torch.randperm(len(learn), generator=chance)].to(machine.device)
     network.train()
     total = torch.zeros((), device=machine.device)
@@ -281,7 +285,8 @@ def run_epoch(
                 network.from_scaled(machine.share(batch)), machine.share(answers), reduction="sum"
             )
             gradient.zero_()
-            # Summed over the share and divided by the whole batch: the ranks' gradients then simply add up.
+            # The sum over this rank's rows divided by the size of the whole batch, so that the
+            # sum of the ranks' gradients is the gradient of the batch's mean loss.
             (loss / len(batch)).backward()  # type: ignore[no-untyped-call]
             if machine.world_size > 1:
                 torch.distributed.all_reduce(gradient)
@@ -296,7 +301,7 @@ def run_epoch(
 def measure(
     network: Network, inputs: torch.Tensor, targets: torch.Tensor, rows: np.ndarray
 ) -> dict[str, float]:
-    """Loss and accuracy on the rows held back."""
+    """Return loss and accuracy on the validation rows."""
     network.eval()
     held_out = torch.from_numpy(rows).to(inputs.device)
     logits = network.from_scaled(inputs[held_out])
@@ -310,7 +315,7 @@ def measure(
 # %% [markdown]
 """
 ## From Parquet to a saved model
-Everything that made the model is written down beside it: the data's hash, the hyper-parameters, the code's version.
+The model's origin is saved with it: the hash of the data, the hyperparameters and the code version.
 """
 
 
@@ -318,7 +323,7 @@ Everything that made the model is written down beside it: the data's hash, the h
 def train(
     train_path: Path, model_dir: Path, options: Hyperparameters, checkpoints: Path | None = None
 ) -> dict[str, Any]:
-    """Train on a Parquet file of trainer.data and save the model; returns what metrics.json says."""
+    """Train on a Parquet file of trainer.data, save the model and return its metrics."""
     with distributed.start(options.threads) as machine:
         schema, rows, origin = (
             read_schema(train_path),
@@ -328,9 +333,8 @@ def train(
         features, labels = schema.encode(rows), schema.encode_labels(rows[schema.label])
         torch.manual_seed(options.seed)
         network = Network(schema, options.dropout)
-        code = sha256(
-            Path(inspect.getfile(Network))
-        )  # a checkpoint of another network is of no use
+        # Part of `facts`, because a checkpoint of another network cannot be resumed.
+        code = sha256(Path(inspect.getfile(Network)))
         facts = f"{origin['sha256']} {origin['split']} {options.to_json()} {code}"
         progress = fit(network, features, labels, options, machine, checkpoints, facts)
         metrics = {
@@ -371,8 +375,8 @@ print(f"best epoch {metrics['best_epoch']} of {len(metrics['history'])}: validat
 
 # %% [markdown]
 """
-Both losses should fall together. When the validation loss turns upwards while the training loss goes on falling, the network has begun to
-learn the rows by heart; the dashed line marks the epoch whose weights were kept.
+Both losses should fall together. If the validation loss rises while the training loss still falls, the network
+overfits. The dashed line marks the epoch with the lowest validation loss; its weights are kept.
 """
 
 # %% tags=["active-ipynb"]
@@ -383,7 +387,7 @@ plots.learning_curve(metrics["history"], metrics["best_epoch"])
 
 # %% tags=["active-py"]
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m trainer.train", description="train.parquet → saved model"
     )
