@@ -1,1 +1,1 @@
-"""What every part needs: errors, schema, manifest, registry, paths. Imports no other package of this project."""
+"""Shared core: errors, schema, manifest, registry, paths; imports no other project package."""

@@ -1,4 +1,4 @@
-"""Reads project.yaml strictly, and the base class of its blocks."""
+"""Read project.yaml strictly; base class of its blocks."""
 
 import difflib
 import os
@@ -13,13 +13,13 @@ from core.paths import PROJECT_FILE, project_root
 
 
 class Block(BaseModel):
-    """A part of project.yaml: an unknown key is a mistake, and nothing changes once it is read."""
+    """Base class of the blocks of project.yaml: frozen, unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class StrictLoader(yaml.SafeLoader):
-    """YAML that refuses the same key twice, where PyYAML silently takes the last."""
+    """Load YAML and reject duplicate keys, of which PyYAML silently keeps the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -32,14 +32,14 @@ class StrictLoader(yaml.SafeLoader):
 
 
 def read_project_file(overrides: str | None = None) -> dict[str, Any]:
-    """Read project.yaml and apply overrides for one run.
+    """Read project.yaml and apply the overrides of one run.
 
-    Args:
-        overrides: "hyperparameters.epochs=50 data.split_seed=1"; None: the variable SET.
+    Overrides look like "hyperparameters.epochs=50 data.split_seed=1"; None uses the variable SET.
     """
     path = project_root() / PROJECT_FILE
     try:
-        document = yaml.load(path.read_text(encoding="utf-8"), Loader=StrictLoader)  # noqa: S506 (a SafeLoader)
+        # StrictLoader is a SafeLoader: it creates no arbitrary Python objects.
+        document = yaml.load(path.read_text(encoding="utf-8"), Loader=StrictLoader)  # noqa: S506
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(
             f"{PROJECT_FILE} is not valid YAML: {str(error).replace('<unicode string>', PROJECT_FILE)}"
@@ -51,6 +51,7 @@ def read_project_file(overrides: str | None = None) -> dict[str, Any]:
 
 
 def _override(document: dict[str, Any], overrides: str) -> None:
+    """Apply KEY=VALUE assignments to the document in place."""
     try:
         assignments = shlex.split(overrides)
     except ValueError as error:
@@ -72,6 +73,7 @@ def _override(document: dict[str, Any], overrides: str) -> None:
                 f"SET: '{assignment}' is not KEY=VALUE with a key of {PROJECT_FILE}; {hint}"
             )
         try:
+            # Parsed as YAML, so that numbers, booleans and lists get the same types as in the file.
             block[key] = yaml.safe_load(value)
         except yaml.YAMLError:
             hint = "Blanks separate settings: write [a,b] and not [a, b]."
@@ -79,7 +81,7 @@ def _override(document: dict[str, Any], overrides: str) -> None:
 
 
 def _paths(block: dict[str, Any], prefix: str = "") -> list[str]:
-    """All keys of nested blocks, as dotted paths."""
+    """Return all keys of nested blocks as dotted paths."""
     paths = []
     for key, value in block.items():
         paths.append(f"{prefix}{key}")

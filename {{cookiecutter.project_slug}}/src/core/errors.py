@@ -1,31 +1,31 @@
-"""Mistakes that a person can mend are told in one message, never as a traceback."""
+"""Report user errors as one message, without a traceback."""
 
 import errno
 import os
 import sys
 from collections.abc import Callable
 
-# What a disk answers that is full, or that is not to be written or read, wherever in a program it is met.
+# Full, read-only or inaccessible disks can fail any read or write, so they are handled once here.
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
 
 
 class UserError(Exception):
-    """Says what was wrong, where, what is allowed and what to do next."""
+    """A user error: the message names the problem, what is allowed and the next command."""
 
     def _render_traceback_(self) -> list[str]:
-        """IPython's hook: a notebook shows the message alone."""
+        """Return the message alone; IPython calls this instead of printing a traceback."""
         return [f"error: {self}"]
 
 
 def run_command(command: Callable[[], None]) -> None:
-    """Run a command line's main function; exit with code 2 and one message on a user's mistake."""
+    """Run a command line's main function; on a user error print one message and exit with 2."""
     try:
         command()
-        sys.stdout.flush()  # here, where a reader that has gone is no failure
+        sys.stdout.flush()  # flush here, so that a closed pipe is caught below, not at exit
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # whoever read the output has read enough, as `head` does
+    except BrokenPipeError:  # not an error: the reader has closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         if error.errno not in DISK:

@@ -1,6 +1,6 @@
-"""The saved model's manifest, model.json: written last, so that a folder with one that verifies is whole.
+"""Manifest of a saved model, model.json; a folder with a valid manifest is complete.
 
-A bucket mounted as a folder cannot rename folders; that is why wholeness rests on this file and not on a rename.
+The manifest is written last. It marks completeness because a mounted bucket cannot rename folders.
 """
 
 import contextlib
@@ -13,22 +13,22 @@ from typing import Any
 from core.errors import UserError
 
 NAME = "model.json"
-FORMAT = 1  # raised when the folder's layout changes
+FORMAT = 1  # increment when the folder's layout changes
 
 
 def sha256(path: Path) -> str:
-    """The file's SHA-256 as hexadecimal."""
+    """Return the file's SHA-256 in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Write a JSON file as a whole or not at all."""
+    """Write a JSON file atomically."""
     write_bytes(path, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file as a whole or not at all: under another name, flushed to disk, then renamed."""
+    """Write a file atomically: to a temporary name, flushed to disk, then renamed."""
     partial = path.with_name(path.name + ".partial")
     try:
         partial.write_bytes(content)
@@ -39,29 +39,29 @@ def write_bytes(path: Path, content: bytes) -> None:
             f"{path} cannot be written: {error.strerror or error}. Free some space, or choose another folder."
         ) from None
     finally:
-        with contextlib.suppress(OSError):  # the first reason is the one to tell
+        with contextlib.suppress(OSError):  # keep the first error, which has the cause
             partial.unlink(missing_ok=True)
 
 
 def flush(path: Path) -> None:
-    """Wait until a file's content is on the disk; a rename may get there sooner."""
+    """Flush a file's content to disk; without it, a rename may reach the disk first."""
     with path.open("rb+") as stream:
         os.fsync(stream.fileno())
 
 
 def write(folder: Path, document: dict[str, Any]) -> None:
-    """Complete a saved model: `document`, and name, size and hash of every other file in the folder."""
+    """Write the manifest: `document`, and name, size and SHA-256 of each file in the folder."""
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(folder.iterdir())
         if path.name not in {NAME, NAME + ".partial"}
-        and not path.name.startswith(".")  # a killed run may leave a partial one
+        and not path.name.startswith(".")  # an interrupted run may leave temporary files
     }
     write_json(folder / NAME, {"format": FORMAT, **document, "files": files})
 
 
 def parse(folder: Path) -> dict[str, Any]:
-    """The manifest of a saved model, whose other files are not looked at."""
+    """Return the manifest of a saved model without checking the files that it lists."""
     path = folder / NAME
     if not path.is_file():
         raise UserError(
@@ -72,6 +72,7 @@ def parse(folder: Path) -> dict[str, Any]:
         files: dict[str, dict[str, Any]] = document["files"]
         document["format"], document["schema"]
         for name, entry in files.items():
+            # Security: a name with a path could point outside the folder.
             if Path(name).name != name or not {"bytes", "sha256"} <= entry.keys():
                 raise ValueError(name)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -84,15 +85,14 @@ def parse(folder: Path) -> dict[str, Any]:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The manifest of a saved model, after every file was compared with it."""
+    """Return the manifest of a saved model after checking every file against it."""
     document = parse(folder)
     files: dict[str, dict[str, Any]] = document["files"]
     problems = [
         problem for name, entry in files.items() if (problem := _compare(folder / name, entry))
     ]
-    present = {
-        entry.name for entry in folder.iterdir() if not entry.name.startswith(".")
-    }  # a desktop leaves its own there
+    # Ignore hidden files: a desktop creates its own, such as .DS_Store.
+    present = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
     problems += [f"{name} is not in the manifest" for name in sorted(present - {NAME, *files})]
     if problems:
         raise UserError(
@@ -102,7 +102,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def example(schema: dict[str, Any]) -> dict[str, Any] | list[Any]:
-    """An instance that the model answers, from the manifest's schema; an array where an object would be too long to read."""
+    """Return an example instance for the manifest's schema; an array if it has over 12 columns."""
     values = {
         column["name"]: column["values"][0] if column["values"] else 0
         for column in schema["columns"]
@@ -111,8 +111,10 @@ def example(schema: dict[str, Any]) -> dict[str, Any] | list[Any]:
 
 
 def _compare(path: Path, entry: dict[str, Any]) -> str | None:
+    """Return how a file differs from its manifest entry; None if it does not."""
     if not path.is_file():
         return f"{path.name} is missing"
+    # The size comes first: it finds a truncated file without reading it.
     if path.stat().st_size != entry["bytes"]:
         return f"{path.name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
     return (

@@ -1,4 +1,4 @@
-"""Paths: the project's root, and gs:// addresses where buckets are mounted as folders."""
+"""Project root, and conversion between gs:// URIs and paths of mounted buckets."""
 
 import os
 import re
@@ -10,7 +10,7 @@ PROJECT_FILE = "project.yaml"
 
 
 def project_root() -> Path:
-    """The nearest folder upwards from the current one that holds project.yaml."""
+    """Return the nearest folder with a project.yaml, from the current folder upwards."""
     here = Path.cwd()
     for folder in (here, *here.parents):
         if (folder / PROJECT_FILE).is_file():
@@ -21,7 +21,10 @@ def project_root() -> Path:
 
 
 def local_path(address: str) -> Path:
-    """A local path for a path or a gs:// address: in the cloud, buckets are mounted under $GCS_MOUNT (default /gcs)."""
+    """Return the local path of a path or gs:// URI.
+
+    On Google Cloud, buckets are mounted under $GCS_MOUNT (default /gcs).
+    """
     if not address.startswith("gs://"):
         return Path(address)
     bucket, name = split_uri(address)
@@ -34,22 +37,22 @@ def local_path(address: str) -> Path:
 
 
 def mounted(address: str) -> Path:
-    """Where the object at a gs:// address is, or would be, with its bucket mounted."""
+    """Return the path of a gs:// URI below the mount point, mounted or not."""
     return _mount().joinpath(*split_uri(address))
 
 
 def address(path: Path) -> str:
-    """The gs:// address of a path where buckets are mounted; any other path as it is."""
+    """Return the gs:// URI of a path in a mounted bucket; any other path unchanged."""
     return f"gs://{path.absolute().relative_to(_mount())}" if in_bucket(path) else str(path)
 
 
 def in_bucket(path: Path) -> bool:
-    """Whether a path lies where buckets are mounted: files there are whole objects, and slow to change."""
+    """Return whether a path is in a mounted bucket, where each change rewrites a whole object."""
     return path.absolute().is_relative_to(_mount())
 
 
 def split_uri(address: str) -> tuple[str, str]:
-    """Bucket and name of a gs:// address."""
+    """Return bucket and object name of a gs:// URI."""
     found = re.fullmatch(r"gs://([^/]+)(?:/(.*))?", address)
     if not found:
         raise UserError(
@@ -63,4 +66,5 @@ def _mount() -> Path:
 
 
 def is_mounted(bucket: str) -> bool:
+    """Return whether a bucket is mounted as a folder."""
     return (_mount() / bucket).is_dir()

@@ -1,7 +1,7 @@
-"""The model registry: versions, which of them is the champion, and the gate that a challenger must pass.
+"""The model registry: versions, the champion and its history.
 
-`LocalRegistry` is a folder on this machine. Standard library only, so that any step can import it. The
-cloud's form has the same files in a bucket, and is written by `gcp.model_registry`.
+`LocalRegistry` is a folder on this machine; `gcp.model_registry` writes the same files to a bucket.
+Standard library only, so that any step can import it.
 """
 
 import json
@@ -19,19 +19,17 @@ from core.errors import UserError
 
 try:
     import fcntl
-except (
-    ImportError
-):  # not a POSIX system; there a second run at the same moment must be avoided by hand
+except ImportError:  # not POSIX: no lock, so the user must avoid concurrent runs
     fcntl = None  # type: ignore[assignment]
 
 
 class StaleChampion(UserError):
-    """The champion has changed since the challenger was compared with it."""
+    """Stale comparison: the champion has changed since."""
 
     def __init__(
         self, number: int, compared: int | None, champion: int | None, option: str = ""
     ) -> None:
-        """Name the versions; `option` is the end of the rollback command."""
+        """Format the message; `option` is appended to the rollback command."""
         super().__init__(
             f"compared with champion {compared or 'none'}, but another run has made"
             f" {champion or 'none'} the champion; to choose it anyway:"
@@ -41,12 +39,7 @@ class StaleChampion(UserError):
 
 @dataclass(frozen=True)
 class Version:
-    """A registered model.
-
-    Attributes:
-        model: the saved model's folder.
-        metrics: on the test rows of the run that made it.
-    """
+    """A registered model: `model` is its folder, `metrics` are of its run's test split."""
 
     number: int
     model: Path
@@ -58,22 +51,20 @@ class Version:
 
 
 class Registry(ABC):
-    """What a registry's files say, wherever they lie: versions/N/version.json, champion.json, history.jsonl.
+    """Read a registry's files: versions/N/version.json, champion.json, history.jsonl.
 
-    A version is there when its version.json is: it is written last.
-
-    Attributes:
-        where: the registry, for messages.
+    version.json is written last: a version exists if its version.json does.
+    `where` names the registry in messages.
     """
 
     where: str
 
     def versions(self) -> list[Version]:
-        """All versions, oldest first."""
+        """Return all complete versions, oldest first."""
         return [version for number in self._numbers() if (version := self._version(number))]
 
     def version(self, number: int) -> Version:
-        """One version."""
+        """Return one version; an unknown number is an error."""
         version = self._version(number)
         if version is None:
             known = ", ".join(str(version.number) for version in self.versions()) or "none yet"
@@ -81,27 +72,28 @@ class Registry(ABC):
         return version
 
     def champion(self) -> Version | None:
-        """The version that is served; None before the first."""
+        """Return the champion; None if there is none yet."""
         number = self.champion_number()
         return None if number is None else self.version(number)
 
     def champion_number(self) -> int | None:
-        """Its number, also when the version itself is lost; None before the first, and when nobody can tell."""
+        """Return the champion's number, even if its files are lost; None if unknown."""
         change = self.last_change()
         return change["version"] if change else None
 
     def last_change(self) -> dict[str, Any] | None:
-        """When and why the champion became it; None when there is none, or champion.json cannot be read."""
+        """Return the last change of the champion; None if champion.json is missing or unreadable."""
         try:
             return read_change(self._text("champion.json"))
         except OSError:
             return None
 
     def history(self) -> list[dict[str, Any]]:
-        """Every change of the champion, oldest first: version, replaces, reason, time."""
+        """Return all changes of the champion, oldest first: version, replaces, reason, time."""
         return [json.loads(line) for line in (self._text("history.jsonl") or "").splitlines()]
 
     def _version(self, number: int) -> Version | None:
+        """Return a version; None if it does not exist or is incomplete."""
         text = self._text(f"versions/{number}/version.json")
         if text is None:
             return None
@@ -110,19 +102,19 @@ class Registry(ABC):
 
     @abstractmethod
     def _text(self, name: str) -> str | None:
-        """A file's content, if it is there."""
+        """Return a file's content; None if it does not exist."""
 
     @abstractmethod
     def _numbers(self) -> list[int]:
-        """The versions' numbers in order, and those of versions that are not complete."""
+        """Return all version numbers in order, including incomplete versions."""
 
     @abstractmethod
     def _model(self, number: int, address: str | None) -> Path:
-        """A version's saved model; its address is given where the model is kept elsewhere."""
+        """Return the path of a version's model; `address` if it is stored outside the registry."""
 
 
 def read_change(text: str | None) -> dict[str, Any] | None:
-    """What champion.json says; None when that is nothing."""
+    """Parse champion.json; None if it is missing or invalid."""
     try:
         change = json.loads(text or "")
         return {**change, "version": int(change["version"])}
@@ -133,18 +125,19 @@ def read_change(text: str | None) -> dict[str, Any] | None:
 class LocalRegistry(Registry):
     """A registry in a folder: versions/N/{model/, version.json}, champion.json, history.jsonl.
 
-    Changes are made under a lock, one run at a time. In a mounted bucket, where locks mean nothing, it can only be read.
+    Changes need a lock. Locks do not work in a mounted bucket, so a registry there is read-only.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Nothing is written before something is registered."""
+        """Open the registry; the folder is created by the first change."""
         self.folder = folder
         self.where = str(folder)
 
     def register(self, model: Path, metrics: Mapping[str, float], run: str) -> Version:
-        """Keep a copy of a saved model as a new version; it is not champion yet."""
+        """Copy a saved model into the registry as a new version, not yet the champion."""
         document = manifest.read(model)
         with self._locked():
+            # Incomplete versions count too: their numbers are not used again.
             number = max(self._numbers(), default=0) + 1
             folder = self.folder / "versions" / str(number)
             shutil.copytree(model, folder / "model", ignore=shutil.ignore_patterns(".*"))
@@ -159,15 +152,12 @@ class LocalRegistry(Registry):
         return self.version(number)
 
     def promote(self, number: int, reason: str, replaces: int | None) -> Version:
-        """Make a version the champion, if the champion still is `replaces` (None: there was none).
-
-        Raises StaleChampion if another run has changed the champion.
-        """
+        """Make a version the champion; StaleChampion if `replaces` is not the champion any more."""
         with self._locked():
             version, before = self.version(number), self.champion_number()
             if before != replaces:
                 raise StaleChampion(number, replaces, before)
-            manifest.read(version.model)
+            manifest.read(version.model)  # a damaged model must not become the champion
             change = {"version": number, "replaces": before, "reason": reason, "time": now()}
             manifest.write_json(self.folder / "champion.json", change)
             with (self.folder / "history.jsonl").open("a", encoding="utf-8") as stream:
@@ -194,6 +184,7 @@ class LocalRegistry(Registry):
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
+        """Hold the registry's lock, so that runs change it one at a time."""
         if paths.in_bucket(self.folder):
             raise UserError(
                 f"the registry {self.folder} is in a bucket; it is written by python -m level_1_pipeline.deploy_container.main."
@@ -209,10 +200,10 @@ MANUAL = "chosen manually"
 
 
 def rollback_reason(before: int | None) -> str:
-    """Format the reason of a rollback."""
+    """Return the reason that the history records for a rollback."""
     return f"{MANUAL} (rollback from version {before or 'none'})"
 
 
 def now() -> str:
-    """The time, as the registry writes it."""
+    """Return the current UTC time in ISO format, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,4 +1,4 @@
-"""What is told of a run: its steps while it goes on, its gate and its version afterwards, and all of it by `make status`."""
+"""The run record: steps, gate result and registered version; `make status` prints it."""
 
 import os
 import sys
@@ -21,11 +21,7 @@ class Step:
 
 @dataclass
 class Story:
-    """From the event that started a run to what is served.
-
-    Attributes:
-        job: the run's resource name on Vertex AI; None for a run on this machine.
-    """
+    """The record of one run; `job` is its resource name on Vertex AI, None for a local run."""
 
     run: str
     event: str
@@ -38,12 +34,12 @@ class Story:
     job: str | None = None
 
     def write(self, folder: Path) -> None:
-        """Keep it in the run's folder."""
+        """Write the record to the run's folder."""
         write_json(folder / "story.json", asdict(self))
 
 
 def begin(run: str) -> Story:
-    """The story of a run that a person starts now."""
+    """Return the record of a run that a user starts now."""
     return Story(
         run,
         f"by hand, {os.environ.get('USER') or 'somebody'}",
@@ -52,8 +48,9 @@ def begin(run: str) -> Story:
 
 
 def show(step: Step) -> None:
-    """One line for each step: while it runs (in a terminal only), and when it has ended."""
+    """Print a step's line when it ends; on a terminal also while it runs."""
     if step.state == "running":
+        # \r lets the final line overwrite this one, which a log file could not do.
         if sys.stdout.isatty():
             print(f"  ▶ {step.name:<12} …", end="\r", flush=True)
         return
@@ -62,7 +59,7 @@ def show(step: Step) -> None:
 
 
 def describe(registered: dict[str, Any]) -> str:
-    """What became of the registered version."""
+    """Describe the registered version: champion, or the reason why it is not served."""
     number = registered["version"]
     return (
         f"version {number}; it is the champion"
@@ -72,7 +69,7 @@ def describe(registered: dict[str, Any]) -> str:
 
 
 def summary(story: Story, champion: int | None, following: str) -> str:
-    """What came of the run, and what to type next."""
+    """Summarize the run's result and the next command."""
     gate = story.gate or {"passed": False, "reason": "it was not reached"}
     lines = [f"\nGate: {'open' if gate['passed'] else 'closed'}, because {gate['reason']}."]
     if story.registered:

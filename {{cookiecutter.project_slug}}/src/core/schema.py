@@ -1,7 +1,7 @@
-"""What a row of data is: the contract between the trainer, the saved model and the predictor.
+"""Data schema: the contract between trainer, saved model and predictor.
 
-A schema is learned from the training rows, saved inside the model's manifest, and turns rows into the one matrix
-that the network and its ONNX file take.
+It is inferred from the training rows and saved in the model's manifest. It encodes rows as the
+feature matrix that the network and its ONNX file take.
 """
 
 import math
@@ -17,21 +17,21 @@ import numpy as np
 
 from core.errors import UserError
 
-# Cells of a numeric column that mean "no value", compared in lower case. In a categorical column only a blank does,
-# because "NA" and "None" are sensible categories.
+# Missing values of a numeric column, in lower case. In a categorical column only a blank cell is
+# missing, because "NA" and "None" are sensible categories.
 MISSING = ("", "na", "n/a", "nan", "null", "none", "?")
-BLANKS = " \t\r\n"  # what is cut off both ends of every cell
+BLANKS = " \t\r\n"  # stripped from both ends of every cell
 
-UNKNOWN = 0  # the code of a blank category, and of one that training never saw
+UNKNOWN = 0  # code of a missing category and of one not in the training rows
 
 
 def parse_number(value: object) -> float:
-    """The number that a CSV cell or JSON value stands for; NaN when it is missing."""
+    """Parse a CSV cell or JSON value as a finite number; NaN if missing, else ValueError."""
     if isinstance(value, str):
         text = value.strip(BLANKS)
         if text.lower() in MISSING:
             return math.nan
-        # float() also takes "1_000" and digits of other scripts, which DuckDB's cast and other readers do not.
+        # float() accepts "1_000" and non-ASCII digits; DuckDB's cast and other readers do not.
         if "_" in text or not text.isascii():
             raise ValueError(value)
         number = float(text)
@@ -40,7 +40,7 @@ def parse_number(value: object) -> float:
     elif isinstance(value, (int, float, np.number)) and not isinstance(value, bool):
         try:
             number = float(value)
-        except OverflowError:
+        except OverflowError:  # an integer of JSON may be too large for a float
             raise ValueError(value) from None
         if math.isnan(number):
             return number
@@ -56,8 +56,8 @@ class Column:
     """One input column.
 
     Attributes:
-        values: of a categorical column, the categories that training saw, in the order of their codes from 1.
-        optional: training saw rows without a value, so a prediction may leave it out.
+        values: the categories of the training rows in the order of their codes, from 1.
+        optional: some training rows have no value, so requests may omit it.
     """
 
     name: str
@@ -67,13 +67,14 @@ class Column:
     _codes: dict[str, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Index the categories once."""
+        """Index the categories for encoding."""
         object.__setattr__(
             self, "_codes", {value: code for code, value in enumerate(self.values, start=1)}
         )
 
     def encode(self, values: Sequence[Any] | np.ndarray) -> np.ndarray:
-        """The column's values as float64 of the same length: numbers (NaN: missing), or codes of categories."""
+        """Encode values as float64 of the same length: numbers (NaN: missing) or category codes."""
+        # A float64 array needs no parsing, only the check for infinity.
         if isinstance(values, np.ndarray) and values.dtype == np.float64 and self.kind == "numeric":
             encoded = values
             if np.isinf(encoded).any():
@@ -92,6 +93,7 @@ class Column:
         return np.where(missing, math.nan if self.kind == "numeric" else UNKNOWN, encoded)
 
     def _code(self, row: int, value: object) -> float:
+        """Encode one value; a missing category is -1, distinct from UNKNOWN."""
         if self.kind == "numeric":
             try:
                 return parse_number(value)
@@ -101,27 +103,28 @@ class Column:
             return -1
         if not isinstance(value, (str, int, float)):
             self._refuse(row, value, "is neither text nor a number")
-        # JSON has no integers of its own: what was 7 in the CSV file may arrive as 7.0.
+        # JSON has one number type: the category 7 of the CSV file may arrive as 7.0.
         text = str(int(value) if isinstance(value, float) and value.is_integer() else value).strip(
             BLANKS
         )
         return self._codes.get(text, UNKNOWN) if text else -1
 
     def _refuse(self, row: int, value: object, rule: str) -> Any:
+        """Raise the error for a value; `row` counts from 0, the message from 1."""
         shown = repr(value if not isinstance(value, str) else value[:60])
         raise UserError(f"row {row + 1}, column '{self.name}': {shown} {rule}.")
 
 
 @dataclass(frozen=True)
 class Schema:
-    """The input columns in the file's order, the label's name, and the classes in the order of the model's scores."""
+    """Input columns in file order, the label, and classes in the order of the model's scores."""
 
     label: str
     columns: tuple[Column, ...]
     classes: tuple[int, ...] | tuple[str, ...]
 
     def encode(self, table: Mapping[str, Sequence[Any] | np.ndarray]) -> np.ndarray:
-        """The table's rows as a float64 matrix of shape (rows, columns); other columns are not looked at."""
+        """Encode a table as float64 (rows, columns); columns outside the schema are ignored."""
         absent = [
             column.name
             for column in self.columns
@@ -144,21 +147,23 @@ class Schema:
 
     @cached_property
     def _numeric(self) -> list[int]:
+        """Positions of the numeric columns."""
         return [
             position for position, column in enumerate(self.columns) if column.kind == "numeric"
         ]
 
     @cached_property
     def _categorical(self) -> list[int]:
+        """Positions of the categorical columns."""
         return [
             position for position, column in enumerate(self.columns) if column.kind == "categorical"
         ]
 
     def _numbers(self, columns: list[Sequence[Any] | np.ndarray]) -> np.ndarray | None:
-        """All numeric columns at once, (columns, rows), when each cell is a plain number that is allowed.
+        """Encode all numeric columns at once as (columns, rows); None if a cell needs parsing.
 
-        This is how most requests come, and seven times as quick as column by column. Anything else gives None: then
-        `Column.encode` has a closer look, reads text, and names what is wrong.
+        Most requests have plain numbers, and this is seven times as fast as one column at a time.
+        After None, `Column.encode` parses text and reports the invalid value.
         """
         if not {int, float, NoneType}.issuperset(map(type, chain.from_iterable(columns))):
             return None
@@ -172,7 +177,7 @@ class Schema:
         return None if np.isinf(numbers).any() or np.isnan(numbers[required]).any() else numbers
 
     def encode_labels(self, labels: Sequence[Any] | np.ndarray) -> np.ndarray:
-        """Labels as int64 positions in `classes`."""
+        """Encode labels as int64 positions in `classes`."""
         positions = {str(name): position for position, name in enumerate(self.classes)}
         encoded = np.empty(len(labels), dtype=np.int64)
         for row, label in enumerate(labels):
@@ -187,7 +192,7 @@ class Schema:
 
     @property
     def image_shape(self) -> tuple[int, int] | None:
-        """(height, width) when the columns are the pixels of an image, named pixel_ROW_COLUMN row by row."""
+        """(height, width) if the columns are pixel_ROW_COLUMN, row by row; else None."""
         places = [re.fullmatch(r"pixel_(\d+)_(\d+)", column.name) for column in self.columns]
         if not places or not all(places):
             return None
@@ -197,13 +202,13 @@ class Schema:
         return (height, width) if in_order else None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain lists and dicts, for the manifest."""
+        """Return plain lists and dicts for the manifest."""
         columns = [{k: v for k, v in asdict(c).items() if k != "_codes"} for c in self.columns]
         return {"label": self.label, "classes": list(self.classes), "columns": columns}
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> "Schema":
-        """The reverse of `to_json`."""
+        """Create a schema from the output of `to_json`."""
         columns = tuple(
             Column(c["name"], c["kind"], c["optional"], tuple(c["values"]))
             for c in document["columns"]

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: a program that watches something in the cloud ends in an orderly way, and says what goes on."""
+"""Exit cleanly on SIGTERM and Ctrl-C while following work on Google Cloud."""
 
 import signal
 import sys
@@ -7,28 +7,26 @@ from contextlib import contextmanager
 
 
 class Stop:
-    """SIGTERM and Ctrl-C end the program with 143 or 130; while `held`, afterwards."""
+    """Exit with 143 or 130 on SIGTERM or SIGINT; deferred inside `held`."""
 
     def __init__(self) -> None:
         self.code = 0
         self.holding = False
 
     def __call__(self, number: int, _: object) -> None:
-        """The signals' handler."""
+        """Handle a signal: store its exit code, and exit unless held."""
         self.code = 128 + number
         self.check()
 
     def check(self) -> None:
-        """End the program if it has been told to.
-
-        Whoever waits in a loop calls this: what a handler raises is lost where Python runs a finaliser at that moment.
-        """
+        """Exit if a signal has arrived; call this in every loop that waits."""
+        # Python drops an exception that a handler raises while a finalizer runs.
         if self.code and not self.holding:
             raise SystemExit(self.code)
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """What must not be interrupted."""
+        """Defer the exit until the block has ended."""
         self.holding = True
         try:
             yield
@@ -39,11 +37,11 @@ class Stop:
 
 @contextmanager
 def stoppable() -> Iterator[Stop]:
-    """Catch the signals, and give them back."""
+    """Handle both signals inside the block and restore the previous handlers after it."""
     stop = Stop()
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     tell = sys.unraisablehook
-    # What is lost in a finaliser comes again with `check`: nobody needs its traceback.
+    # An exit dropped in a finalizer is raised again by `check`; its traceback would be noise.
     sys.unraisablehook = lambda lost: None if isinstance(lost.exc_value, SystemExit) else tell(lost)
     try:
         yield stop
