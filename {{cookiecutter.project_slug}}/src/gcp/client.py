@@ -1,10 +1,11 @@
 """Call Google Cloud APIs: deadlines, retries, long-running operations, error hints.
 
-CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM replaces the address of Vertex AI; no credentials then.
+If CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM is set, Vertex AI calls go to that address without
+credentials.
 """
 
-# Google's packages are imported where they are used: loading them takes a second,
-# and usage errors should appear first.
+# Google's packages are imported inside functions: loading them takes a second, and usage errors
+# should appear first.
 
 import os
 import re
@@ -15,25 +16,25 @@ from typing import Any, TypeVar
 
 from core.errors import UserError
 
-# Seconds.
+# Seconds
 DEADLINE = 60.0  # one call
 RETRY_TIMEOUT = 300.0  # one call with all its retries
-WATCH = 3600.0  # the same while watching a job, which outlives an outage
-OPERATION_TIMEOUT = 3600.0  # a long-running operation, such as a deployment
-FIRST_WAIT, LONGEST_WAIT = 0.2, 20.0  # between retries; each wait is twice the last
+WATCH = 3600.0  # one poll of a job with its retries: the job outlives an outage
+OPERATION_TIMEOUT = 3600.0  # one long-running operation, such as a deployment
+FIRST_WAIT, LONGEST_WAIT = 0.2, 20.0  # between retries, doubled each time
 
 LONGEST_MESSAGE = 400  # characters
 LOGIN = "Run `gcloud auth application-default login`."
 NO_CREDENTIALS = f"no Google Cloud credentials. {LOGIN}"
 
-# A quota of machines; a quota of calls per minute is only a reason to retry.
+# Resource quotas only: a rate limit (per second or minute) is transient and retried.
 QUOTA = r"(?=.*quota)(?=.*(exceed|exhaust|limit))(?!.*per (second|minute))"
 STOCK_OUT = (
     r"stock.?out|resource.?pool.?exhausted|not have enough (resources|capacity)|"
     r"(resources|capacity) (is|are|currently) (insufficient|unavailable)|"
     r"insufficient (resources|capacity)"
 )
-# Pattern in "STATUS message" → hint; the first match counts.
+# Pattern in "STATUS message" → hint. The first match wins, so the order matters.
 HINTS = {
     QUOTA: "A quota is used up. Try another region or GPU; `make doctor LEVEL=1` names the quota.",
     STOCK_OUT: "Google has no such machine available now. Retry later, or choose another job:"
@@ -67,8 +68,8 @@ class ApiError(UserError):
     """A failed API call.
 
     Attributes:
-        code: HTTP status; 0 without a response.
-        transient: a retry may succeed; whether this call took effect is unknown.
+        code: HTTP status, or 0 without a response.
+        transient: True if a retry may succeed. The failed call may still have taken effect.
     """
 
     def __init__(self, message: str, code: int, transient: bool) -> None:
@@ -77,7 +78,7 @@ class ApiError(UserError):
 
 
 def client(service: str, region: str) -> Any:
-    """Create a Vertex AI client: client("JobService", "europe-west4")."""
+    """Create a Vertex AI client, for example client("JobService", "europe-west4")."""
     from google.auth.credentials import AnonymousCredentials
     from google.auth.exceptions import DefaultCredentialsError
     from google.cloud import aiplatform_v1
@@ -97,7 +98,10 @@ def client(service: str, region: str) -> Any:
 
 
 def retry_policy(timeout: float | None = None) -> Any:
-    """Retry transient errors with exponential backoff, for RETRY_TIMEOUT by default."""
+    """Return a policy that retries transient errors with exponential backoff.
+
+    `timeout` is in seconds, RETRY_TIMEOUT by default.
+    """
     from google.api_core import retry
 
     return retry.Retry(
@@ -117,12 +121,12 @@ def call(
     repeatable: bool = True,
     timeout: float | None = None,
 ) -> Any:
-    """Call a client's method with a deadline, and retry it if it is repeatable.
+    """Call a client method with a deadline, and retry it if it is repeatable.
 
     Args:
-        what: the action, for the message: "starting the job".
+        what: the action, for error messages, such as "starting the job".
         repeatable: False for calls that are not idempotent; see `get_or_create`.
-        timeout: seconds for all attempts; RETRY_TIMEOUT by default.
+        timeout: seconds for all attempts, RETRY_TIMEOUT by default.
     """
     timeout = RETRY_TIMEOUT if timeout is None else timeout
     retry = retry_policy(timeout) if repeatable else None
@@ -133,7 +137,7 @@ def call(
 
 
 def cancel(method: Callable[..., Any], name: str, what: str, timeout: float | None = None) -> bool:
-    """Cancel; False if already finished or not found."""
+    """Cancel a job; return False if it has already finished or does not exist."""
     try:
         call(method, {"name": name}, what, timeout=timeout)
     except ApiError as error:
@@ -144,20 +148,19 @@ def cancel(method: Callable[..., Any], name: str, what: str, timeout: float | No
 
 
 def get_or_create(find: Callable[[], T | None], create: Callable[[], T]) -> T:
-    """Create something at most once, although its creation is not idempotent.
-
-    After a lost response, look for it before creating it again.
-    """
+    """Return an existing resource, or create it although the create call is not idempotent."""
+    # After a lost response the resource may exist, so every retry looks it up first.
     start, wait = None, FIRST_WAIT
     while True:
         resource = find()
         if resource is not None:
             return resource
-        # From the first attempt: `find` may have waited for an earlier operation.
+        # Not from the beginning: `find` may have waited for an earlier operation.
         start = start or time.monotonic()
         try:
             return create()
         except ApiError as error:
+            # 409: it may exist by now, and then the next `find` returns it.
             retry = error.transient or error.code == 409
             if not retry or time.monotonic() - start > RETRY_TIMEOUT:
                 raise
@@ -171,12 +174,12 @@ def wait_for_operation(operation: Any, what: str) -> Any:
         return operation.result(timeout=OPERATION_TIMEOUT, retry=retry_policy())
     except Exception as error:
         failure = explain(error, what)
-        # The operation itself failed, so `get_or_create` must not repeat it.
+        # The operation itself failed. Marked as permanent, so `get_or_create` does not repeat it.
         raise ApiError(str(failure), failure.code, transient=False) from error
 
 
 def pending_operations(service: Any, name: str) -> list[Any]:
-    """List the unfinished long-running operations on a resource, whichever process began them."""
+    """List the unfinished long-running operations on a resource, from all processes."""
     operations, request = [], {"name": name}
     while True:
         try:
@@ -192,10 +195,8 @@ def pending_operations(service: Any, name: str) -> list[Any]:
 
 
 def wait_for_pending_operations(service: Any, name: str, what: str) -> bool:
-    """Wait for the pending operations on a resource; return whether there were any.
-
-    An operation goes on after a lost response or the death of the process that began it.
-    """
+    """Wait for the pending operations on a resource; return whether there were any."""
+    # An operation continues after a lost response, or after the process that started it has died.
     operations, start, wait = pending_operations(service, name), time.monotonic(), FIRST_WAIT
     for operation in operations:
         while not call(service.get_operation, {"name": operation.name}, what).done:
@@ -208,7 +209,7 @@ def wait_for_pending_operations(service: Any, name: str, what: str) -> bool:
 
 
 def is_transient(error: Exception) -> bool:
-    """Return whether the same call may succeed later."""
+    """Return whether a retry of the same call may succeed."""
     import requests
     from google.api_core import exceptions
     from google.auth.exceptions import TransportError
@@ -222,28 +223,29 @@ def is_transient(error: Exception) -> bool:
         requests.exceptions.ChunkedEncodingError,
         TransportError,
     )
+    # An exhausted quota is also reported as 429, but retries do not help.
     transient = isinstance(error, kinds) or status(error) in {429, 500, 502, 503, 504}
     return transient and not is_quota(str(error)) and not is_stock_out(str(error))
 
 
 def is_quota(message: str) -> bool:
-    """Return whether a machine quota is exhausted, which a retry does not fix."""
+    """Return whether an error message reports an exhausted resource quota."""
     return bool(re.match(QUOTA, message, re.IGNORECASE | re.DOTALL))
 
 
 def is_stock_out(message: str) -> bool:
-    """Return whether Google has no such machine available now."""
+    """Return whether an error message reports a lack of machines of this type."""
     return bool(re.search(STOCK_OUT, message, re.IGNORECASE))
 
 
 def status(error: Any) -> int:
-    """Return an error's HTTP status; 0 without a response."""
+    """Return the HTTP status of an error, or 0 without a response."""
     response = getattr(error, "response", None)
     return int(getattr(error, "code", None) or getattr(response, "status_code", None) or 0)
 
 
 def error_message(error: Any) -> str:
-    """Extract Google's own message on one line, without the request's address."""
+    """Extract Google's error message as one line, without the method and URL of the request."""
     try:
         text = error.response.json()["error"]["message"]
     except (AttributeError, ValueError, KeyError, TypeError):
@@ -253,8 +255,8 @@ def error_message(error: Any) -> str:
 
 
 def explain(error: Any, what: str) -> ApiError:
-    """Convert an error of Google's packages: what failed, Google's message, a hint."""
-    error = getattr(error, "cause", None) or error  # a RetryError has the last attempt's error
+    """Convert a Google client error to an ApiError: what failed, Google's message, a hint."""
+    error = getattr(error, "cause", None) or error  # RetryError wraps the last attempt's error
     message, transient = error_message(error), is_transient(error)
     code = status(error)
     if transient and code:
@@ -269,16 +271,16 @@ def explain(error: Any, what: str) -> ApiError:
 
 
 def labels(values: Mapping[str, str]) -> dict[str, str]:
-    """Make labels valid, dropping empty ones. A key begins with a letter."""
+    """Convert to valid resource labels: keys start with a letter, empty labels are dropped."""
     fitted = {label(key).lstrip("-_0123456789"): label(value) for key, value in values.items()}
     return {key: value for key, value in fitted.items() if key and value}
 
 
 def label(text: str) -> str:
-    """Make a label's value valid: lower case, digits, - and _, at most 63 characters."""
+    """Convert to a valid label value: at most 63 lower-case letters, digits, - and _."""
     return re.sub(r"[^a-z0-9_-]+", "-", text.lower())[:63].strip("-")
 
 
 def report(line: str) -> None:
-    """Print a line of progress to stderr."""
+    """Print a progress line to stderr."""
     print(line, file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
 """A lease on a registry: one deployment at a time."""
 
-# Object generations protect champion.json, but not the endpoint: two deployments at once would
-# change each other's traffic and remove each other's canary during its check.
+# Object generations protect champion.json, but not the endpoint: concurrent deployments would
+# change each other's traffic and undeploy each other's canary during its check.
 
 import json
 import threading
@@ -14,20 +14,21 @@ from gcp import client as api
 from gcp import storage
 from gcp.storage import StoredObject
 
-SECONDS = 90.0  # without renewal another process takes over; clocks differ by far less
-TIMEOUT = 3600.0  # seconds to wait for another deployment …
-LONGEST_WAIT = 5.0  # … looking this often
+SECONDS = 90.0  # lifetime without renewal; clock differences are far smaller
+TIMEOUT = 3600.0  # seconds to wait for another deployment
+LONGEST_WAIT = 5.0  # seconds between polls
 
 
 def clock() -> float:
-    """Return wall-clock seconds, which machines share."""
+    """Return wall-clock seconds, which are comparable between machines."""
     return time.time()
 
 
 class Lease:
-    """`with Lease(registry, run) as lease: … lease.check() …`.
+    """Hold the lease of a registry: `with Lease(registry, run) as lease: … lease.check() …`.
 
-    lock.json has an owner and an end, and a thread renews it. An expired lease is taken over.
+    lock.json contains the owner and the expiry time. A thread renews it; another process can
+    acquire it after its expiry.
     """
 
     def __init__(self, registry: str, run: str) -> None:
@@ -56,11 +57,11 @@ class Lease:
         self._thread.join()
         try:
             self._write(self._current, ends=0.0)
-        except UserError as error:  # the lease expires anyway
+        except UserError as error:  # not fatal: the lease expires
             api.report(f"{error} The next deployment waits up to {SECONDS:.0f} s.")
 
     def check(self) -> None:
-        """Raise UserError if the lease has expired; call it before each change."""
+        """Raise UserError if the lease has expired. Call this before each change."""
         if clock() >= self._ends:
             raise UserError(
                 "this deployment paused for so long that another may have begun. Retry."
@@ -71,7 +72,7 @@ class Lease:
         return expired and self._write(current, clock() + SECONDS)
 
     def _write(self, current: StoredObject, ends: float) -> bool:
-        # The token makes each owner's content unique.
+        # The token makes the content unique to this owner.
         content = json.dumps({"run": self._run, "token": self._token, "ends": ends}).encode()
         written = storage.replace(self._address, content, current)
         if written:
@@ -82,7 +83,7 @@ class Lease:
         while not self._released.wait(SECONDS / 3):
             try:
                 if not self._write(self._current, clock() + SECONDS):
-                    self._ends = 0.0
+                    self._ends = 0.0  # another process took over: let `check` fail
                     return
             except UserError:
-                continue  # try again until it expires
+                continue  # retry until the lease expires

@@ -1,12 +1,13 @@
-"""The cloud's model registry: models in Vertex AI, decisions in Cloud Storage.
+"""Cloud model registry: models in Vertex AI, metrics and champion in Cloud Storage.
 
-gs://…/registry/versions/N/version.json   metrics and origin of Vertex AI's version N
-gs://…/registry/champion.json             the version that is served, and why: the decision
-gs://…/registry/history.jsonl             all decisions
+gs://…/registry/versions/N/version.json   metrics and origin of model version N in Vertex AI
+gs://…/registry/champion.json             the champion: the served version, and the reason
+gs://…/registry/history.jsonl             all champion changes
 """
 
-# The layout is LocalRegistry's, so a step with a mounted bucket reads it as a folder. Files are
-# written only over the generation that was read; Vertex AI's alias follows champion.json.
+# Same layout as LocalRegistry, so pipeline steps can read a mounted bucket as a local registry.
+# Each write is conditional on the generation that was read, so concurrent changes are not lost.
+# champion.json is the source of truth; the aliases in Vertex AI are updated from it.
 
 import json
 import re
@@ -21,20 +22,21 @@ from core.registry import LocalRegistry, Registry, StaleChampion, Version, now, 
 from gcp import client as api
 from gcp import storage
 
-PORT, PREDICT, HEALTH = 8080, "/predict", "/health"  # of the predictor's container
-RUNNER = " RUNNER=vertex"  # make's option for this registry
+PORT, PREDICT, HEALTH = 8080, "/predict", "/health"  # of the predictor container
+RUNNER = " RUNNER=vertex"  # option of the make targets for this registry
 
 
 @dataclass(frozen=True)
 class Serving:
-    """How a model is served.
+    """Serving settings of a model.
 
     Attributes:
-        endpoint: display name of the endpoint, and id of the model in Vertex AI.
-        image: the predictor's container, by digest; needed only to register.
+        endpoint: display name of the endpoint, also the model id in Vertex AI.
+        image: predictor image by digest; required only to register.
         replicas: minimum and maximum.
-        canary_percent: a new version's traffic during its check.
-        service_account, key: empty at level 1.
+        canary_percent: traffic of a new version during its check.
+        service_account: email; empty at level 1.
+        key: Cloud KMS key; empty at level 1.
     """
 
     project: str
@@ -49,7 +51,7 @@ class Serving:
 
     @classmethod
     def parse(cls, document: Mapping[str, Any]) -> Self:
-        """Parse a pipeline parameter, in which every number is a double."""
+        """Parse a pipeline parameter; pipelines pass every number as a double."""
         fields = cls.__dataclass_fields__
         problems = [
             f"{name} is missing"
@@ -73,24 +75,24 @@ class Serving:
 
     @property
     def parent(self) -> str:
-        """Project and region as a resource name."""
+        """Return projects/PROJECT/locations/REGION."""
         return f"projects/{self.project}/locations/{self.region}"
 
     @property
     def model(self) -> str:
-        """The model's resource name, without a version."""
+        """Return the resource name of the model, without a version."""
         return f"{self.parent}/models/{self.endpoint}"
 
     @property
     def encryption(self) -> dict[str, Any]:
-        """The request field for a customer-managed key; empty without one."""
+        """Return the request field for a customer-managed key; empty without a key."""
         return {"encryption_spec": {"kms_key_name": self.key}} if self.key else {}
 
 
 class VertexRegistry(Registry):
-    """The registry in a bucket; writing needs `serving` and the lease.
+    """Registry in a bucket and in Vertex AI.
 
-    Each method completes what an interrupted earlier call has left.
+    Writing needs `serving` and a lease. All methods are idempotent: retry after any failure.
     """
 
     def __init__(self, address: str, serving: Serving | None = None) -> None:
@@ -99,7 +101,7 @@ class VertexRegistry(Registry):
 
     @property
     def serving(self) -> Serving:
-        """How models of this registry are served."""
+        """Return the serving settings, which are required for writing."""
         if self._serving is None:
             raise UserError(f"the registry {self.where} is in the cloud: --serving is missing.")
         return self._serving
@@ -107,10 +109,10 @@ class VertexRegistry(Registry):
     def register(
         self, model: Path, metrics: Mapping[str, float], run: str, address: str | None = None
     ) -> Version:
-        """Register a run's model as a version, once.
+        """Register the model of a run as a version, or return its existing version.
 
         Args:
-            address: the model's gs:// address; by default `model` is in a mounted bucket.
+            address: gs:// address of the model; not needed if `model` is in a mounted bucket.
         """
         serving, what = self.serving, "registering the model"
         request = upload_request(serving, model, run, address)
@@ -118,6 +120,7 @@ class VertexRegistry(Registry):
 
         def find() -> int | None:
             number = self._registered(service, request["model"])
+            # The upload of an interrupted call may still be pending.
             if number is None and api.wait_for_pending_operations(service, serving.model, what):
                 number = self._registered(service, request["model"])
             return number
@@ -137,9 +140,9 @@ class VertexRegistry(Registry):
         return self.version(number)
 
     def promote(self, number: int, reason: str, replaces: int | None) -> Version:
-        """Make a version the champion, if the champion still is `replaces` (None: there was none).
+        """Make a version the champion if the current champion is `replaces` (None: no champion).
 
-        Raises StaleChampion if another run has changed the champion.
+        Otherwise raise StaleChampion: another run has changed the champion.
         """
         version, address = self.version(number), f"{self.where}/champion.json"
         while True:
@@ -151,13 +154,13 @@ class VertexRegistry(Registry):
             if champion != replaces:
                 raise StaleChampion(number, replaces, champion, RUNNER)
             if last:
-                self._remember(last)  # its process may have died before it did
+                self._remember(last)  # the process that wrote it may have died before this step
             change = {"version": number, "replaces": replaces, "reason": reason, "time": now()}
             if storage.replace(address, _line(change), current):
                 return version
 
     def follow(self) -> None:
-        """Make the history and Vertex AI's aliases follow champion.json."""
+        """Update the history and the aliases in Vertex AI from champion.json."""
         change = self.last_change()
         if change is None:
             return
@@ -170,13 +173,13 @@ class VertexRegistry(Registry):
         api.call(service.merge_version_aliases, request, "setting the champion's aliases")
 
     def image(self, number: int) -> str:
-        """Return a version's predictor image; empty if Vertex AI no longer has the version."""
+        """Return the predictor image of a version; empty if Vertex AI no longer has it."""
         service = api.client("ModelService", self.serving.region)
         model = self._look_up(service, f"{self.serving.model}@{number}")
         return str(model.container_spec.image_uri) if model else ""
 
     def address(self, number: int) -> str:
-        """Return the gs:// address of a version's saved model."""
+        """Return the gs:// address of a version's saved model folder."""
         self.version(number)
         return str(storage.get(self._file(number)).document["model"])
 
@@ -189,17 +192,18 @@ class VertexRegistry(Registry):
         return document
 
     def _registered(self, service: Any, model: Mapping[str, Any]) -> int | None:
-        """Return a registered model's number; the lowest, if a lost response led to two."""
+        """Return the version number of a registered model, or None if it is not registered."""
         name, labels = self.serving.model, model["labels"]
         version = self._look_up(service, f"{name}@{model['version_aliases'][0]}")
         if version is None:
             return None
         own = f'labels.run="{labels["run"]}" AND labels.manifest="{labels["manifest"]}"'
 
-        def list_all(**options: Any) -> list[Any]:  # all pages, so that each is retried
+        def list_all(**options: Any) -> list[Any]:  # all pages, so the retry covers each
             return list(service.list_model_versions(**options))
 
         versions = api.call(list_all, {"name": name, "filter": own}, "listing the model's versions")
+        # A retry after a lost response may have created a second version: the lowest one counts.
         return min(int(one.version_id) for one in [version, *versions])
 
     def _look_up(self, service: Any, name: str) -> Any:
@@ -213,7 +217,7 @@ class VertexRegistry(Registry):
     def _describe(
         self, number: int, model: Path, metrics: Mapping[str, float], run: str, address: str
     ) -> None:
-        """Write version.json, which completes the version."""
+        """Write version.json, which completes a registration."""
         current = storage.get(self._file(number))
         if current.document.get("model") == address:
             return
@@ -233,8 +237,9 @@ class VertexRegistry(Registry):
         return f"{self.where}/versions/{number}/version.json"
 
     def _remember(self, change: dict[str, Any]) -> None:
-        """Append a decision to the history, once."""
+        """Append a champion change to the history, unless it is already there."""
         line, address = _line(change), f"{self.where}/history.jsonl"
+        # A failed replace means a concurrent write: read again and retry.
         while line not in (current := storage.get(address)).content.splitlines(keepends=True):
             storage.replace(address, current.content + line, current)
 
@@ -253,7 +258,7 @@ class VertexRegistry(Registry):
 def upload_request(
     serving: Serving, model: Path, run: str, address: str | None = None
 ) -> dict[str, Any]:
-    """Build the request that registers a saved model, without the name of its parent."""
+    """Build the upload request of a saved model, without model id or parent model."""
     if not serving.image:
         raise UserError("serving: image is missing; to register, name the predictor by digest.")
     document = manifest.read(model)
@@ -264,9 +269,9 @@ def upload_request(
             f" `gcloud storage cp {model} gs://BUCKET/FOLDER/ --recursive`, then pass that address."
         )
     digest = manifest.sha256(model / manifest.NAME)
-    # The same alias for a run's model, however often it is registered.
+    # Derived from run and content, so that a repeated registration finds the version.
     alias = f"v-{re.sub('[^a-z0-9]+', '-', run.lower()).strip('-')[:80]}-{digest[:12]}"
-    # A label has at most 63 characters, a SHA-256 has 64: half of it is enough.
+    # Labels are limited to 63 characters, and a SHA-256 has 64: half of it is enough.
     labels = {
         "run": run,
         "manifest": digest[:32],

@@ -1,10 +1,10 @@
-"""Read and write Cloud Storage objects; mounted buckets are read as folders.
+"""Read and write Cloud Storage objects; `fetch` reads mounted buckets as folders.
 
-STORAGE_EMULATOR_HOST replaces the server; no credentials are needed then.
+If STORAGE_EMULATOR_HOST is set, calls go to that server and need no credentials.
 """
 
-# Google's client is imported where it is used: loading it takes a second,
-# and not every image has it.
+# Google's client is imported inside functions: loading it takes a second, and some images do not
+# include it.
 
 import json
 import os
@@ -22,11 +22,11 @@ from gcp import client as api
 
 DEADLINE = 60.0  # seconds for one call
 RETRY_TIMEOUT = 60.0  # seconds for one call with all its retries
-WRITER = "written-by"  # metadata key: the id of one write
+WRITER = "written-by"  # metadata key for the id of a write
 
 
 class Conflict(UserError):
-    """Another process has written the object in the meantime."""
+    """Another process has changed the object in the meantime."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class StoredObject:
 
     @property
     def document(self) -> dict[str, Any]:
-        """The content as a JSON object; empty if it is not one."""
+        """Return the content parsed as a JSON object; empty if it is not a JSON object."""
         try:
             document = json.loads(self.content)
         except ValueError:
@@ -47,12 +47,12 @@ class StoredObject:
 
 
 def get(address: str) -> StoredObject:
-    """Read an object that may not exist."""
+    """Read an object; return generation 0 if it does not exist."""
     return StoredObject(*(read(address) or ()))
 
 
 def replace(address: str, content: bytes, current: StoredObject) -> StoredObject | None:
-    """Replace an object if it is still `current`; otherwise return None."""
+    """Replace an object if its generation is unchanged; otherwise return None."""
     try:
         return StoredObject(content, write(address, content, current.generation))
     except Conflict:
@@ -60,10 +60,10 @@ def replace(address: str, content: bytes, current: StoredObject) -> StoredObject
 
 
 def fetch(address: str, into: Path) -> Path:
-    """Return a local path for a path or gs:// address, downloading what is not mounted.
+    """Return a local path for a path or gs:// address; download it if it is not mounted.
 
     Args:
-        into: an object goes to into/NAME, a folder's objects go below `into`.
+        into: target folder. A single object is written to into/NAME, a folder's objects below it.
     """
     is_local = not address.startswith("gs://") or paths.is_mounted(paths.split_uri(address)[0])
     if is_local or not _has_client():
@@ -74,7 +74,7 @@ def fetch(address: str, into: Path) -> Path:
 
         bucket = _client().bucket(bucket_name)
         if name and not name.endswith("/"):
-            with suppress(NotFound):  # then it is a folder
+            with suppress(NotFound):  # not an object, so it is read as a folder
                 return _download(bucket.blob(name), into, Path(name).name)
         folder = f"{name.rstrip('/')}/" if name else ""
         blobs = [
@@ -93,11 +93,12 @@ def fetch(address: str, into: Path) -> Path:
 
 def _download(blob: Any, into: Path, name: str) -> Path:
     path = into / name
-    if not path.resolve().is_relative_to(into.resolve()):  # the name contains ..
+    if not path.resolve().is_relative_to(into.resolve()):  # path traversal: the name has ..
         raise UserError(
             f"gs://{blob.bucket.name}/{blob.name} would be written outside {into}; skipped."
         )
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Rename when complete, so an interrupted download leaves no truncated file under this name.
     partial = path.with_name(f"{path.name}.partial")
     try:
         _retry(blob.download_to_filename, partial)
@@ -117,13 +118,14 @@ def read(address: str) -> tuple[bytes, int] | None:
         try:
             return _retry(blob.download_as_bytes), int(blob.generation)
         except NotFound as error:
+            # A missing bucket is also a 404, but it is a configuration error.
             if "bucket does not exist" in api.error_message(error):
                 raise
             return None
 
 
 def names(address: str) -> list[str]:
-    """Return the sorted addresses of all objects in a folder."""
+    """Return the sorted gs:// addresses of all objects below a folder."""
     bucket, name = paths.split_uri(address)
     with _errors(f"reading {address}"):
         folder = f"{name.rstrip('/')}/" if name else ""
@@ -140,7 +142,7 @@ def generation(address: str) -> int | None:
 
 
 def upload(path: Path, address: str, if_generation_match: int | None = None) -> int:
-    """Copy a file to an address; otherwise like `write`."""
+    """Upload a file atomically and return its generation; see `write`."""
     return _write(address, "upload_from_filename", path, if_generation_match)
 
 
@@ -148,7 +150,8 @@ def write(address: str, content: bytes, if_generation_match: int | None = None) 
     """Write an object atomically and return its generation.
 
     Args:
-        if_generation_match: the generation to replace; 0 to create. Otherwise raises Conflict.
+        if_generation_match: the expected generation, 0 for a new object. On a mismatch, Conflict
+            is raised. None overwrites any generation.
     """
     return _write(address, "upload_from_string", content, if_generation_match)
 
@@ -164,7 +167,8 @@ def _write(address: str, method: str, content: Any, if_generation_match: int | N
         try:
             getattr(blob, method)(content, if_generation_match=if_generation_match, **_options())
         except PreconditionFailed:
-            # A retry after a lost response finds its own first attempt: that is a success.
+            # After a lost response, the retry conflicts with its own first attempt. Then the stored
+            # writer id is ours, and the write has succeeded.
             blob = blob.bucket.get_blob(name, **_options())
             if blob is None or (blob.metadata or {}).get(WRITER) != writer:
                 raise Conflict(
@@ -186,17 +190,17 @@ def _client() -> Any:
 
 @cache
 def _client_of(_: str | None) -> Any:
-    """Create one client per server: it reuses connections and token."""
+    """Create one client per server, to reuse its connections and token."""
     from google.cloud import storage
 
-    # Otherwise a thread reads each bucket's metadata to label traces that we do not collect.
+    # Otherwise a thread reads the metadata of each bucket for traces that we do not collect.
     os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
     return storage.Client(project=None)  # object access needs no project
 
 
 def _options() -> dict[str, Any]:
-    # Also for writes without if_generation_match, which the library would not retry by default:
-    # ours overwrite with the same content.
+    # The library does not retry writes without if_generation_match by default. Here a retry is
+    # safe: it overwrites with the same content.
     from google.cloud.storage.retry import DEFAULT_RETRY
 
     retry = DEFAULT_RETRY.with_delay(initial=0.2, maximum=10.0).with_timeout(RETRY_TIMEOUT)
@@ -204,14 +208,14 @@ def _options() -> dict[str, Any]:
 
 
 def _retry(download: Any, *arguments: Any) -> Any:
-    # The library's own retry of downloads misses an error response that is cut off.
+    # The library's own download retry does not cover a truncated error response.
     options = _options()
     return options["retry"](download)(*arguments, **options)
 
 
 @contextmanager
 def _errors(what: str) -> Iterator[None]:
-    """Convert errors of Google's packages to one message with a hint; others pass."""
+    """Convert Google client errors to one message with a hint; other errors pass through."""
     try:
         import requests
         from google.api_core.exceptions import GoogleAPIError
