@@ -1,6 +1,6 @@
-"""Register a saved model and serve it, locally or on Google Cloud; or roll back.
+"""Register and serve a saved model, locally or on Google Cloud, or roll back.
 
-The gate is not evaluated: the caller decides. The steps are in gcp.deployment.
+The gate is not evaluated here; that is up to the caller. The steps are in gcp.deployment.
 """
 
 import argparse
@@ -20,14 +20,14 @@ from gcp.model_registry import Serving, open_registry, upload_request
 
 
 def preview(serving: Serving, model: Path, run: str, address: str | None) -> str:
-    """Show the requests of a deployment as JSON, as far as they are known beforehand."""
+    """Return the requests of a deployment as JSON, with placeholders for unknown values."""
     upload = {"models.upload": upload_request(serving, model, run, address)}
     instance = manifest.example(manifest.read(model)["schema"])
     return _json({**upload, **_serving_requests(serving, "VERSION", instance)})
 
 
 def preview_of_rollback(number: int, serving: Mapping[str, Any]) -> str:
-    """Show the requests of a rollback as JSON, without any call."""
+    """Return the requests of a rollback as JSON, without any API call."""
     return _json(_serving_requests(Serving.parse(serving), str(number), "AN EXAMPLE INSTANCE"))
 
 
@@ -53,7 +53,7 @@ def _serving_requests(serving: Serving, version: str, instance: Any) -> dict[str
 
 
 def parser() -> argparse.ArgumentParser:
-    """Build the command line's options."""
+    """Return the command-line parser."""
     command = argparse.ArgumentParser(
         prog="python -m level_1_pipeline.deploy_container.main",
         description="Register a saved model and serve it.",
@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    """Deploy or roll back, as the options say."""
+    """Deploy or roll back, depending on the options."""
     options = parser().parse_args()
     serving = _read_object(options.serving, "--serving") if options.serving else {}
     run = _deploy if options.rollback is None else _rollback
@@ -104,6 +104,7 @@ def _deploy(options: argparse.Namespace, serving: dict[str, Any]) -> dict[str, A
         if options.dry_run:
             print(preview(Serving.parse(serving), model, run, address))
             return None
+        # Deploying fails if another run changes the champion after this line.
         champion = open_registry(registry).champion_number()
         return deploy(registry, model, metrics, run, reason, champion, serving, address)
 

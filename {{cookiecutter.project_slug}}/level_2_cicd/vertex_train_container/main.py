@@ -11,7 +11,7 @@ from gcp.training_job import Request, train
 
 
 def read_jobs(text: str) -> list[dict[str, Any]]:
-    """Read one resolved job or a list of them: JSON, or the path or gs:// address of a JSON file."""
+    """Parse one resolved job or a list of jobs from JSON, a JSON file or a gs:// address."""
     document = command_line.read_json(text, "--jobs")
     jobs = [document] if isinstance(document, dict) else document
     if not isinstance(jobs, list) or not all(isinstance(job, dict) for job in jobs):
@@ -22,7 +22,7 @@ def read_jobs(text: str) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Command line."""
+    """Parse the command line and run the training job."""
     parser = argparse.ArgumentParser(
         prog="python -m level_2_cicd.vertex_train_container.main", description=__doc__
     )
@@ -39,7 +39,7 @@ def main() -> None:
     jobs = read_jobs(options.jobs)
     request = Request(options.run, jobs, options.args, options.output, labels, options.key)
     if options.dry_run:
-        request.messages()
+        request.messages()  # validates the jobs against the API
         attempts = [request.custom_job(number) for number in range(1, len(jobs) + 1)]
         print(json.dumps(attempts, indent=2))
         return

@@ -1,12 +1,12 @@
-"""Register a saved model as a version, and make it the champion, which is served.
+"""Register a saved model as a version, make it the champion, and serve it.
 
-Steps in the cloud: register, deploy with the canary's traffic, check, write champion.json, settle.
-Each step is idempotent, so the same command finishes an interrupted deployment.
+Cloud steps: register, deploy as canary, check, write champion.json, settle. Each step is
+idempotent: repeat the same command to finish an interrupted deployment.
 """
 
-# champion.json is written before the traffic moves: the other way round, a crash could leave all
-# traffic with a version that is not the champion. Before it, the new version has at most the
-# canary's traffic; after it, any deployment's `settle` completes the move.
+# champion.json is written before the traffic moves. In the opposite order, a crash could leave all
+# traffic on a version that is not the champion. Before the write, the new version has at most the
+# canary traffic; after it, `settle` of any deployment completes the move.
 
 import signal
 import tempfile
@@ -28,8 +28,8 @@ from gcp.model_registry import RUNNER, Serving, VertexRegistry, upload_request
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Turn SIGTERM into KeyboardInterrupt, so that an ended deployment restores the traffic."""
-    if threading.current_thread() is not threading.main_thread():  # only it handles signals
+    """Raise KeyboardInterrupt on SIGTERM, so that a stopped deployment restores the traffic."""
+    if threading.current_thread() is not threading.main_thread():  # only it can set signal handlers
         yield
         return
     handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -50,15 +50,15 @@ def deploy(
     serving: Mapping[str, Any] | None = None,
     address: str | None = None,
 ) -> dict[str, Any]:
-    """Register a model and make it the champion, unless the champion is no longer `replaces`.
+    """Register a model and make it the champion if the current champion is `replaces`.
 
     Args:
-        registry: a folder, or gs://… in the cloud.
-        serving: the cloud's endpoint; a local server watches the registry itself.
-        address: the model's gs:// address, if `model` is a copy of it.
+        registry: folder, or gs:// address in the cloud.
+        serving: serving settings, cloud only; a local server watches the registry itself.
+        address: gs:// address of the model if `model` is a downloaded copy.
 
     Returns:
-        version: its number; champion: whether it is served; problem: why not.
+        {version: number, champion: True if it is the champion, problem: reason if not}.
     """
     numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
     if not registry.startswith("gs://"):
@@ -66,7 +66,7 @@ def deploy(
         number = local.register(model, numbers, run).number
         return _outcome(number, lambda: local.promote(number, reason, replaces))
     cloud = VertexRegistry(registry, Serving.parse(serving or {}))
-    upload_request(cloud.serving, model, run, address)  # fails on a damaged model before any call
+    upload_request(cloud.serving, model, run, address)  # rejects a damaged model before any call
     with Lease(registry, run) as lease:
         number = cloud.register(model, numbers, run, address).number
         report(f"registered version {number}: {cloud.serving.model}@{number}")
@@ -75,7 +75,7 @@ def deploy(
 
 @interruptible()
 def rollback(registry: str, number: int, serving: Mapping[str, Any]) -> dict[str, Any]:
-    """Make a version of the cloud's registry the champion, whatever its scores; see `deploy`."""
+    """Make a version of the cloud registry the champion without comparing metrics; see `deploy`."""
     cloud = VertexRegistry(registry, Serving.parse(serving))
     cloud.version(number)
     with Lease(registry, f"rollback-{number}") as lease:
@@ -87,13 +87,14 @@ def rollback(registry: str, number: int, serving: Mapping[str, Any]) -> dict[str
 def redeploy(registry: str, serving: Mapping[str, Any]) -> dict[str, Any] | None:
     """Serve the champion with another predictor image, as a new version; see `deploy`.
 
-    Returns None without a champion, or if it has this image already.
+    Return None if there is no champion, or if it already has this image.
     """
     cloud = VertexRegistry(registry, Serving.parse(serving))
     champion = cloud.champion()
     if champion is None or cloud.image(champion.number) == cloud.serving.image:
         return None
     address = cloud.address(champion.number)
+    # The suffix makes this a new version; `origin` removes it.
     run = f"{origin(champion.run)}+{cloud.serving.image.rpartition(':')[2][:8]}"
     reason = f"the model of version {champion.number}, with another predictor image"
     with tempfile.TemporaryDirectory() as folder:
@@ -104,7 +105,7 @@ def redeploy(registry: str, serving: Mapping[str, Any]) -> dict[str, Any] | None
 
 
 def origin(run: str) -> str:
-    """Return the run that trained a model, without the suffixes of `redeploy`."""
+    """Return the id of the training run, without the suffix that `redeploy` adds."""
     return run.partition("+")[0]
 
 
@@ -119,13 +120,14 @@ def _outcome(number: int, promote: Callable[[], Any]) -> dict[str, Any]:
 def _serve(
     cloud: VertexRegistry, lease: Lease, number: int, reason: str, replaces: int | None
 ) -> None:
-    """Deploy, check, decide and settle; after any failure, restore what was served."""
+    """Deploy, check, promote and settle; after any failure, restore the previous traffic."""
     endpoint = Endpoint(cloud.serving)
     champion = cloud.champion_number()
     try:
         if champion != number:
             if not _is_same_model(cloud, champion, replaces):
                 raise StaleChampion(number, replaces, champion, RUNNER)
+            # The lease may have expired during a long step, so it is checked before each change.
             lease.check()
             report(f"deploying version {number} to {endpoint.name}: this takes some minutes")
             deployed = endpoint.deploy(number)
@@ -135,7 +137,7 @@ def _serve(
             lease.check()
             cloud.promote(number, reason, champion)
             report(f"version {number} responds, and is the champion")
-    except BaseException as error:
+    except BaseException as error:  # also KeyboardInterrupt from SIGTERM or Ctrl-C
         try:
             _settle(cloud, lease, endpoint)
         except UserError as failure:
@@ -149,14 +151,14 @@ def _serve(
 
 
 def _is_same_model(cloud: VertexRegistry, champion: int | None, other: int | None) -> bool:
-    """Compare two versions, ignoring their predictor images."""
+    """Return whether two versions have the same model, ignoring the predictor image."""
     if champion is None or other is None or champion == other:
         return champion == other
     return origin(cloud.version(champion).run) == origin(cloud.version(other).run)
 
 
 def _settle(cloud: VertexRegistry, lease: Lease, endpoint: Endpoint) -> None:
-    """Make traffic, aliases and history follow champion.json."""
+    """Update traffic, aliases and history from champion.json."""
     lease.check()
     champion = cloud.champion_number()
     endpoint.settle(champion)

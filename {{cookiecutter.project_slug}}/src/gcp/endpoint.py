@@ -1,4 +1,4 @@
-"""The Vertex AI endpoint: deployed versions and their traffic."""
+"""Manage the Vertex AI endpoint: deployed versions and their traffic."""
 
 import contextlib
 import math
@@ -9,15 +9,15 @@ from core.errors import UserError
 from gcp import client as api
 from gcp.model_registry import Serving
 
-RESPONSES = 5  # of a new version, before it gets all traffic
+RESPONSES = 5  # required from a new version before it gets all traffic
 CHECK = 300.0  # seconds for these responses
-STARTING = 60.0  # seconds in which it may be busy: new traffic takes effect late
+STARTING = 60.0  # seconds in which BUSY is accepted: a traffic change takes effect late
 PAUSE = 2.0  # seconds between rounds of requests
 BUSY = {0, 429, 502, 503, 504}  # HTTP statuses while starting; 0: no response
 
 
 class UnhealthyDeployment(UserError):
-    """A new version does not respond as it should."""
+    """A new version failed its check."""
 
 
 class EndpointNotFound(UserError):
@@ -25,22 +25,22 @@ class EndpointNotFound(UserError):
 
 
 class Endpoint:
-    """The project's endpoint, which serves the champion and during a deployment its challenger.
+    """The project's endpoint: serves the champion and, during a deployment, its challenger."""
 
-    A version's number is the id of its deployment, so it cannot be deployed twice. Pending
-    operations of a lost response or a dead process are waited for before new ones begin.
-    """
+    # The version number is also the id of the deployed model, so a version cannot be deployed
+    # twice. Pending operations (after a lost response or a dead process) must finish before new
+    # ones start.
 
     def __init__(self, serving: Serving) -> None:
-        """Find the endpoint; at level 1, create it if missing."""
+        """Look up the endpoint; create it at level 1 if it does not exist."""
         self.serving = serving
         self._service = api.client("EndpointService", serving.region)
-        self._last = "VERSION"  # the last version whose deployment began here
+        self._last = "VERSION"  # last version that this process started to deploy
         self.name: str = api.get_or_create(self._find, self._create).name
-        self._deployed_models()  # refuses a shared endpoint before any change
+        self._deployed_models()  # fails on a shared endpoint before any change
 
     def deploy(self, version: int) -> str:
-        """Deploy a version without traffic; return the id of its deployment."""
+        """Deploy a version without traffic; return its deployed model id."""
         what = f"deploying version {version}"
 
         def find() -> str | None:
@@ -57,20 +57,24 @@ class Endpoint:
         return api.get_or_create(find, deploy)
 
     def start_canary(self, deployed: str, champion: int | None) -> None:
-        """Give a deployed version the canary's traffic, and the champion the rest."""
+        """Route the canary share of the traffic to a deployed version, the rest to the champion."""
         other = self._id(champion) if champion else None
         self._set_traffic(split_traffic(deployed, other, self.serving.canary_percent))
 
     def check(self, deployed: str, instance: Any) -> None:
-        """Send requests until the deployed version has responded RESPONSES times."""
+        """Send requests until the deployed version has responded RESPONSES times.
+
+        Raise UnhealthyDeployment on an invalid response, or after CHECK seconds.
+        """
         from google.cloud.aiplatform_v1 import PredictRequest
 
         request = PredictRequest(endpoint=self.name)
-        # Not as an argument: there proto-plus rejects plain values.
+        # Appended here because proto-plus rejects plain values in the constructor.
         request.instances.append(instance)
         service = api.client("PredictionService", self.serving.region)
         percent = dict(self._state().traffic_split).get(deployed, 0)
-        round_size = math.ceil(RESPONSES * 100 / max(percent, 1))  # enough on average
+        # The number of requests that gives RESPONSES responses of the canary, on average.
+        round_size = math.ceil(RESPONSES * 100 / max(percent, 1))
         start, requests, responses = time.monotonic(), 0, 0
         while time.monotonic() - start < CHECK:
             requests += 1
@@ -83,6 +87,7 @@ class Endpoint:
                     raise UnhealthyDeployment(str(error)) from None
                 time.sleep(PAUSE)
                 continue
+            # The champion serves the other requests.
             if response.deployed_model_id == deployed:
                 count = len(response.predictions)
                 if count != 1:
@@ -100,7 +105,7 @@ class Endpoint:
         )
 
     def settle(self, champion: int | None) -> None:
-        """Give the champion all traffic, and undeploy everything else."""
+        """Route all traffic to the champion and undeploy all other versions."""
         current = None if champion is None else self.deploy(champion)
         self._set_traffic({current: 100} if current else {})
         self._cancel_deployments()
@@ -109,7 +114,7 @@ class Endpoint:
                 self._undeploy(model.id)
 
     def _cancel_deployments(self) -> None:
-        # A pending deployment would come up later, without traffic but billed.
+        # A pending deployment would finish later: without traffic, but billed.
         deployments = [
             operation
             for operation in api.pending_operations(self._service, self.name)
@@ -122,7 +127,7 @@ class Endpoint:
                 + undeploy_command(self.serving, self.name, self._last)
             )
         for operation in deployments:
-            # Google may not be able to cancel it; the wait below covers that.
+            # Cancellation is best effort; the wait below covers a failure.
             with contextlib.suppress(api.ApiError):
                 request = {"name": operation.name}
                 api.call(self._service.cancel_operation, request, "cancelling a deployment")
@@ -130,7 +135,7 @@ class Endpoint:
 
     def _find(self) -> Any:
         endpoints = self._list()
-        if not endpoints and not self.serving.service_account:  # its creation may be pending
+        if not endpoints and not self.serving.service_account:  # creation may be pending
             name = f"{self.serving.parent}/endpoints/{self.serving.endpoint}"
             if api.wait_for_pending_operations(self._service, name, "looking for the endpoint"):
                 endpoints = self._list()
@@ -146,7 +151,7 @@ class Endpoint:
         name = self.serving.endpoint
         request = {"parent": self.serving.parent, "filter": f'display_name="{name}"'}
 
-        def list_all(**options: Any) -> list[Any]:  # all pages, so that each is retried
+        def list_all(**options: Any) -> list[Any]:  # all pages, so the retry covers each
             return list(self._service.list_endpoints(**options))
 
         return list(api.call(list_all, request, "looking for the endpoint"))
@@ -202,7 +207,7 @@ class Endpoint:
             return state if traffic == split else None
 
         def change() -> Any:
-            # With an old etag, after someone else's change, this is refused.
+            # The etag rejects this update if the endpoint has changed in the meantime.
             endpoint = {"name": self.name, "traffic_split": split, "etag": self._state().etag}
             request = {"endpoint": endpoint, "update_mask": {"paths": ["traffic_split"]}}
             update = self._service.update_endpoint
@@ -216,6 +221,7 @@ class Endpoint:
         def is_gone() -> bool:
             return deployed not in {model.id for model in self._state().deployed_models}
 
+        # None, not False, makes `get_or_create` undeploy.
         def find() -> bool | None:
             return is_gone() or (self._wait(what) and is_gone()) or None
 
@@ -228,7 +234,7 @@ class Endpoint:
 
 
 def undeploy_command(serving: Serving, endpoint: str, deployed: str) -> str:
-    """Format the gcloud command that removes a deployment."""
+    """Return the gcloud command that undeploys a version."""
     return (
         f"gcloud ai endpoints undeploy-model {endpoint.rsplit('/', 1)[1]}"
         f" --deployed-model-id={deployed} --project={serving.project} --region={serving.region}"
@@ -236,8 +242,9 @@ def undeploy_command(serving: Serving, endpoint: str, deployed: str) -> str:
 
 
 def deploy_request(serving: Serving, endpoint: str, version: int | str) -> dict[str, Any]:
-    """Build the request that deploys a version."""
-    # Without traffic_split: it would take effect at the end, long after an interruption.
+    """Return the request that deploys a version."""
+    # No traffic_split: it would take effect when the operation ends, even if this process has been
+    # interrupted long before.
     return {
         "endpoint": endpoint,
         "deployed_model": {
@@ -255,7 +262,7 @@ def deploy_request(serving: Serving, endpoint: str, version: int | str) -> dict[
 
 
 def split_traffic(new: str, other: str | None, percent: int) -> dict[str, int]:
-    """Give the canary `percent` and the champion the rest; all of it without another champion."""
+    """Return the traffic split: `percent` to the new version, the rest to the other, if any."""
     if other is None or other == new or percent == 100:
         return {new: 100}
     return {new: percent, other: 100 - percent}

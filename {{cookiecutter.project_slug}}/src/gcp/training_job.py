@@ -1,9 +1,9 @@
 """Submit a custom training job to Vertex AI, follow it, and return its result.
 
-One request (a run and its output folder) has one live job, whatever fails:
-· Its jobs carry the request's hash as a label. A job is submitted only if none has that label.
-· If two were submitted at once, the oldest stays and the others are cancelled.
-· SIGTERM and Ctrl-C cancel the job; during a submission they wait until its name is known.
+A request (a run and its output folder) has at most one live job, also after failures:
+- Each job has the hash of its request as a label; a job is submitted only if no job has that label.
+- If two jobs were submitted concurrently, the oldest is kept and the others are cancelled.
+- SIGTERM and Ctrl-C cancel the job; during a submission they are deferred until its name is known.
 """
 
 import hashlib
@@ -25,9 +25,9 @@ from gcp import client as api
 from gcp import storage
 from gcp.client import ApiError
 
-# Seconds between polls of a job; each wait is longer than the last.
+# Seconds between polls of a job, with backoff.
 FIRST_WAIT, LONGEST_WAIT = 5.0, 60.0
-LAST_CALLS = 20.0  # seconds per cancelling call: the sender of SIGTERM does not wait for long
+LAST_CALLS = 20.0  # seconds per call while cancelling: the sender of SIGTERM does not wait long
 ALIVE = {"QUEUED", "PENDING", "RUNNING", "PAUSED", "UPDATING"}
 SUCCEEDED, CANCELLING, CANCELLED = "SUCCEEDED", "CANCELLING", "CANCELLED"
 RESOURCE_EXHAUSTED = 8  # google.rpc.Code
@@ -40,11 +40,11 @@ class Request:
 
     Attributes:
         run: projects/P/locations/R/pipelineJobs/ID, or …/runs/ID outside a pipeline.
-        jobs: resolved jobs of gpu_jobs/, tried in this order until one gets capacity.
+        jobs: resolved jobs of gpu_jobs/, tried in order until one gets capacity.
         args: arguments of trainer.train.
-        output: gs://…/model, the saved model's folder.
-        labels: of the job, in any form; `commit` is the code's version.
-        key: a Cloud KMS key, or empty.
+        output: gs://…/model, the folder of the saved model.
+        labels: job labels, converted to valid ones; `commit` is the code version.
+        key: Cloud KMS key, or empty.
     """
 
     run: str
@@ -60,7 +60,7 @@ class Request:
                 f"--run {self.run!r}: expected projects/PROJECT/locations/REGION/pipelineJobs/ID, "
                 "or …/runs/ID."
             )
-        # Vertex AI gives a job the folder `model` below its output address, and no other.
+        # Vertex AI appends /model to a job's output address, so no other folder is possible.
         if not re.fullmatch(r"gs://[^/]+/(.+/)?model", self.output):
             raise UserError(
                 f"--output {self.output!r}: expected gs://BUCKET/…/model; "
@@ -71,7 +71,7 @@ class Request:
 
     @property
     def parent(self) -> str:
-        """projects/P/locations/R."""
+        """Return projects/P/locations/R."""
         return self.run.rsplit("/", 2)[0]
 
     @property
@@ -80,24 +80,24 @@ class Request:
 
     @property
     def id(self) -> str:
-        """The same for the same request, also after a restart."""
+        """Return a hash of run and output, which is the same after a restart."""
         return hashlib.sha256(f"{self.run} {self.output}".encode()).hexdigest()[:16]
 
     @property
     def list_command(self) -> str:
-        """The command that lists this request's jobs."""
+        """Return the gcloud command that lists the jobs of this request."""
         return (
             f"gcloud ai custom-jobs list --project={self.run.split('/')[1]} "
             f'--region={self.region} --filter="labels.request={self.id}"'
         )
 
     def custom_job(self, attempt: int) -> dict[str, Any]:
-        """The CustomJob of the first, second, … attempt, in the API's JSON form."""
+        """Return the CustomJob of an attempt (from 1) in the JSON format of the API."""
         spec = deepcopy(dict(self.jobs[attempt - 1]))
         for pool in spec.get("workerPoolSpecs", []):
             container = pool.setdefault("containerSpec", {})
             container["args"] = list(self.args)
-            if "commit" in self.labels:  # the trainer writes it into the model's manifest
+            if "commit" in self.labels:  # for the model's manifest
                 version = {"name": "CODE_VERSION", "value": self.labels["commit"]}
                 container["env"] = [*container.get("env", []), version]
         spec["baseOutputDirectory"] = {"outputUriPrefix": self.output.removesuffix("/model")}
@@ -107,7 +107,7 @@ class Request:
         return {**job, "encryptionSpec": {"kmsKeyName": self.key}} if self.key else job
 
     def messages(self) -> list[Any]:
-        """Every attempt's CustomJob, validated against the API's own definition."""
+        """Return the CustomJob messages of all attempts, validated by the API client."""
         from google.cloud.aiplatform_v1 import CustomJob
         from google.protobuf import json_format
 
@@ -126,17 +126,17 @@ class Request:
 def pipeline_request(
     pipeline_job: str, jobs: Sequence[Mapping[str, Any]], args: Sequence[str], output: str
 ) -> Request:
-    """The request of a pipeline's step, with the labels and the key of its pipeline run."""
+    """Return the request of a pipeline step, with labels and key of its pipeline run."""
     request = Request(pipeline_job, jobs, args, output)
     service = api.client("PipelineService", request.region)
     run = api.call(service.get_pipeline_job, {"name": pipeline_job}, "looking up the pipeline run")
-    # Google reserves labels with its own prefix.
+    # Labels with this prefix are reserved by Google.
     labels = {key: value for key, value in run.labels.items() if not key.startswith("vertex-ai-")}
     return Request(pipeline_job, jobs, args, output, labels, run.encryption_spec.kms_key_name)
 
 
 def machine(spec: Mapping[str, Any]) -> str:
-    """A job's machines in words: "g2-standard-8 with 1 NVIDIA_L4, SPOT"."""
+    """Describe the machines of a job, such as "g2-standard-8 with 1 NVIDIA_L4, SPOT"."""
     pools = spec.get("workerPoolSpecs") or [{}]
     first = pools[0].get("machineSpec", {})
     nodes = sum(int(pool.get("replicaCount", 1)) for pool in pools)
@@ -150,27 +150,27 @@ def machine(spec: Mapping[str, Any]) -> str:
 
 
 def state(job: Any) -> str:
-    """SUCCEEDED for JOB_STATE_SUCCEEDED."""
+    """Return the job state without its prefix: SUCCEEDED for JOB_STATE_SUCCEEDED."""
     return str(job.state.name).removeprefix("JOB_STATE_")
 
 
 def attempt_of(job: Any) -> int:
-    """The attempt of its request that the job was."""
+    """Return the attempt number of a job, from 1."""
     return int(job.labels.get("attempt", "1"))
 
 
 def by_age(jobs: Sequence[Any]) -> list[Any]:
-    """Sort jobs, the oldest first."""
+    """Sort jobs by creation time, oldest first."""
     return sorted(jobs, key=lambda job: (job.create_time, job.name))
 
 
 class Jobs:
-    """The jobs of one request at Vertex AI."""
+    """The Vertex AI jobs of one request."""
 
     def __init__(
         self, request: Request, stop: Stop, waits: tuple[float, float] | None = None
     ) -> None:
-        """waits: seconds between polls, the first and the longest."""
+        """Validate all jobs; `waits`: first and longest seconds between polls."""
         self.request, self.stop = request, stop
         self.waits = waits or (FIRST_WAIT, LONGEST_WAIT)
         self.messages = request.messages()
@@ -178,7 +178,7 @@ class Jobs:
         self.sent: set[str] = set()
 
     def find_all(self, timeout: float | None = None) -> list[Any]:
-        """Jobs of this request that were not cancelled, the oldest first."""
+        """List the jobs of this request that were not cancelled, oldest first."""
         query = {"parent": self.request.parent, "filter": f'labels.request="{self.request.id}"'}
         jobs = api.call(
             lambda **options: list(self.service.list_custom_jobs(**options)),
@@ -189,11 +189,9 @@ class Jobs:
         return by_age([job for job in jobs if state(job) != CANCELLED])
 
     def find(self, attempt: int) -> Any | None:
-        """Return the oldest live or succeeded job; else the last failed one from this attempt on.
-
-        If there is only one that is being cancelled, wait for its end: until then it may write to
-        the folder that the next one writes to.
-        """
+        """Return the oldest live or succeeded job, else the last failed job from `attempt` on."""
+        # A job that is being cancelled may still write to the output folder, so the next job must
+        # not start before it has ended.
         while True:
             jobs = self.find_all()
             good = [job for job in jobs if state(job) in {*ALIVE, SUCCEEDED}]
@@ -208,8 +206,9 @@ class Jobs:
                 job = self.get(job.name)
 
     def send(self, attempt: int) -> Any:
-        """Submit a job."""
+        """Submit the job of an attempt."""
         job = {"parent": self.request.parent, "custom_job": self.messages[attempt - 1]}
+        # Without its name a stopped job could not be cancelled, so signals are deferred.
         with self.stop.held():
             created = api.call(
                 self.service.create_custom_job, job, "starting the job", repeatable=False
@@ -218,18 +217,18 @@ class Jobs:
         return created
 
     def get(self, name: str) -> Any:
-        """A job's present state; retries for long, because the job runs on meanwhile."""
+        """Fetch a job; retry for up to WATCH seconds, because the job keeps running."""
         get = self.service.get_custom_job
         return api.call(get, {"name": name}, "watching the job", timeout=api.WATCH)
 
     def pause(self, wait: float) -> float:
-        """Sleep, and return the next, longer wait."""
+        """Sleep for `wait` seconds and return the next, longer wait."""
         self.stop.check()
         time.sleep(wait)
         return min(1.5 * wait, self.waits[1])
 
     def keep_oldest(self, job: Any) -> Any:
-        """Return the job to follow: this one, unless an older one lives; cancel all others."""
+        """Return a succeeded or else the oldest live job; cancel all other live jobs."""
         jobs = {job.name: job, **{other.name: other for other in self.find_all(api.WATCH)}}
         alive = by_age([other for other in jobs.values() if state(other) in ALIVE])
         succeeded = [other for other in jobs.values() if state(other) == SUCCEEDED]
@@ -241,11 +240,11 @@ class Jobs:
         return oldest
 
     def cancel(self, name: str, timeout: float | None = None) -> bool:
-        """Cancel a job; False if it has already finished."""
+        """Cancel a job; return False if it has already finished."""
         return api.cancel(self.service.cancel_custom_job, name, "cancelling the job", timeout)
 
     def cancel_all(self) -> None:
-        """Cancel what lives; report what could not be cancelled."""
+        """Cancel all live jobs and print the errors."""
         self.stop.holding = True  # a second signal must not interrupt this
         try:
             alive = {job.name for job in self.find_all(LAST_CALLS) if state(job) in ALIVE}
@@ -254,6 +253,7 @@ class Jobs:
             alive = set()
             if not self.sent:
                 print(f"A job may run. Run `{self.request.list_command}`", file=sys.stderr)
+        # The listing may have failed; jobs submitted by this process are known anyway.
         for name in sorted(alive | self.sent):
             try:
                 if self.cancel(name, LAST_CALLS):
@@ -263,21 +263,21 @@ class Jobs:
 
 
 def console(name: str) -> str:
-    """The URL of a job's page."""
+    """Return the console URL of a job."""
     _, project, _, region, _, number = name.split("/")
     page = f"{CONSOLE}/agent-platform/locations/{region}/training/{number}"
     return f"{page}?project={project}"
 
 
 def logs(name: str) -> str:
-    """The URL of a job's log."""
+    """Return the URL of the job log."""
     _, project, *_, number = name.split("/")
     query = f"resource.type%3D%22ml_job%22%0Aresource.labels.job_id%3D%22{number}%22"
     return f"{CONSOLE}/logs/query;query={query}?project={project}"
 
 
 def still_running(name: str) -> str:
-    """What to do about a job that is no longer followed."""
+    """Return a hint for a job that is no longer followed."""
     region = name.split("/")[3]
     return (
         f"The job may still run: {console(name)}. The same request finds it again; "
@@ -286,7 +286,7 @@ def still_running(name: str) -> str:
 
 
 def train(request: Request, waits: tuple[float, float] | None = None) -> dict[str, str]:
-    """Train in a custom training job; return the job's name and page once the model is complete.
+    """Run a custom training job until its model is complete; return its name and console page.
 
     SIGTERM and Ctrl-C cancel the job and raise SystemExit.
     """
@@ -302,7 +302,7 @@ def train(request: Request, waits: tuple[float, float] | None = None) -> dict[st
     if state(job) != SUCCEEDED:
         reason = " ".join((job.error.message or "no reason given").split())
         raise UserError(f"the training job ended as {state(job)}: {reason} {log}")
-    # Success is read from the saved model, not from the job's state.
+    # The job state alone does not prove that the saved model is complete.
     try:
         with tempfile.TemporaryDirectory() as folder:
             manifest.read(storage.fetch(request.output, Path(folder)))
@@ -312,7 +312,7 @@ def train(request: Request, waits: tuple[float, float] | None = None) -> dict[st
 
 
 def run_until_capacity(jobs: Jobs) -> Any:
-    """Try the jobs in order; return the first that did not fail for lack of capacity."""
+    """Try the jobs in order; return the first one that did not fail for lack of capacity."""
     attempt, count = 1, len(jobs.messages)
     while True:
         try:
@@ -323,7 +323,7 @@ def run_until_capacity(jobs: Jobs) -> Any:
                 return job
             problem = job.error.message
         except ApiError as error:
-            if error.code != 429:
+            if error.code != 429:  # 429 counts as lack of capacity: try the next job
                 raise
             problem = str(error)
         print(f"no capacity: {problem}", flush=True)
@@ -337,7 +337,7 @@ def run_until_capacity(jobs: Jobs) -> Any:
 
 
 def find_or_send(jobs: Jobs, attempt: int) -> Any:
-    """Return the job of this attempt, or of a later one that an earlier process reached."""
+    """Return the job of this attempt, or of a later attempt by an earlier process."""
     try:
         job = api.get_or_create(lambda: jobs.find(attempt), lambda: jobs.send(attempt))
     except ApiError as error:
@@ -347,7 +347,7 @@ def find_or_send(jobs: Jobs, attempt: int) -> Any:
             f"{error} A job may have started all the same; run `{jobs.request.list_command}`"
         ) from None
     number, count = attempt_of(job), len(jobs.messages)
-    # project.yaml may name fewer jobs now than when the job was submitted.
+    # project.yaml may list fewer jobs than when this job was submitted.
     where = machine(jobs.request.jobs[number - 1]) if number <= count else "another machine"
     action = "sent" if job.name in jobs.sent else "found"
     print(f"{action}: {job.display_name} ({where}), job {number} of {count}", flush=True)
@@ -356,7 +356,7 @@ def find_or_send(jobs: Jobs, attempt: int) -> Any:
 
 
 def follow(jobs: Jobs, job: Any) -> Any:
-    """Poll a job until it has ended, and print each change of its state."""
+    """Poll a job until it has ended and print each state change."""
     last, wait = None, jobs.waits[0]
     try:
         while True:
@@ -365,6 +365,7 @@ def follow(jobs: Jobs, job: Any) -> Any:
                 seconds = max(0, int((datetime.now(UTC) - job.create_time).total_seconds()))
                 elapsed = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
                 print(f"  {elapsed}  {state(job).lower().replace('_', ' ')}", flush=True)
+                # Another process may have submitted a job for the same request.
                 oldest = jobs.keep_oldest(job)
                 if oldest.name != job.name:
                     job = oldest
@@ -378,9 +379,9 @@ def follow(jobs: Jobs, job: Any) -> Any:
 
 
 def is_capacity_error(job: Any) -> bool:
-    """Whether a job failed because no machine was available."""
+    """Return whether a job failed because no machine was available."""
     message = job.error.message
-    # Too little memory has the same code, and another machine of the kind would fail as well.
+    # Out of memory has the same code, but the next machine would fail in the same way.
     if state(job) != "FAILED" or re.search(r"out.of.memory", message, re.IGNORECASE):
         return False
     exhausted = job.error.code == RESOURCE_EXHAUSTED
