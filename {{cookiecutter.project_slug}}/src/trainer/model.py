@@ -72,7 +72,7 @@ class Standardizer(nn.Module):
         self.std: torch.Tensor
 
     def fit(self, features: np.ndarray) -> None:
-        """Compute median, mean and standard deviation (1 for constants) from training rows."""
+        """Take median, mean and standard deviation (1 for a constant) from training rows."""
         numbers = features[:, self.numeric]
         # All values of a sparse column may be in the validation rows.
         numbers = np.where(np.isnan(numbers).all(axis=0), 0.0, numbers)
