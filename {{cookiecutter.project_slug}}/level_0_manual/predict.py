@@ -1,8 +1,8 @@
-"""Ask a model: the running server of this machine, or else a saved model through its ONNX file.
+"""Predict with the local server if it is running, else with a saved model's ONNX file.
 
 python -m level_0_manual.predict --row 3              the third test row
-python -m level_0_manual.predict --row '{"age": 41}'  a row of your own
-python -m level_0_manual.predict --csv new.csv        every row of a file; answers go to standard output as CSV
+python -m level_0_manual.predict --row '{"age": 41}'  your own row
+python -m level_0_manual.predict --csv new.csv        all rows of a file; prints CSV
 """
 
 import argparse
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def read_csv(path: Path) -> dict[str, list[str]]:
-    """Column name → cells as text."""
+    """Read a CSV file as column name → cells as text."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.reader(stream, strict=True)
@@ -35,6 +35,7 @@ def read_csv(path: Path) -> dict[str, list[str]]:
                 raise UserError(f"{path}: a column name stands twice.")
             rows = []
             for row in reader:
+                # csv.reader returns [] for a blank line, which is skipped.
                 if row and len(row) != len(names):
                     raise UserError(
                         f"{path}, line {reader.line_num}: has {len(row)} cells, but the header has {len(names)}."
@@ -51,7 +52,7 @@ def read_csv(path: Path) -> dict[str, list[str]]:
 
 
 def parse_row(text: str, schema: Schema) -> dict[str, list[Any]]:
-    """One row given as a JSON object."""
+    """Parse one row from a JSON object, as a table."""
     try:
         row = json.loads(text)
     except ValueError as error:
@@ -60,6 +61,7 @@ def parse_row(text: str, schema: Schema) -> dict[str, list[Any]]:
         ) from None
     if not isinstance(row, dict):
         raise UserError("ROW wants one JSON object with a value for each column.")
+    # The label is allowed: `show_row` then compares it with the prediction.
     known = {column.name for column in schema.columns} | {schema.label}
     unknown = [name for name in row if name not in known]
     if unknown:
@@ -68,7 +70,7 @@ def parse_row(text: str, schema: Schema) -> dict[str, list[Any]]:
 
 
 def show_row(model: "Model | Server", table: Mapping[str, Sequence[Any]], title: str) -> str:
-    """One answer as text: the image where the columns are pixels, the best classes with their scores, the truth if known."""
+    """Format one prediction: top classes with scores, the truth if known, the image if any."""
     schema = model.schema
     scores = model.probabilities(table)[0]
     best = np.argsort(-scores, kind="stable")[:3]
@@ -93,15 +95,16 @@ def show_row(model: "Model | Server", table: Mapping[str, Sequence[Any]], title:
 
 
 def draw(pixels: Sequence[float], shape: tuple[int, int]) -> list[str]:
-    """A grey image as lines of text, two characters wide for each pixel so that it looks square."""
+    """Draw a grey image as lines of text; two characters per pixel make it look square."""
     shades = " ░▒▓█"
     height, width = shape
-    most = max([*pixels, 1e-9])
+    most = max([*pixels, 1e-9])  # not 0, which a black image would divide by
     cells = [shades[min(4, max(0, round(4 * value / most)))] * 2 for value in pixels]
     return ["".join(cells[row * width : (row + 1) * width]) for row in range(height)]
 
 
 def _side_by_side(left: list[str], right: list[str]) -> list[str]:
+    """Join two blocks of text side by side, the right one centered vertically."""
     width = max(map(len, left))
     right = [""] * max(0, (len(left) - len(right)) // 2) + right
     height = max(len(left), len(right))
@@ -110,7 +113,7 @@ def _side_by_side(left: list[str], right: list[str]) -> list[str]:
 
 
 def write_answers(model: "Model | Server", table: Mapping[str, Sequence[Any]]) -> None:
-    """The rows' answers as CSV on standard output: row number, prediction, its score."""
+    """Print predictions as CSV: row number, prediction, score."""
     probabilities = model.probabilities(table)
     best = probabilities.argmax(axis=1)
     writer = csv.writer(sys.stdout, lineterminator="\n")
@@ -122,7 +125,7 @@ def write_answers(model: "Model | Server", table: Mapping[str, Sequence[Any]]) -
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m level_0_manual.predict", description="Ask a saved model."
     )
@@ -138,6 +141,7 @@ def main() -> None:
         raise UserError(
             "give ROW=NUMBER, ROW='{\"column\": value, …}' or CSV=FILE; for example: make predict ROW=1"
         )
+    # Read the file first: an invalid one is reported before a model is loaded.
     table = read_csv(arguments.csv) if arguments.csv else {}
     model, test_data = choose(arguments)
     if arguments.csv:
@@ -150,7 +154,7 @@ def main() -> None:
 
 
 def choose(arguments: argparse.Namespace) -> "tuple[Model | Server, Path]":
-    """Whom to ask, and where the test rows are; says so on standard error."""
+    """Return the server or model, and the path of its test rows; print the choice to stderr."""
     from core.registry import LocalRegistry
     from predictor.client import Server
     from project import runs
@@ -159,7 +163,7 @@ def choose(arguments: argparse.Namespace) -> "tuple[Model | Server, Path]":
         return Model.load(arguments.model_dir), arguments.model_dir.parent / "test.parquet"
     registry = LocalRegistry(runs.registry_folder())
     server = None if arguments.run else Server.find(arguments.port, registry)
-    if server and server.version:  # one that is found has a version
+    if server and server.version:  # `find` returns only servers with a version
         print(f"Asking the server at {server.address}, version {server.version}.", file=sys.stderr)
         return server, runs.Run(runs.runs_folder() / registry.version(server.version).run).test_data
     run = runs.find(arguments.run)
@@ -173,7 +177,7 @@ def choose(arguments: argparse.Namespace) -> "tuple[Model | Server, Path]":
 
 
 def test_row(path: Path, number: int) -> dict[str, list[Any]]:
-    """One row of the run's test data, by its number from 1."""
+    """Return one row of the test data by its number, from 1."""
     import duckdb
 
     if not path.is_file():

@@ -1,4 +1,7 @@
-"""make level0: the four notebooks, run in order without a browser; reports and the model stay in runs/ID/."""
+"""Run the four notebooks in order without a browser; write reports and model to runs/ID/.
+
+python -m level_0_manual.run     (`make level0`)
+"""
 
 import os
 import re
@@ -23,7 +26,7 @@ from trainer.data import find_csv
 
 
 def execute(name: str, run: runs.Run, place: str) -> float:
-    """Run one notebook and write its report, also when a cell fails; returns the seconds it took."""
+    """Run one notebook and write its report, even if a cell fails; return the seconds."""
     path = notebooks.notebook_path(name)
     notebook = nbformat.read(path, as_version=4)
     cells = sum(cell.cell_type == "code" for cell in notebook.cells)
@@ -58,7 +61,7 @@ def execute(name: str, run: runs.Run, place: str) -> float:
 
 
 def notes(notebook: nbformat.NotebookNode) -> list[str]:
-    """What the cells printed for the person who runs this: lines that begin with "note:"."""
+    """Return the lines of the cells' output that begin with "note:"."""
     outputs = [
         output
         for cell in notebook.cells
@@ -71,40 +74,37 @@ def notes(notebook: nbformat.NotebookNode) -> list[str]:
 
 
 def to_html(notebook: nbformat.NotebookNode, title: str) -> str:
-    """A report for reading: the text and what the cells showed, without the code that showed nothing.
-
-    Pictures are inside, and no script stays in it: nothing is fetched when it is opened.
-    """
+    """Return a self-contained HTML report: text and cells with output."""
     shown = [cell for cell in notebook.cells if cell.cell_type == "markdown" or cell.get("outputs")]
     report = nbformat.from_dict({**notebook, "cells": shown})
     exporter = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True, exclude_raw=True)
     body, _ = exporter.from_notebook_node(report, resources={"metadata": {"name": title}})
+    # Without scripts, and with images embedded, opening the report loads nothing from the network.
     return re.sub(r"<script\b.*?</script>", "", str(body), flags=re.DOTALL)
 
 
 def _explain(error: CellExecutionError, name: str, report: str) -> str:
+    """Format the error of a cell; a UserError keeps its own message."""
     if error.ename == "UserError":
         return f"{error.evalue}\n({name}.ipynb; the report up to there: {report})"
     return f"{name}.ipynb failed: {error.ename}: {error.evalue}\nThe report shows the cell and the whole message: {report}"
 
 
 def stop(*_: object) -> None:
-    """End at once on Ctrl-C; the kernels see that this process is gone, and end too."""
+    """Exit immediately on Ctrl-C; the kernels notice that their parent has ended, and exit."""
     print("\ninterrupted", file=sys.stderr, flush=True)
     os._exit(130)
 
 
 def main() -> None:
-    """Run all four."""
-    signal.signal(
-        signal.SIGINT, stop
-    )  # nbclient's own way depends on the moment, and mostly is a traceback
+    """Check the settings and the data, run the notebooks, print the result."""
+    # nbclient's own handling of Ctrl-C depends on timing and mostly prints a traceback.
+    signal.signal(signal.SIGINT, stop)
     notebooks.require_in_sync()
-    settings = load_settings()  # a mistake in project.yaml is told before anything runs …
+    # Check settings and columns first, so that an error is reported before any notebook runs.
+    settings = load_settings()
     csv_path = find_csv(settings.data.source, project_root() / "data")
-    check_header(
-        csv_path, settings.data.label, settings.data.ignore, settings.data.categorical
-    )  # … and so is a wrong column
+    check_header(csv_path, settings.data.label, settings.data.ignore, settings.data.categorical)
     run = runs.new().start(settings)
     print(f"Training on {settings.data.source}; everything goes to runs/{run.name}/")
     for number, name in enumerate(notebooks.ORDER, start=1):

@@ -82,7 +82,7 @@ class Registry(ABC):
         return change["version"] if change else None
 
     def last_change(self) -> dict[str, Any] | None:
-        """Return the last change of the champion; None if champion.json is missing or unreadable."""
+        """Return the champion's last change; None if champion.json is missing or unreadable."""
         try:
             return read_change(self._text("champion.json"))
         except OSError:

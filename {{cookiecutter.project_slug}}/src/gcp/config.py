@@ -8,7 +8,7 @@ from core.config import Block
 
 
 class Containers(Block):
-    """Where built images are pushed: an address without https://, with the repository's path."""
+    """Registry for built images: an address without https://, with the repository's path."""
 
     registry: Annotated[str, Field(pattern=r"^([a-z0-9.-]+(:\d+)?(/[a-z0-9._-]+)*)?$")] = ""
 
@@ -36,7 +36,7 @@ BUCKET = r"[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]"
 ACCOUNT = r"[a-z0-9][a-z0-9-]*@[a-z0-9.-]+\.gserviceaccount\.com"
 IN_REGION = r"projects/[^/]+/locations/[^/]+"
 
-# Each has a service account of its own.
+# Each actor has its own service account.
 Actor = Literal[
     "trainer",
     "pipeline",
@@ -50,10 +50,10 @@ Actor = Literal[
     "ingestion",
 ]
 
-# What the three buckets are for.
+# Uses of the three buckets.
 Root = Literal["pipeline_root", "storage", "data"]
 
-# What customer-managed keys are for, one each.
+# Uses of customer-managed keys, one key each.
 KeyUse = Literal["storage", "registry", "vertex", "pubsub", "run", "secrets", "airflow", "compute"]
 
 
@@ -81,6 +81,7 @@ class Existing(Block):
     accounts: dict[Actor, Annotated[str, Field(pattern=rf"^{ACCOUNT}$")]] = Field(
         default_factory=dict
     )
+    # strict: otherwise pydantic also accepts text such as "yes" for a boolean.
     metadata_store: Annotated[bool, Field(strict=True)] = False
 
     @model_validator(mode="after")
@@ -133,7 +134,7 @@ class Events(Block):
     Attributes:
         schedule: cron's five fields, in UTC; empty: no schedule.
         ingest: the schedule of the data ingestion job (cloud.data_ingestion: scheduled-job).
-        batch_window_minutes: batch files that arrive within N minutes into one run; 0: a run per file.
+        batch_window_minutes: batch files arriving within N minutes into one run; 0: a run per file.
     """
 
     schedule: Annotated[str, Field(pattern=r"^(\S+( \S+){4})?$")] = ""
@@ -203,7 +204,9 @@ class Cloud(Block):
 
     @model_validator(mode="after")
     def _promoted(self) -> "Cloud":
+        """Check that each promote_from names another environment that builds images."""
         for name, environment in self.environments.items():
+            # No chains: an environment that promotes has no images of its own to pass on.
             source = environment.promote_from
             if source and (
                 source == name

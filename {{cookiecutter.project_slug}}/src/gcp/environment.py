@@ -26,9 +26,9 @@ class Environment:
 
     Attributes:
         name: the project's name in project.yaml; project: the Google Cloud project's id.
-        pipeline_root, storage, data: gs:// addresses without a slash at the end: output of runs;
+        pipeline_root, storage, data: gs:// URIs without a trailing slash: output of runs;
             published files and the registry; datasets.
-        images: the image repository; templates: the https:// address of compiled pipelines.
+        images: the image repository; templates: the https:// URL of compiled pipelines.
         key: the Cloud KMS key for Vertex AI; empty: Google-managed keys.
         by_hand: level 1, created manually with one bucket: no service accounts, no keys.
         promote_from: the environment whose images run here; empty: they are built here.
@@ -60,7 +60,7 @@ class Environment:
 
     @property
     def registry(self) -> str:
-        """The model registry's address."""
+        """The model registry's gs:// URI."""
         return f"{self.storage}/registry"
 
     @property
@@ -79,13 +79,13 @@ class Environment:
         return f"{self.project}-{self.name}-terraform"
 
     def topic(self, kind: str) -> str:
-        """The name of a Pub/Sub topic: projects/PROJECT/topics/NAME-requests."""
+        """Return the name of a Pub/Sub topic, such as projects/PROJECT/topics/NAME-requests."""
         if kind not in TOPICS:
             raise KeyError(kind)
         return f"projects/{self.project}/topics/{self.name}-{kind}"
 
     def account(self, actor: str) -> str:
-        """An actor's service account; empty if by_hand, where Google's default account is used."""
+        """Return an actor's service account; empty (Google's default account) if by_hand."""
         if actor not in ACTORS:
             raise KeyError(actor)
         if self.by_hand:
@@ -95,7 +95,7 @@ class Environment:
 
 
 def names_a_project(settings: CloudSettings) -> bool:
-    """Whether project.yaml names a Google Cloud project."""
+    """Return whether project.yaml names a Google Cloud project."""
     return any(config.project for config in settings.cloud.environments.values())
 
 
@@ -118,7 +118,7 @@ def resolve_environment(settings: CloudSettings, environment: str | None = None)
     existing = config.existing
 
     def default(area: str, kind: str) -> str:
-        """The id of a resource that Terraform creates under the project's name."""
+        """Return the id of a resource that Terraform creates under the project's name."""
         return f"projects/{config.project}/{area}/{cloud.region}/{kind}/{settings.name}"
 
     key = ""
@@ -126,6 +126,7 @@ def resolve_environment(settings: CloudSettings, environment: str | None = None)
         ring = existing.key_ring or default("locations", "keyRings")
         key = existing.keys.get("vertex") or f"{ring}/cryptoKeys/vertex"
     repository = existing.images or default("locations", "repositories")
+    # An existing repository may be in another project and region than the environment.
     _, owner, _, region, _, images = repository.split("/")
     templates = f"{config.project}/{settings.name}-templates"
     private = cloud.private
@@ -147,7 +148,7 @@ def resolve_environment(settings: CloudSettings, environment: str | None = None)
 
 
 def _roots(name: str, config: EnvironmentConfig) -> dict[str, str]:
-    """The roots' addresses: folders of the one bucket, or a bucket each."""
+    """Return the roots' gs:// URIs: folders of the one bucket, or one bucket each."""
     if config.bucket:
         return {root: f"gs://{config.bucket}/{root.replace('_', '-')}" for root in BUCKETS}
     return {

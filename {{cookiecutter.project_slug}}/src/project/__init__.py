@@ -1,1 +1,1 @@
-"""What the levels share: settings, the data schema, the saved model's manifest, runs."""
+"""Shared by all levels: settings, runs, git, and the check of this machine."""

@@ -1,9 +1,9 @@
 """Check what is installed on this machine, level by level.
 
-Standard library only, Python 3.9 or newer: it runs before anything is installed.
+Standard library only, Python 3.9 or newer, because it runs before anything is installed.
 
 python3 src/project/doctor.py            everything
-python3 src/project/doctor.py python     only: is this Python new enough? (exit code 2 if not)
+python3 src/project/doctor.py python     only the Python version; exit code 2 if too old
 """
 
 import platform
@@ -21,9 +21,9 @@ START_DOCKER = "start Docker Desktop, or run `sudo systemctl start docker`"
 
 
 class Check(NamedTuple):
-    """A check: `find` returns a description or None; `get` maps each system to a way to install.
+    """A check: `find` returns a description or None, `get` has install commands by system.
 
-    `start`: what to do if the program is installed but does not respond.
+    `start` is the command if the program is installed but does not respond.
     """
 
     level: int
@@ -36,7 +36,7 @@ class Check(NamedTuple):
 
 
 def version_of(*command: str) -> Callable[[], "str | None"]:
-    """Return a function that returns the first line of the command's output, None if it fails."""
+    """Return a function for the first line of a command's output; None if the command fails."""
 
     def find() -> "str | None":
         if shutil.which(command[0]) is None:
@@ -57,13 +57,13 @@ def python() -> "str | None":
 
 
 def disk() -> "str | None":
-    """Return the free disk space if it is enough."""
+    """Return the free disk space if there are at least DISK_GB."""
     free = shutil.disk_usage(ROOT).free / 1e9
     return f"{free:.0f} GB free" if free >= DISK_GB else None
 
 
 def environment() -> "str | None":
-    """Return torch's version if the environment is as new as the lock."""
+    """Return torch's version if the environment is at least as new as the lock file."""
     ready, lock = ROOT / ".venv" / ".ready", ROOT / "requirements" / "dev.txt"
     if not ready.is_file() or ready.stat().st_mtime < lock.stat().st_mtime:
         return None
@@ -76,6 +76,7 @@ def environment() -> "str | None":
 
 def accelerator() -> "str | None":
     """Return the name of the GPU, if any."""
+    # torch is installed in .venv; this file may run with another Python.
     code = (
         "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() "
         "else 'Apple MPS' if torch.backends.mps.is_available() else '')"
@@ -183,7 +184,7 @@ LEVELS = (
 
 
 def system() -> str:
-    """linux, macos or wsl."""
+    """Return linux, macos or wsl."""
     if sys.platform == "darwin":
         return "macos"
     return "wsl" if "microsoft" in platform.release().lower() else "linux"
@@ -203,6 +204,7 @@ def report(checks: "tuple[Check, ...]" = CHECKS) -> bool:
             print(f"  ✓ {check.name:<12} {found}")
         else:
             sign = "✗" if check.needed else "·"
+            # Installed but not working, such as a stopped Docker daemon: start it.
             there = check.start and shutil.which(check.name)
             problem, mend = (
                 ("does not respond", check.start)
@@ -219,7 +221,7 @@ def report(checks: "tuple[Check, ...]" = CHECKS) -> bool:
 
 
 def main() -> None:
-    """Command line; exit code 2 when something needed is missing."""
+    """Run the command line; exit with 2 if a required check fails."""
     if sys.argv[1:] == ["python"]:
         check = CHECKS[0]
         if check.find() is None:

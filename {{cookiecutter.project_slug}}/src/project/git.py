@@ -1,6 +1,6 @@
 """The project's git repository: current version, committed files, pre-commit hooks.
 
-python -m project.git     create the repository if there is none and install the hooks (`make setup`)
+python -m project.git     create the repository if missing and install the hooks (`make setup`)
 """
 
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from core.errors import run_command
 
-# git sets these for a hook; the project's repository is found from the current folder instead.
+# git sets these inside a hook. They are removed, so that git searches from the current folder.
 HOOK_VARIABLES = {
     "GIT_DIR",
     "GIT_WORK_TREE",
@@ -23,12 +23,12 @@ HOOK_VARIABLES = {
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
-    """Run a command; exit code 127 if it is not installed."""
+    """Run a command; return code 127 if it is not installed."""
     kept = {name: value for name, value in os.environ.items() if name not in HOOK_VARIABLES}
     try:
         return subprocess.run(
             command,
-            env=kept | {"LC_ALL": "C"},
+            env=kept | {"LC_ALL": "C"},  # English messages: `install_hooks` compares one
             capture_output=True,
             encoding="utf-8",
             errors="surrogateescape",  # file names may be in any encoding
@@ -39,25 +39,25 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def version() -> str:
-    """The current commit, with "-dirty" if files were edited since; "unknown" without one."""
+    """Return the current commit, with "-dirty" if files have changed; "unknown" without one."""
     done = run("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
 def remote() -> str:
-    """The URL of origin without its password; empty without a remote."""
+    """Return the URL of origin without credentials; empty without a remote."""
     done = run("git", "remote", "get-url", "origin")
     return re.sub(r"(?<=://)[^/@]*@", "", done.stdout.strip()) if done.returncode == 0 else ""
 
 
 def at_last_commit(path: Path) -> str | None:
-    """The file's text in HEAD; None if it is not there."""
+    """Return the file's text in HEAD; None if HEAD does not have it."""
     done = run("git", "-C", str(path.parent), "show", f"HEAD:./{path.name}")
     return done.stdout if done.returncode == 0 else None
 
 
 def install_hooks() -> str:
-    """Create the repository if there is none and install the hooks; return why it failed."""
+    """Create the repository if missing and install the hooks; return the problem, or ""."""
     top = run("git", "rev-parse", "--show-toplevel")
     if "not a git repository" in top.stderr:
         branch = run("git", "config", "init.defaultBranch").stdout.strip() or "main"
@@ -67,6 +67,7 @@ def install_hooks() -> str:
         return top.stderr.strip().splitlines()[0]
     if not Path(top.stdout.strip()).samefile(Path.cwd()):
         return f"the project is inside the repository {top.stdout.strip()}"
+    # pre-commit refuses to install its hooks while core.hooksPath is set.
     hooks_path = run("git", "config", "core.hooksPath").stdout.strip()
     if hooks_path:
         return f"git's core.hooksPath is set to {hooks_path}"
@@ -75,7 +76,7 @@ def install_hooks() -> str:
 
 
 def main() -> None:
-    """Print why the hooks are not installed, but never fail the setup."""
+    """Install the hooks; print a problem without failing the setup."""
     if problem := install_hooks():
         print(f"note: the hooks are not installed: {problem}. `make lint` runs the same checks.")
 

@@ -1,4 +1,7 @@
-"""runs/: one folder for each run, with its settings, data, model, evaluation and reports."""
+"""Run folders below runs/: settings, data, model, evaluation and reports.
+
+python -m project.runs     print the table of all runs (`make runs`)
+"""
 
 import json
 import math
@@ -21,13 +24,13 @@ from project.settings import Settings, load_settings
 
 @dataclass(frozen=True)
 class Run:
-    """The paths in a run's folder."""
+    """Paths inside a run folder."""
 
     folder: Path
 
     @property
     def name(self) -> str:
-        """The run's id: the folder's name."""
+        """The run's id, which is the folder's name."""
         return self.folder.name
 
     @property
@@ -52,7 +55,7 @@ class Run:
 
     @property
     def settings(self) -> Path:
-        """The settings of this run, with overrides."""
+        """The run's settings, with overrides."""
         return self.folder / "settings.json"
 
     def start(self, settings: Settings) -> "Run":
@@ -78,27 +81,27 @@ class Run:
 
 
 def runs_folder() -> Path:
-    """The folder of all runs."""
+    """Return the folder of all runs."""
     return project_root() / "runs"
 
 
 def registry_folder() -> Path:
-    """The local model registry."""
+    """Return the folder of the local model registry."""
     return project_root() / "registry"
 
 
 def current() -> Run:
-    """The run of a notebook: $RUN under `make level0`, else the run named "notebook"."""
+    """Return the run of a notebook: $RUN in `make level0`, else the run named "notebook"."""
     return Run(runs_folder() / os.environ.get("RUN", "notebook"))
 
 
 def new() -> Run:
-    """A new run, named by its start time so that names sort."""
+    """Return a new run, named by its start time so that names sort."""
     return Run(runs_folder() / f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}")
 
 
 def find(name: str | None = None) -> Run:
-    """The run of that name, or the newest one whose model no gate rejected."""
+    """Return the named run, or the newest one whose model was not rejected by a gate."""
     if name:
         run = Run(runs_folder() / name)
         if not run.model.is_dir():
@@ -115,12 +118,14 @@ def find(name: str | None = None) -> Run:
 
 
 def _is_rejected(run: Run) -> bool:
+    """Return whether a pipeline run ended without registering its model."""
+    # Notebooks write no run record, and have no gate that could reject the model.
     story = read_json(run.folder / "story.json")
     return bool(story) and not story.get("registered")
 
 
 def all_runs() -> list[Run]:
-    """All runs, sorted by name."""
+    """Return all runs, sorted by name."""
     folder = runs_folder()
     return (
         [Run(path) for path in sorted(folder.iterdir()) if path.is_dir()] if folder.is_dir() else []
@@ -128,7 +133,7 @@ def all_runs() -> list[Run]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The document; empty if there is none."""
+    """Return the JSON document; empty if the file is missing or invalid."""
     try:
         document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return document
@@ -141,12 +146,13 @@ METRICS_SHOWN = {"accuracy": "accuracy", "macro_f1": "macro F1", "log_loss": "lo
 
 
 def table(metric: str) -> str:
-    """All runs as text: settings and test metrics, best first, unfinished ones last."""
+    """Return all runs as a text table, best `metric` first and unfinished runs last."""
     champion = LocalRegistry(registry_folder()).champion_number()
     rows = []
     for run in all_runs():
         settings, metrics = read_json(run.settings), read_json(run.evaluation)
         hyperparameters = settings.get("hyperparameters", {})
+        # Files may be missing: an unfinished run still gets a row.
         row = [run.name, settings.get("data", {}).get("source", "")]
         row += [hyperparameters.get(key, "") for key in SETTINGS_SHOWN]
         row += [f"{metrics[key]:.4f}" if key in metrics else "–" for key in METRICS_SHOWN]
@@ -160,7 +166,7 @@ def table(metric: str) -> str:
 
 
 def _made_by(name: str, champion: int | None) -> str:
-    """Notebooks, a training job, or the pipeline and its model's version."""
+    """Return the source of a run: notebooks, a training job, or the pipeline and its version."""
     story = read_json(runs_folder() / name / "story.json")
     if not story:
         return "a training job" if (runs_folder() / name / "request.json").exists() else "notebooks"
@@ -170,7 +176,7 @@ def _made_by(name: str, champion: int | None) -> str:
 
 
 def main() -> None:
-    """python -m project.runs"""
+    """Print the table of all runs, and the path of their reports to standard error."""
     print(table(load_settings("").gate.metric))
     print(f"\nReports: {runs_folder()}{os.sep}RUN{os.sep}*.html", file=sys.stderr)
 

@@ -1,6 +1,6 @@
-"""project.yaml as one frozen model.
+"""The settings of project.yaml as one frozen model.
 
-python -m project.settings             check project.yaml and the GPU jobs that it names
+python -m project.settings             check project.yaml and its GPU jobs
 python -m project.settings --schema    print the JSON schema that editors use
 """
 
@@ -17,7 +17,7 @@ from core.paths import PROJECT_FILE, project_root
 from gcp.config import CloudSettings
 from trainer.config import Data, Gate, Hyperparameters
 
-UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")  # pydantic's names for it
+UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")  # pydantic's error types
 
 
 class Settings(CloudSettings):
@@ -39,23 +39,18 @@ class Settings(CloudSettings):
 
 
 def load_settings(overrides: str | None = None) -> Settings:
-    """Read and check project.yaml.
-
-    Args:
-        overrides: changes for one run: "hyperparameters.epochs=50 data.split_seed=1".
-            None: the variable SET.
-    """
+    """Read and validate project.yaml, with the overrides of `read_project_file`."""
     document = read_project_file(overrides)
     try:
         return Settings.model_validate(document)
     except ValidationError as error:
-        # Misspelt keys first: they are why others are missing.
+        # Misspelt keys first: they are the reason why other keys are missing.
         details = sorted(error.errors(), key=lambda detail: detail["type"] not in UNKNOWN_KEY)
         rules = "\n".join(f"  {_explain(detail)}" for detail in details)
         raise UserError(f"{PROJECT_FILE} (with SET=…, if given):\n{rules}") from None
 
 
-# What a key must be, where a pattern would say it less well.
+# Rules for keys whose regular expression would make a poor error message.
 MEANT = {
     "name": "should be 3 to 20 of a-z, 0-9 and -; the first a letter, the last a letter or a digit",
     "alerts": "should be an e-mail address, such as you@example.com",
@@ -76,7 +71,7 @@ MEANT = {
     "base_images": "should be an address such as mirror.example.com/docker, without https://",
     "terraform": "should be an address such as https://mirror.example.com/terraform/, with / at its end",
 }
-# The same for the values of a map, whose keys are many.
+# The same for the values of a map, by the map's name.
 MEANT_IN = {
     "keys": "should be like projects/PROJECT/locations/REGION/keyRings/RING/cryptoKeys/NAME",
     "buckets": "should be a bucket's name alone, without gs://",
@@ -85,6 +80,7 @@ MEANT_IN = {
 
 
 def _explain(detail: Any) -> str:
+    """Format one of pydantic's errors as KEY: RULE (VALUE)."""
     path = ".".join(str(part) for part in detail["loc"])
     if detail["type"] in UNKNOWN_KEY:
         near = difflib.get_close_matches(str(detail["loc"][-1]), _keys(detail["loc"][:-1]), 1)
@@ -104,10 +100,10 @@ def _explain(detail: Any) -> str:
 
 
 def _keys(location: tuple[Any, ...]) -> list[str]:
-    """The keys that the block at this path may have."""
+    """Return the keys that the block at this path may have."""
     block: Any = Settings
     for part in location:
-        if get_origin(block) is dict:  # environments: the part is a name of the user's
+        if get_origin(block) is dict:  # such as environments, whose keys are chosen by the user
             block = get_args(block)[1]
             continue
         field = getattr(block, "model_fields", {}).get(part)
@@ -116,7 +112,7 @@ def _keys(location: tuple[Any, ...]) -> list[str]:
 
 
 def schema() -> str:
-    """The JSON schema of project.yaml, for editors."""
+    """Return the JSON schema of project.yaml for editors."""
     document = {
         "$schema": "http://json-schema.org/draft-07/schema#",
         **Settings.model_json_schema(),
@@ -125,7 +121,7 @@ def schema() -> str:
 
 
 def check() -> None:
-    """Check project.yaml, and that each GPU job that it names exists."""
+    """Check project.yaml, and that each GPU job in it exists."""
     folder = project_root() / "level_1_pipeline" / "gpu_jobs"
     jobs = sorted(path.stem for path in folder.glob("*.yaml"))
     for name in load_settings("").cloud.train.jobs:
@@ -136,7 +132,7 @@ def check() -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     if sys.argv[1:] == ["--schema"]:
         print(schema(), end="")
     else:
