@@ -120,7 +120,7 @@ def _outcome(number: int, promote: Callable[[], Any]) -> dict[str, Any]:
 def _serve(
     cloud: VertexRegistry, lease: Lease, number: int, reason: str, replaces: int | None
 ) -> None:
-    """Deploy, check, promote and settle; after any failure, restore the previous traffic."""
+    """Deploy, check, promote and settle; after any failure, settle on the current champion."""
     endpoint = Endpoint(cloud.serving)
     champion = cloud.champion_number()
     try:

@@ -14,7 +14,7 @@ from gcp import client as api
 from gcp import storage
 from gcp.storage import StoredObject
 
-SECONDS = 90.0  # lifetime without renewal; clock differences are far smaller
+SECONDS = 90.0  # until another process can acquire it; clocks differ far less
 TIMEOUT = 3600.0  # seconds to wait for another deployment
 LONGEST_WAIT = 5.0  # seconds between polls
 

@@ -98,7 +98,7 @@ def _download(blob: Any, into: Path, name: str) -> Path:
             f"gs://{blob.bucket.name}/{blob.name} would be written outside {into}; skipped."
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Rename when complete, so an interrupted download leaves no truncated file under this name.
+    # Rename when complete, so that an interrupted download leaves no truncated file.
     partial = path.with_name(f"{path.name}.partial")
     try:
         _retry(blob.download_to_filename, partial)

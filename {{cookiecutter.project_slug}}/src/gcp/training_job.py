@@ -381,7 +381,7 @@ def follow(jobs: Jobs, job: Any) -> Any:
 def is_capacity_error(job: Any) -> bool:
     """Return whether a job failed because no machine was available."""
     message = job.error.message
-    # Out of memory has the same code, but the next machine would fail in the same way.
+    # Out of memory has the same code, but another machine of that kind would also fail.
     if state(job) != "FAILED" or re.search(r"out.of.memory", message, re.IGNORECASE):
         return False
     exhausted = job.error.code == RESOURCE_EXHAUSTED
