@@ -72,7 +72,7 @@ def parse(folder: Path) -> dict[str, Any]:
         files: dict[str, dict[str, Any]] = document["files"]
         document["format"], document["schema"]
         for name, entry in files.items():
-            # Security: a name with a path could point outside the folder.
+            # A name with a path could point outside the folder.
             if Path(name).name != name or not {"bytes", "sha256"} <= entry.keys():
                 raise ValueError(name)
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -72,7 +72,7 @@ class Registry(ABC):
         return version
 
     def champion(self) -> Version | None:
-        """Return the champion; None if there is none yet."""
+        """Return the champion; None before the first promotion."""
         number = self.champion_number()
         return None if number is None else self.version(number)
 
