@@ -1,10 +1,12 @@
-"""GPU jobs: level_1_pipeline/gpu_jobs/*.yaml, checked before anything is rented.
+"""Load, check and list the GPU jobs in level_1_pipeline/gpu_jobs/*.yaml.
 
-python -m level_1_pipeline.vertex.gpu_jobs [--minutes N]        lists them, with prices
-python -m level_1_pipeline.vertex.gpu_jobs NAME                 prints one in the form that `gcloud ai custom-jobs create --config=` takes
+python -m level_1_pipeline.vertex.gpu_jobs [--minutes N]   list the jobs with prices
+python -m level_1_pipeline.vertex.gpu_jobs NAME            print one for
+                                                           `gcloud ai custom-jobs create --config=`
 
-A file holds what the API calls a CustomJobSpec: machine, GPU, disk, scheduling. What differs from project to project
-is filled in by `resolve`: image, command, service account. Its key is none of its fields: it belongs to the job around it.
+A file is a CustomJobSpec of the API: machine, GPU, disk, scheduling. `resolve` adds the fields that
+depend on the project: image, command, service account. The encryption key is not part of a
+CustomJobSpec but of the CustomJob around it.
 """
 
 import argparse
@@ -30,22 +32,19 @@ from level_1_pipeline.vertex.machines import GPUS, MACHINES, STANDARD
 from project.settings import Settings, load_settings
 
 FOLDER = Path("level_1_pipeline/gpu_jobs")
-COMMAND = (
-    "python",
-    "-m",
-    "trainer.train",
-)  # the training image has no ENTRYPOINT; arguments come from whoever trains
+# The training image has no ENTRYPOINT; each training adds its own arguments.
+COMMAND = ("python", "-m", "trainer.train")
 NOT_TRIED = re.compile(r"^# not tried: ", re.MULTILINE)
 
 
-# ── files ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── files ─────────────────────────────────────────────────────────────────────────────────────────
 def names(root: Path) -> list[str]:
-    """The jobs that there are."""
+    """Return the names of all jobs, sorted."""
     return sorted(path.stem for path in (root / FOLDER).glob("*.yaml"))
 
 
 def load(name: str, root: Path) -> dict[str, Any]:
-    """A job's file, as it stands."""
+    """Return the content of a job's file, unchecked."""
     known = names(root)
     if name not in known:
         raise UserError(
@@ -62,11 +61,9 @@ def load(name: str, root: Path) -> dict[str, Any]:
 
 
 def resolve(name: str, root: Path, environment: Environment | None, image: str) -> dict[str, Any]:
-    """A job with all that is known of it, checked.
+    """Return a checked job with image, command, service account and network filled in.
 
-    Args:
-        place: where it will run; None: that is not known yet, so neither account nor region.
-        image: the training image's address; empty: not known yet.
+    Fields that depend on an unknown `environment` (None) or `image` (empty) are left out.
     """
     job = load(name, root)
     check(job, environment.region if environment else "", str(FOLDER / f"{name}.yaml"))
@@ -75,6 +72,7 @@ def resolve(name: str, root: Path, environment: Environment | None, image: str) 
         container = (
             {"imageUri": image, "command": list(COMMAND)} if image else {"command": list(COMMAND)}
         )
+        # The file's own values take precedence.
         pool["containerSpec"] = container | pool.get("containerSpec", {})
     account, attachment = (
         (environment.account("trainer"), environment.network_attachment)
@@ -89,7 +87,7 @@ def resolve(name: str, root: Path, environment: Environment | None, image: str) 
 
 
 def require_known(settings: Settings, root: Path) -> None:
-    """Raises UserError where cloud.train.jobs names a job that is not there."""
+    """Reject unknown names in cloud.train.jobs."""
     known = names(root)
     for name in settings.cloud.train.jobs:
         if name not in known:
@@ -101,15 +99,15 @@ def require_known(settings: Settings, root: Path) -> None:
 def chosen_jobs(
     settings: Settings, root: Path, environment: Environment | None, image: str
 ) -> list[dict[str, Any]]:
-    """The jobs of cloud.train.jobs, in their order, as `resolve` gives them."""
+    """Return the resolved jobs of cloud.train.jobs, in their order."""
     require_known(settings, root)
     return [resolve(name, root, environment, image) for name in settings.cloud.train.jobs]
 
 
-# ── list ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── list ──────────────────────────────────────────────────────────────────────────────────────────
 @dataclass(frozen=True)
 class Row:
-    """What the list tells of a job."""
+    """One job in the list; all cells are text."""
 
     name: str
     machine: str
@@ -123,7 +121,7 @@ class Row:
 
 
 def describe(name: str, root: Path, region: str, minutes: float | None = None) -> Row:
-    """A job as a row of the list."""
+    """Return one job as a row of the list."""
     job = resolve(name, root, None, "")
     pools = job["workerPoolSpecs"]
     machine = pools[0]["machineSpec"]
@@ -153,7 +151,7 @@ def _money(amount: float | None, sign: str) -> str:
 
 
 def table(root: Path, region: str, minutes: float | None = None) -> str:
-    """All jobs, the cheapest first."""
+    """Return a table of all jobs, cheapest first."""
     rows = sorted((describe(name, root, region, minutes) for name in names(root)), key=_expense)
     columns = {
         "job": [row.name for row in rows],
@@ -179,6 +177,7 @@ def table(root: Path, region: str, minutes: float | None = None) -> str:
 
 
 def _expense(row: Row) -> tuple[float, str]:
+    # Sort by the shown price; unknown prices come last.
     amount = row.price.lstrip("<≈ ").replace(",", "")
     return (math.inf if amount == "?" else float(amount)), row.name
 
@@ -190,19 +189,21 @@ in …: whether Google offers the GPU in that region; whether one is free shows 
 tried: has this file ever run on such a machine? never: its fields are checked, no more."""
 
 
-# ── command line ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── command line ──────────────────────────────────────────────────────────────────────────────────
 def _place(settings: Settings) -> Environment | None:
-    """Where jobs run; None while project.yaml does not say, unless an environment was asked for by name."""
+    """Return the environment, or None if project.yaml does not define one yet."""
     try:
         return resolve_environment(settings)
     except UserError:
+        # An environment that the caller named must exist.
         if os.environ.get("ENVIRONMENT"):
             raise
         return None
 
 
 def show(name: str, settings: Settings, root: Path) -> str:
-    """One job as gcloud takes it; what is not known yet is told on standard error."""
+    """Return one job as YAML for gcloud; print what is missing to standard error."""
+    # Notes go to standard error, so that standard output can be piped into a file.
     environment = _place(settings)
     image = (
         containers.image(containers.find(root, ["train"])[0], environment.images)
@@ -237,7 +238,7 @@ def minutes_of(text: str) -> float:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="make gpu-jobs",
         description="List the machines that a training job can rent, or print one job.",

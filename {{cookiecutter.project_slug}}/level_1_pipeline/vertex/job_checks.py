@@ -1,6 +1,6 @@
-"""Checks a GPU job before anything is rented: what Vertex AI would refuse after minutes is told at once, with what to write.
+"""Check a GPU job before it is submitted: Vertex AI reports some errors only after minutes.
 
-First the API's own definition, strictly: a field that it does not have is a mistake. Then what its machines allow.
+The job is validated first against the API's CustomJobSpec, strictly, then against machines.yaml.
 """
 
 import difflib
@@ -15,21 +15,18 @@ from level_1_pipeline.vertex import machines
 from level_1_pipeline.vertex.machines import FLEX_START, GPUS, MACHINES, SPOT, STANDARD
 
 DISK_GB = (100, 64_000)
-LONGEST = timedelta(days=7)  # of a job that waited with Flex-start
+LONGEST = timedelta(days=7)  # the longest timeout with Flex-start
 OLD_NAMES = {"ON_DEMAND": STANDARD, "LOW_COST": SPOT}
-MOST = 15  # choices in a message
+MOST = 15  # the most choices listed in a message
 ASK = "Is it new? level_1_pipeline/vertex/machines.yaml lists what is known."
 
 
 def check(job: dict[str, Any], region: str, where: str) -> None:
-    """Refuse what Vertex AI would refuse, or what would wait for ever; without asking it.
+    """Reject a job that Vertex AI would reject or never start; makes no API call.
 
-    Args:
-        job: as `load` gives it, or `resolve`.
-        region: where it shall run; empty: not known yet.
-        where: what to call it in a message.
+    An empty `region` skips the check of regions; `where` names the job in messages.
     """
-    from google.cloud.aiplatform_v1 import types  # takes a second
+    from google.cloud.aiplatform_v1 import types  # slow: about a second
     from google.protobuf import json_format
 
     spec = types.CustomJobSpec.pb(types.CustomJobSpec())
@@ -41,14 +38,13 @@ def check(job: dict[str, Any], region: str, where: str) -> None:
             problems = [" ".join(str(error).split())]
     problems = problems or list(_mistakes(spec, region))
     if problems:
-        told = list(
-            dict.fromkeys(problems)
-        )  # what is wrong with the schedule may be wrong for both pools
+        # Schedule problems are found once per worker pool: report each only once.
+        told = list(dict.fromkeys(problems))
         raise UserError(f"{where}: " + "\n  ".join(["", *told] if len(told) > 1 else told))
 
 
 def _not_of(kind: Any, value: Any, path: str) -> Iterator[str]:
-    """Fields that a message of the API does not have, and values that a field does not take."""
+    """Yield unknown fields and invalid values of an API message."""
     if not isinstance(value, dict):
         yield f"{path or 'the job'} is {_shown(value)}; it takes {', '.join(field.json_name for field in kind.fields)}."
         return
@@ -69,7 +65,7 @@ def _not_of(kind: Any, value: Any, path: str) -> Iterator[str]:
 
 
 def _not_in(field: Any, value: Any, path: str) -> Iterator[str]:
-    """The same for one value."""
+    """Yield the problems of one field's value."""
     if field.message_type and field.message_type.full_name == "google.protobuf.Duration":
         if not isinstance(value, str) or not re.fullmatch(r"\d{1,11}(\.\d{1,9})?s", value):
             yield f'{path} is {_shown(value)}; it takes seconds with an s, such as "3600s".'
@@ -84,12 +80,12 @@ def _not_in(field: Any, value: Any, path: str) -> Iterator[str]:
             field.CPPTYPE_STRING: (str, "text; numbers stand in quotes"),
             field.CPPTYPE_BOOL: (bool, "true or false"),
         }.get(field.cpp_type, (int, "a whole number"))
-        if type(value) is not python:  # True is no number here
+        if type(value) is not python:  # not isinstance: a bool is an int in Python
             yield f"{path} is {_shown(value)}; it takes {described}."
 
 
 def _mistakes(spec: Any, region: str) -> Iterator[str]:
-    """What the API's definition allows, and its machines do not."""
+    """Yield problems that the API's definition allows but its machines do not."""
     yield from _mistakes_of_pools(spec.worker_pool_specs)
     for number, pool in enumerate(spec.worker_pool_specs):
         here = f"workerPoolSpecs[{number}]"
@@ -106,7 +102,8 @@ def _mistakes(spec: Any, region: str) -> Iterator[str]:
 
 
 def _mistakes_of_pools(pools: Any) -> Iterator[str]:
-    """The first pool is the machine that leads, the second the others: so the trainer reads CLUSTER_SPEC."""
+    """Yield problems of the number and the sizes of worker pools."""
+    # The trainer reads CLUSTER_SPEC this way: pool 0 is the leader, pool 1 has the other machines.
     if not 1 <= len(pools) <= 2:
         yield f"workerPoolSpecs has {len(pools)} entries; it takes 1, or 2 for several machines (the first leads)."
     for number, pool in enumerate(pools):
@@ -124,7 +121,7 @@ def _mistakes_of_pools(pools: Any) -> Iterator[str]:
 
 
 def _mistake_of_machine(machine: Any, path: str) -> str:
-    """Machine, GPU and count belong together; empty when they do."""
+    """Return the problem of a machine, GPU and count that do not fit; empty if they do."""
     name = machine.machine_type
     if name not in MACHINES:
         said = (
@@ -144,7 +141,7 @@ def _mistake_of_machine(machine: Any, path: str) -> str:
 def _mistake_of_gpu(
     name: str, gpus: Mapping[str, Sequence[int]], accelerator: str, count: int, path: str
 ) -> str:
-    """What this machine takes, and which one takes what was asked for."""
+    """Return which GPUs the machine supports and which machines support the requested GPU."""
     takes = f"machineType {name} takes " + (
         "; or ".join(f"{_or(counts)} {kind}" for kind, counts in gpus.items()) or "no GPU"
     )
@@ -161,7 +158,7 @@ def _mistake_of_gpu(
 
 
 def _use(wanted: object, accelerator: str, count: int) -> str:
-    """The machines that take it."""
+    """Return a suggestion of up to three machines with this GPU; empty if there are none."""
     fitting = (
         machines.machines_with(accelerator, count) or machines.machines_with(accelerator)
         if count
@@ -171,7 +168,8 @@ def _use(wanted: object, accelerator: str, count: int) -> str:
 
 
 def _mistakes_of_disk(pool: Any, path: str) -> Iterator[str]:
-    """Boot disks: which kinds a machine takes, and how large."""
+    """Yield problems of the boot disk's type and size."""
+    # Without a type the API uses pd-ssd, which not every machine supports.
     machine, disk = MACHINES[pool.machine_spec.machine_type], pool.disk_spec
     if disk.boot_disk_type not in machine.disks and (
         disk.boot_disk_type or "pd-ssd" not in machine.disks
@@ -184,9 +182,10 @@ def _mistakes_of_disk(pool: Any, path: str) -> Iterator[str]:
 
 
 def _mistakes_of_region(machine: Any, region: str, path: str) -> Iterator[str]:
-    """Whether the GPU is offered there."""
+    """Yield a problem if the region does not offer the GPU; suggest the nearest regions."""
     gpu = GPUS.get(_accelerator(machine))
     if region and gpu and gpu.regions is not None and region not in gpu.regions:
+        # Regions of the same continent first: the part before the hyphen, such as "europe".
         here = region.partition("-")[0]
         near = sorted(gpu.regions, key=lambda other: (other.partition("-")[0] != here, other))
         there = f"{region} (cloud.region in {PROJECT_FILE})"
@@ -194,7 +193,7 @@ def _mistakes_of_region(machine: Any, region: str, path: str) -> Iterator[str]:
 
 
 def _mistakes_of_strategy(scheduling: Any, machine: Any) -> Iterator[str]:
-    """How a machine can be had."""
+    """Yield problems of the scheduling strategy."""
     strategy = type(scheduling).Strategy.Name(scheduling.strategy)
     found, gpu = MACHINES[machine.machine_type], GPUS.get(_accelerator(machine))
     if strategy in OLD_NAMES:
@@ -211,7 +210,7 @@ def _mistakes_of_strategy(scheduling: Any, machine: Any) -> Iterator[str]:
 
 
 def _mistakes_of_time(scheduling: Any) -> Iterator[str]:
-    """How long a job may run, and wait."""
+    """Yield problems of timeout, waiting time and retries."""
     flexible = type(scheduling).Strategy.Name(scheduling.strategy) == FLEX_START
     if scheduling.HasField("timeout"):
         timeout = scheduling.timeout.ToTimedelta()
@@ -227,7 +226,7 @@ def _mistakes_of_time(scheduling: Any) -> Iterator[str]:
 
 
 def _accelerator(machine: Any) -> str:
-    """The GPU's name; empty where there is none."""
+    """Return the name of the GPU; empty without a GPU."""
     if not machine.accelerator_type:
         return ""
     return str(
@@ -238,7 +237,7 @@ def _accelerator(machine: Any) -> str:
 
 
 def nearest(wrong: str, choices: Iterable[str]) -> str:
-    """What was meant, or else all there is."""
+    """Return the most similar choices, or else the first of all choices."""
     known = list(choices)
     near = difflib.get_close_matches(wrong, known, 3, 0.5)
     return (
@@ -249,7 +248,7 @@ def nearest(wrong: str, choices: Iterable[str]) -> str:
 
 
 def _or(choices: Sequence[object]) -> str:
-    """ "1, 2 or 4"."""
+    """Return choices as "1, 2 or 4"."""
     *others, last = map(str, choices)
     return f"{', '.join(others)} or {last}" if others else last
 

@@ -1,4 +1,4 @@
-"""Machine types, GPUs and list prices of Vertex AI training, from machines.yaml beside this file."""
+"""Load machine types, GPUs and list prices of Vertex AI training from machines.yaml."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import yaml
 
 STANDARD, SPOT, FLEX_START = "STANDARD", "SPOT", "FLEX_START"
 STRATEGIES = (STANDARD, SPOT, FLEX_START)
-SHARED = (SPOT, FLEX_START)  # spare capacity: cheaper, but later or preempted
+SHARED = (SPOT, FLEX_START)  # spare capacity: cheaper, but starts later or is preempted
 
 _DATA = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 AS_OF: str = _DATA["as_of"]
@@ -23,7 +23,7 @@ class Gpu:
     name: str
     short: str
     memory: int
-    regions: frozenset[str] | None  # None: not known
+    regions: frozenset[str] | None  # None: unknown
     flex_start: bool = False
     price: float | None = None  # None: part of the machine's price
 
@@ -34,8 +34,8 @@ class Machine:
 
     name: str
     gpus: Mapping[str, tuple[int, ...]]
-    price: float | None  # with built-in GPUs; None: not known
-    spot: float | None = None  # None: not known, but less than `price`
+    price: float | None  # with built-in GPUs; None: unknown
+    spot: float | None = None  # None: unknown, but less than `price`
     built_in: bool = True  # a job must name built-in GPUs; others are optional
     disks: tuple[str, ...] = ("pd-ssd", "pd-standard")
     strategies: tuple[str, ...] = STRATEGIES
@@ -69,7 +69,7 @@ MACHINES = _load_machines()
 
 
 def machines_with(accelerator: str, count: int = 0) -> list[str]:
-    """Machines that take this GPU (in this count, if given), cheapest first."""
+    """Return the machines that support this GPU (and count, if given), cheapest first."""
     machines = (
         machine
         for machine in MACHINES.values()
@@ -81,10 +81,10 @@ def machines_with(accelerator: str, count: int = 0) -> list[str]:
 def price(
     machine: Machine, accelerator: str, count: int, strategy: str
 ) -> tuple[float | None, str]:
-    """USD per hour of one machine in a job (None: not known), and a sign.
+    """Return USD per hour of one machine in a job (None: unknown), and a sign.
 
-    The sign is "" for exact, "≈" for a Spot price, which changes daily, "<" for less than that:
-    the STANDARD price where that of the strategy is not known.
+    The sign is "" for exact, "≈" for a Spot price, which changes daily, and "<" for an upper bound:
+    the STANDARD price, if the price of the strategy is unknown.
     """
     if strategy == SPOT and machine.spot is not None:
         return machine.spot * FEE, "≈"

@@ -1,8 +1,8 @@
-"""Single read-only REST calls with the caller's credentials, without retry.
+"""Make single read-only REST calls with the caller's credentials, without retry.
 
 gcloud's variables CLOUDSDK_API_ENDPOINT_OVERRIDES_… (SERVICEUSAGE, ARTIFACTREGISTRY, IAM,
 CLOUDRESOURCEMANAGER) and STORAGE_EMULATOR_HOST replace Google's servers; overridden servers are
-called without credentials. For Vertex AI see gcp/client.py.
+called without credentials. Calls to Vertex AI are in gcp/client.py.
 """
 
 import os
@@ -42,7 +42,7 @@ class Missing(Exception):
 
 
 class Unchecked(Exception):
-    """A check could not be completed, and why."""
+    """A check that could not be completed; the message is the reason."""
 
 
 class Refused(Exception):
@@ -54,7 +54,7 @@ class Refused(Exception):
 
 
 def address(service: str) -> str:
-    """A service's address: Google's, or the override of the environment."""
+    """Return the URL of a service: Google's, or the override in the environment."""
     variable = (
         "STORAGE_EMULATOR_HOST"
         if service == "storage"
@@ -68,7 +68,10 @@ def enable_command(apis: Sequence[str], project: str) -> str:
 
 
 def load_credentials(project: str) -> tuple[Any, str]:
-    """Application Default Credentials, refreshed, and their account; None if all is overridden."""
+    """Return refreshed Application Default Credentials and their account.
+
+    Credentials are None if the environment overrides all servers.
+    """
     if all(address(service) != url for service, url in SERVICES.items()):
         return None, "not needed: the environment overrides all of Google's servers"
     import google.auth
@@ -79,11 +82,11 @@ def load_credentials(project: str) -> tuple[Any, str]:
     login = "gcloud auth application-default login"
     try:
         credentials, _ = google.auth.default(scopes=[SCOPE])
-        # google-auth's own default is two minutes
+        # Without this timeout google-auth waits two minutes.
         credentials.refresh(lambda *args, **kw: Request()(*args, **{**kw, "timeout": CALL}))
     except exceptions.TransportError as error:
         raise Unchecked(f"Google cannot be reached: {_reason(error)}") from None
-    # all but the first come from a file in an unknown format
+    # All but DefaultCredentialsError come from a credentials file in an unknown format.
     except (
         exceptions.DefaultCredentialsError,
         AttributeError,
@@ -117,7 +120,7 @@ def _account(credentials: Any) -> str:
 
 
 class Rest:
-    """Calls Google's APIs; safe in threads, because each call has its own session."""
+    """Call Google's APIs; thread-safe, because each call has its own session."""
 
     def __init__(self, credentials: Any, project: str) -> None:
         self.credentials, self.project = credentials, project
@@ -125,9 +128,9 @@ class Rest:
     def call(
         self, service: str, path: str, query: Mapping[str, Any] | None = None, body: Any = None
     ) -> dict[str, Any]:
-        """GET, or POST if there is a body; return the JSON object.
+        """Send GET, or POST if there is a body; return the JSON object.
 
-        Raises Refused for an error response, Unchecked if the API is off, down or too slow.
+        An error response raises Refused; an API that is off, down or too slow raises Unchecked.
         """
         import requests
         from google.auth.exceptions import GoogleAuthError
@@ -163,8 +166,8 @@ class Rest:
         raise Refused(response.status_code, message)
 
     def missing_permissions(self, service: str, path: str, permissions: Sequence[str]) -> list[str]:
-        """Those of the permissions that the caller does not have on a resource."""
-        # Cloud Storage takes the permissions in a query, the others in a body.
+        """Return the permissions that the caller lacks on a resource."""
+        # Cloud Storage expects the permissions in the query, the other APIs in the body.
         option = "query" if service == "storage" else "body"
         granted = self.call(service, path, **{option: {"permissions": list(permissions)}})
         return [name for name in permissions if name not in granted.get("permissions", [])]

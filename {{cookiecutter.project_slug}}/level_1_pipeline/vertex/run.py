@@ -1,6 +1,6 @@
 """Run the pipeline on Vertex AI with the caller's credentials: make level1 RUNNER=vertex.
 
-DRY_RUN=1 prints the request: nothing is built, uploaded or started.
+DRY_RUN=1 only prints the request.
 """
 
 import json
@@ -26,17 +26,17 @@ from project.runs import Run
 from project.settings import Settings, load_settings
 
 POLL = 10.0  # seconds between polls of a run
-# Stands for a digest, which an image gets when it is pushed.
+# Placeholder in planned requests: an image gets its digest when it is pushed.
 UNKNOWN_DIGEST = f"@sha256:{64 * '0'}"
 
 
 def run(settings: Settings, dry_run: bool) -> None:
-    """Build, push, upload, compile, start and follow."""
+    """Build and push images, upload the data, submit the pipeline and follow it."""
     environment = resolve_environment(settings)
     local = None if settings.data.source.startswith("gs://") else source_csv(settings)
     csv = data_uri(environment, local) if local else settings.data.source
     this = runs.new()
-    # The whole request is made once before the build, so that its errors show early.
+    # Make the whole request before the slow build, so that its errors show early.
     planned = {name: f"{environment.images}/{name}{UNKNOWN_DIGEST}" for name in IMAGES}
     request = make_request(settings, environment, planned, csv, this)
     if dry_run:
@@ -53,6 +53,7 @@ def run(settings: Settings, dry_run: bool) -> None:
             upload_data(environment, local)
         request = make_request(settings, environment, images, csv, this)
         story.job = f"{environment.parent}/pipelineJobs/{request['pipelineJobId']}"
+        # Recorded before the call: if its response is lost, `make status` still finds the job.
         story.write(this.folder)
         started = pipeline_run.submit(request)
         print(
@@ -71,8 +72,8 @@ def run(settings: Settings, dry_run: bool) -> None:
         raise
     except BaseException as error:
         if not started and not getattr(error, "transient", False):
-            story.job = None  # it was rejected
-        # A run with a job has its state already, or only the connection was lost.
+            story.job = None  # Vertex AI rejected the request
+        # A run with a job already has its state, or only the connection was lost.
         if not story.job:
             story.state, story.problem = "failed", str(error) or type(error).__name__
         raise
@@ -84,7 +85,7 @@ def run(settings: Settings, dry_run: bool) -> None:
 def make_request(
     settings: Settings, environment: Environment, images: dict[str, str], csv: str, this: Run
 ) -> dict[str, Any]:
-    """Make the request to Vertex AI; the compiled pipeline stays in the run's folder, if any."""
+    """Return the request to Vertex AI; keep the compiled pipeline if the run's folder exists."""
     values = {**parameters.for_cloud(settings, environment, images, csv), "run": this.name}
     with tempfile.TemporaryDirectory() as temporary:
         folder = this.folder if this.folder.is_dir() else Path(temporary)
@@ -104,7 +105,7 @@ def make_request(
 
 
 def record(story: Story, status: pipeline_follow.Seen) -> None:
-    """Copy a run's status into its record."""
+    """Copy a run's status on Vertex AI into its record."""
     story.steps = status.steps
     story.gate = status.facts.get(("gate", "decision"))
     story.registered = status.facts.get(("register", "version"))
@@ -114,7 +115,7 @@ def record(story: Story, status: pipeline_follow.Seen) -> None:
 
 
 def refresh(folder: Path, document: dict[str, Any]) -> dict[str, Any]:
-    """Update the record of a run that was still going on."""
+    """Update the stored record of a running run from Vertex AI; return it."""
     story = Story(**{**document, "steps": []})
     record(story, pipeline_follow.look(str(story.job)))
     story.write(folder)
@@ -122,7 +123,7 @@ def refresh(folder: Path, document: dict[str, Any]) -> dict[str, Any]:
 
 
 def record_of(identity: str) -> dict[str, Any]:
-    """The record of a run that was started elsewhere, by its id on Vertex AI."""
+    """Return the record of a run started elsewhere, by its id on Vertex AI."""
     name = f"{resolve_environment(load_settings()).parent}/pipelineJobs/{identity}"
     status = pipeline_follow.look(name)
     story = Story(identity, status.event, status.began, job=name)
@@ -131,5 +132,5 @@ def record_of(identity: str) -> dict[str, Any]:
 
 
 def page(job: str) -> str:
-    """The URL of a run's page."""
+    """Return the URL of a run's page in the console."""
     return Started(job, new=False).link

@@ -1,6 +1,6 @@
 """Train in a custom training job with the caller's credentials, and download the model: make train.
 
-RUN=ID resumes a run: its job is found again, not submitted twice.
+RUN=ID resumes a run: it finds the submitted job and does not submit a second one.
 """
 
 import argparse
@@ -30,13 +30,13 @@ from project.settings import Settings, load_settings
 from trainer.csv_reader import check_header
 from trainer.data import find_csv, prepare
 
-REQUEST = "request.json"  # in the run's folder, written before anything is sent
-PLATFORM = "linux/amd64"  # of Vertex AI's machines
+REQUEST = "request.json"  # in the run's folder; written before submission, so RUN=ID can resume
+PLATFORM = "linux/amd64"  # Vertex AI's machines
 
 
-# ── the data ────────────────────────────────────────────────────────────────────────────────────
+# ── the data ──────────────────────────────────────────────────────────────────────────────────────
 def source_csv(settings: Settings) -> Path:
-    """Return the CSV file of project.yaml, with its header checked."""
+    """Return the CSV file of project.yaml after a check of its header."""
     data = settings.data
     csv = find_csv(data.source, project_root() / "data").resolve()
     check_header(csv, data.label, data.ignore, data.categorical)
@@ -44,20 +44,22 @@ def source_csv(settings: Settings) -> Path:
 
 
 def data_uri(environment: Environment, file: Path) -> str:
-    """The gs:// address of a data file: its hash, so that the same data is uploaded once."""
+    """Return the gs:// address of a data file."""
+    # It contains the hash of the content, so the same data is uploaded only once.
     return f"{environment.data}/{manifest.sha256(file)[:32]}/{file.name}"
 
 
 def upload_data(environment: Environment, file: Path) -> str:
     """Upload a data file unless it exists; return its address."""
     uri = data_uri(environment, file)
+    # Generation 0 means "only if the object does not exist"; the same address is the same content.
     with suppress(storage.Conflict):
         storage.upload(file, uri, if_generation_match=0)
     return uri
 
 
 def split(settings: Settings, folder: Path) -> tuple[Path, Path]:
-    """Write the training and the test rows into a folder, as level 0 does."""
+    """Write the training and test rows to a folder, split as in level 0."""
     data, train_data, test_data = settings.data, folder / "train.parquet", folder / "test.parquet"
     prepare(
         source_csv(settings),
@@ -72,9 +74,9 @@ def split(settings: Settings, folder: Path) -> tuple[Path, Path]:
     return train_data, test_data
 
 
-# ── the request ─────────────────────────────────────────────────────────────────────────────────
+# ── the request ───────────────────────────────────────────────────────────────────────────────────
 def check_image(jobs: Sequence[dict[str, Any]]) -> None:
-    """Raise UserError if an image built here cannot use the jobs' machines."""
+    """Reject jobs whose machines cannot run an image built here."""
     platform = containers.target_platform()
     if platform != PLATFORM:
         raise UserError(
@@ -98,7 +100,7 @@ def check_image(jobs: Sequence[dict[str, Any]]) -> None:
 def find_jobs(
     settings: Settings, environment: Environment, name: str | None, image: str
 ) -> list[dict[str, Any]]:
-    """The named job, or those of project.yaml; resolved."""
+    """Return the named job, or else those of project.yaml, resolved."""
     root = project_root()
     if name:
         return [gpu_jobs.resolve(name, root, environment, image)]
@@ -123,7 +125,8 @@ def make_request(
 
 
 def dry_run(settings: Settings, environment: Environment, name: str | None) -> str:
-    """The requests as YAML; the image has a tag, because a push assigns its digest."""
+    """Return the requests as YAML, without sending them."""
+    # The image has a tag here: only a push assigns a digest.
     (container,) = containers.find(project_root(), ["train"])
     image = containers.image(container, environment.images)
     jobs = find_jobs(settings, environment, name, image)
@@ -136,14 +139,14 @@ def dry_run(settings: Settings, environment: Environment, name: str | None) -> s
     return yaml.safe_dump_all(attempts, sort_keys=False, width=200)
 
 
-# ── the run ─────────────────────────────────────────────────────────────────────────────────────
+# ── the run ───────────────────────────────────────────────────────────────────────────────────────
 def begin(settings: Settings, environment: Environment, name: str | None) -> tuple[Run, Request]:
-    """Upload the data, push the image and write the run's folder; no job is submitted yet."""
+    """Upload the data, push the image and write the run's folder; submit no job yet."""
     check_image(find_jobs(settings, environment, name, ""))
     notebooks.require_in_sync()
     with tempfile.TemporaryDirectory() as folder:
         train_data, test_data = split(settings, Path(folder))
-        # Before the image is built: an error in the data or the bucket shows early.
+        # Before the slow build, so that errors in the data or the bucket show early.
         uri = upload_data(environment, train_data)
         training = containers.find(project_root(), ["train"])
         image = containers.make_all(training, settings, environment.images)["train"]
@@ -158,7 +161,7 @@ def begin(settings: Settings, environment: Environment, name: str | None) -> tup
 
 
 def resume(name: str) -> tuple[Run, Request]:
-    """Read an earlier run and its request."""
+    """Return an earlier run and its stored request."""
     run = Run(runs.runs_folder() / name)
     document = runs.read_json(run.folder / REQUEST)
     if not document:
@@ -170,12 +173,12 @@ def resume(name: str) -> tuple[Run, Request]:
 
 
 def conclude(run: Run, request: Request) -> dict[str, Any]:
-    """Download the model, and evaluate it on the test rows."""
+    """Download the model, unless it is here already, and evaluate it on the test rows."""
     if not run.model.exists():
         with tempfile.TemporaryDirectory(dir=run.folder) as folder:
             model = storage.fetch(request.output, Path(folder, "model"))
             manifest.read(model)
-            # A copy, because a mounted bucket's files stay where they are.
+            # Copied, not moved: `model` may be a path in a mounted bucket. The rename is atomic.
             shutil.copytree(model, Path(folder, "whole"))
             Path(folder, "whole").rename(run.model)
     from trainer.evaluate import evaluate
@@ -184,7 +187,7 @@ def conclude(run: Run, request: Request) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="make train", description="Train in a custom training job on Vertex AI."
     )
