@@ -1,10 +1,10 @@
 """Build the images that the registry lacks, each in a child build, in parallel.
 
-python -m level_2_cicd.builds [NAME …]                        make images: digests go to build/images.json
-python -m level_2_cicd.builds NAME --image IMAGE --tag TAG    make image: build one image, in its child build
+python -m level_2_cicd.builds [NAME …]      make images: writes digests to build/images.json
+python -m level_2_cicd.builds NAME --image IMAGE --tag TAG
+                                            make image: builds one image, inside its child build
 
-A tag is a hash of the image's inputs (level_1_pipeline.containers), so an existing tag needs no
-build. An environment with `promote_from` copies the images that passed there instead of building.
+An environment with `promote_from` copies the images that passed there instead of building.
 """
 
 import argparse
@@ -45,20 +45,20 @@ MANIFESTS = ", ".join(
 CHUNK = 8 * 1024 * 1024
 
 
-# ── images of a push ───────────────────────────────────────────────────────────────────────────
+# ── images of a push ──────────────────────────────────────────────────────────────────────────
 def provide_images(
     selection: Sequence[Container], settings: Settings, environment: Environment
 ) -> dict[str, str]:
-    """Build or copy the missing images; one failure does not stop the others.
+    """Build or copy the missing images and return container → image by digest.
 
-    Returns:
-        Container → image by digest.
+    One failure does not stop the others.
     """
     submit_build.require_level_2(environment)
     source = environment.promote_from and resolve_environment(settings, environment.promote_from)
 
     def provide(container: Container) -> str:
         name = containers.image(container, environment.images)
+        # The tag is a hash of the image's inputs, so an existing tag needs no build.
         digest = find_digest(name)
         if digest:
             log(f"= {container.name:<12} unchanged   {name}")
@@ -81,7 +81,8 @@ def build(container: Container, environment: Environment, name: str) -> str:
     try:
         submit_build.run(command, path)
     except UserError as error:
-        # Tags are immutable: the push fails if another build has pushed the same image meanwhile.
+        # Tags are immutable, so the push also fails if a parallel build pushed the same image:
+        # only a missing image is an error.
         failure = error
     digest = find_digest(name)
     if digest is None:
@@ -101,6 +102,7 @@ def promote(container: Container, source: Environment, name: str) -> str:
             f"{image} not found: this code has not been built in {source.environment} yet. "
             f"Push it there first, or run: make submit ENVIRONMENT={source.environment}"
         )
+    # An image in the registry is built but not necessarily tested; promote tested ones only.
     if storage.read(passed_uri(source, container.name, digest)) is None:
         raise UserError(
             f"{image} has not passed in {source.environment} yet. Wait until its build there has "
@@ -113,20 +115,22 @@ def promote(container: Container, source: Environment, name: str) -> str:
 
 
 def passed_uri(environment: Environment, container: str, digest: str) -> str:
-    """URI of the record that an image passed all tests in an environment."""
+    """Return the URI of the record that an image passed all tests in an environment."""
     return f"{environment.builds}/passed/{container}/{digest.removeprefix('sha256:')}"
 
 
 def record_passed(images: Mapping[str, str], environment: Environment) -> None:
-    """Record that images passed all tests: other environments may run them."""
+    """Record that images passed all tests, so that other environments may copy them."""
     for container, image in images.items():
         uri = passed_uri(environment, container, image.partition("@")[2])
+        # Generation 0 creates only: an existing record keeps its commit.
         with contextlib.suppress(storage.Conflict):
             storage.write(uri, f"{submit_build.commit()}\n".encode(), if_generation_match=0)
 
 
 def build_here(container: Container, settings: Settings, address: str, tag: str) -> None:
     """Build an image with the local Docker; Cloud Build pushes it."""
+    # A different tag means different inputs: the image would be stored under a wrong hash.
     if container.tag() != tag:
         raise UserError(
             f"the files of {container.name} have the tag {container.tag()}, expected {tag}: the "
@@ -136,7 +140,8 @@ def build_here(container: Container, settings: Settings, address: str, tag: str)
 
 
 def log(line: str) -> None:
-    """Print a line in one write, so that parallel builds do not mix lines."""
+    """Print a line."""
+    # One write including the newline: parallel builds do not mix their lines.
     print(f"{line}\n", end="", flush=True)
 
 
@@ -144,6 +149,7 @@ def save_digests(images: Mapping[str, str], environment: Environment) -> None:
     """Write the images by digest to build/images.json and to the bucket."""
     DIGESTS.parent.mkdir(exist_ok=True)
     manifest.write_json(DIGESTS, dict(images))
+    # The copy in the bucket serves `make apply` on a machine that built no images.
     content = (json.dumps(images, indent=2, sort_keys=True) + "\n").encode()
     storage.write(f"{environment.builds}/images.json", content)
 
@@ -156,15 +162,16 @@ def read_digests() -> dict[str, str]:
     return {name: str(image) for name, image in images.items()}
 
 
-# ── the registry (Docker Registry HTTP API V2) ─────────────────────────────────────────────────
+# ── registry (Docker Registry HTTP API V2) ────────────────────────────────────────────────────
 def split_name(name: str) -> tuple[str, str]:
-    """Split an image's name into its repository's URL and a tag or digest."""
+    """Split an image name into its repository URL and a tag or digest."""
     match = re.fullmatch(r"([^/]+)/([^@]+?)(?::([\w][\w.-]*)|@(sha256:[0-9a-f]{64}))", name)
     if not match or containers.registry_of(name) == "docker.io":
         raise UserError(
             f"invalid image '{name}'; expected REGISTRY/NAME:TAG or REGISTRY/NAME@sha256:…"
         )
     host, repository, tag, digest = match.groups()
+    # A local registry (rehearsals) has no TLS.
     scheme = "http" if re.match(r"(localhost|127\.0\.0\.1)(:|$)", host) else "https"
     return f"{scheme}://{host}/v2/{repository}", tag or digest
 
@@ -172,6 +179,7 @@ def split_name(name: str) -> tuple[str, str]:
 def request_manifest(method: str, name: str, what: str, **options: Any) -> Any:
     """Send a request for an image's manifest."""
     repository, reference = split_name(name)
+    # A registry does not convert manifests, so accept each kind.
     options.setdefault("headers", {"Accept": MANIFESTS})
     return ask_registry(method, f"{repository}/manifests/{reference}", what, **options)
 
@@ -188,16 +196,13 @@ def find_digest(name: str) -> str | None:
 
 
 def copy_image(source: str, target: str) -> None:
-    """Copy an image byte for byte; `docker push` would compress layers again: another digest.
-
-    Args:
-        source: REGISTRY/NAME@sha256:….
-        target: REGISTRY/NAME:TAG.
-    """
+    """Copy an image from REGISTRY/NAME@sha256:… to REGISTRY/NAME:TAG byte for byte."""
+    # No `docker pull` and `docker push`: Docker compresses layers again, which changes the digest.
     response = request_manifest("GET", source, f"reading {source}")
     document = response.json()
     if "manifests" in document:
         raise UserError(f"{source} has several platforms; the project's images have one.")
+    # Blobs first: a registry rejects a manifest whose blobs are missing.
     for blob in (document["config"], *document["layers"]):
         copy_blob(source, target, blob["digest"])
     headers = {"Content-Type": response.headers["Content-Type"].partition(";")[0]}
@@ -209,7 +214,7 @@ def copy_image(source: str, target: str) -> None:
 
 
 def copy_blob(source: str, target: str, digest: str) -> None:
-    """Copy a layer or an image's configuration, unless the target has it."""
+    """Copy a layer or an image configuration unless the target has it."""
     repository, what = split_name(target)[0], f"copying {target}"
 
     def find() -> bool | None:
@@ -226,6 +231,7 @@ def copy_blob(source: str, target: str, digest: str) -> None:
             blob = Blob(folder)
             blob.download(f"{split_name(source)[0]}/blobs/{digest}", f"reading {source}")
             uploads = f"{repository}/blobs/uploads/"
+            # The URL in Location may be relative and may have a query already.
             upload = urljoin(uploads, ask_registry("POST", uploads, what).headers["Location"])
             upload += f"{'&' if '?' in upload else '?'}digest={digest}"
             headers = {"Content-Type": "application/octet-stream"}
@@ -234,7 +240,8 @@ def copy_blob(source: str, target: str, digest: str) -> None:
             except api.ApiError as error:
                 if error.code != 404:
                     raise
-                # A repeated request after a lost response: the upload is complete. Look again.
+                # A retry after a lost response finds the upload completed and its URL gone.
+                # Report a conflict, so that get_or_create looks for the blob again.
                 raise api.ApiError(str(error), 409, transient=False) from error
         return True
 
@@ -242,13 +249,14 @@ def copy_blob(source: str, target: str, digest: str) -> None:
 
 
 class Blob:
-    """A file that requests can send again on a retry, without holding it in memory."""
+    """A file-backed request body that can be sent again on a retry."""
 
     def __init__(self, folder: str) -> None:
         self.path = Path(folder, "blob")
 
     def download(self, url: str, what: str) -> None:
-        """Fetch the content. The registry that receives it verifies its digest."""
+        """Download the content in chunks."""
+        # No digest check here: the registry that receives the blob verifies it.
         response = ask_registry("GET", url, what, stream=True)
         try:
             with response, self.path.open("wb") as stream:
@@ -266,9 +274,9 @@ class Blob:
                 yield chunk
 
 
-# ── command line ───────────────────────────────────────────────────────────────────────────────
+# ── command line ──────────────────────────────────────────────────────────────────────────────
 def main() -> None:
-    """Command line."""
+    """Build the missing images, or one image with --image and --tag."""
     parser = argparse.ArgumentParser(
         prog="make images", description="Build and push the images that the registry lacks."
     )
@@ -285,6 +293,7 @@ def main() -> None:
         return
     environment = resolve_environment(settings)
     images = provide_images(selection, settings, environment)
+    # images.json must list all containers, so a partial build does not write it.
     if not options.names:
         save_digests(images, environment)
         print(f"{DIGESTS}: {len(images)} images by digest")

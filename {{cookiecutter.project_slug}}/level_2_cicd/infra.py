@@ -1,13 +1,14 @@
 """Run Terraform for one environment of project.yaml.
 
-python -m level_2_cicd.infra plan | apply [--yes] | destroy [--yes]   the stack, which each push applies
-python -m level_2_cicd.infra foundation [--plan] [--yes]              the foundation, applied once by an admin
-python -m level_2_cicd.infra unlock --id ID [--foundation]            release the lock of a killed apply
-python -m level_2_cicd.infra check                                    fmt -check and validate; no account needed
-python -m level_2_cicd.infra grants                                   IAM roles of the foundation, as a table
+python -m level_2_cicd.infra plan                           the stack, which each push applies
+python -m level_2_cicd.infra apply [--yes]
+python -m level_2_cicd.infra destroy [--yes]
+python -m level_2_cicd.infra foundation [--plan] [--yes]    the foundation, applied once by an admin
+python -m level_2_cicd.infra unlock --id ID [--foundation]  release the lock of a killed apply
+python -m level_2_cicd.infra check                          fmt and validate; no account needed
+python -m level_2_cicd.infra grants                         print the foundation's IAM roles
 
-The foundation creates the bucket of its own state, and the key that encrypts it. Its first apply
-therefore keeps the state in build/terraform/, then moves it. Rerun the command after any failure.
+Rerun the same command after any failure.
 """
 
 import argparse
@@ -41,7 +42,7 @@ FOLDER = Path("level_2_cicd/terraform")
 IMAGES = Path("build/images.json")
 OVERRIDE = "backend_override.tf"  # replaces the backend of versions.tf
 OLDEST = (1, 9)
-# A lock in the bucket. The lock of a local state ends with its process, so it needs no unlock.
+# Matches locks in the bucket only: the lock of a local state ends with its process.
 LOCKED = re.compile(r"Error acquiring the state lock.*?\bID:\s+(\S+)\W+Path:\s+gs://", re.DOTALL)
 
 
@@ -49,10 +50,7 @@ LOCKED = re.compile(r"Error acquiring the state lock.*?\bID:\s+(\S+)\W+Path:\s+g
 class RootModule:
     """A Terraform root module, `stack` or `foundation`, in one environment.
 
-    Attributes:
-        root: the project's folder.
-        bucket: bucket of the state.
-        mirror: URL of a provider mirror; empty for Terraform's registry.
+    `mirror` is the URL of a provider mirror; empty for Terraform's registry.
     """
 
     name: str
@@ -63,27 +61,29 @@ class RootModule:
 
     @property
     def folder(self) -> Path:
-        """Folder of the .tf files."""
+        """Return the folder of the .tf files."""
         return self.root / FOLDER / ("" if self.name == "stack" else self.name)
 
     @property
     def data(self) -> Path:
-        """TF_DATA_DIR, one per environment so that they never mix."""
+        """Return the value of TF_DATA_DIR."""
+        # One folder per environment, so that environments never mix.
         return self.root / "build/terraform" / self.environment / self.name
 
     @property
     def state(self) -> str:
-        """URI of the state."""
+        """Return the URI of the state."""
         return f"gs://{self.bucket}/{self.name}/default.tfstate"
 
     @property
     def variable(self) -> str:
-        """Option that names the environment."""
+        """Return the option that sets the environment."""
         return f"-var=environment={self.environment}"
 
     def backend(self) -> list[str]:
-        """Options that name the state's bucket."""
+        """Return the options that select the state's bucket."""
         options = [f"-backend-config=bucket={self.bucket}", f"-backend-config=prefix={self.name}"]
+        # In a rehearsal, Terraform needs the address of the fake of Cloud Storage as options.
         if server := os.environ.get("STORAGE_EMULATOR_HOST"):
             endpoint = f"{server.rstrip('/')}/storage/v1/"
             options.append(f"-backend-config=storage_custom_endpoint={endpoint}")
@@ -91,14 +91,15 @@ class RootModule:
         return options
 
     def init(self) -> None:
-        """Initialise with the state in its bucket."""
-        # A killed `foundation` may have left the file.
+        """Run `terraform init` with the state in its bucket."""
+        # A killed `foundation` may have left the override, which selects a local state.
         (self.folder / OVERRIDE).unlink(missing_ok=True)
         self.run("init", "-reconfigure", "-input=false", *self.backend(), quiet=True)
 
     def run(self, command: str, *options: str, quiet: bool = False) -> str:
-        """Run Terraform; with `quiet`, return its output and print it only after a failure."""
+        """Run Terraform; with `quiet`, return its output and print it only on failure."""
         variables = {**os.environ, "TF_DATA_DIR": str(self.data), "TF_IN_AUTOMATION": "1"}
+        # A configuration that the caller has set takes precedence over the mirror.
         if self.mirror and "TF_CLI_CONFIG_FILE" not in variables:
             variables["TF_CLI_CONFIG_FILE"] = str(self.write_mirror_config())
         color = [] if sys.stdout.isatty() and not quiet else ["-no-color"]
@@ -120,7 +121,7 @@ class RootModule:
         return text
 
     def write_mirror_config(self) -> Path:
-        """Write the CLI configuration that installs providers from the mirror."""
+        """Write the Terraform CLI configuration that installs providers from the mirror."""
         path = self.root / "build/terraform.rc"
         path.parent.mkdir(exist_ok=True)
         mirror = f"network_mirror {{\n    url = {json.dumps(self.mirror)}\n  }}"
@@ -129,7 +130,7 @@ class RootModule:
 
 
 def require() -> str:
-    """Return Terraform's version; an error says how to install it if missing or too old."""
+    """Return the version of Terraform; fail if it is missing or too old."""
     how = (
         "See https://developer.hashicorp.com/terraform/install, or use the image that `make "
         "toolbox` builds."
@@ -153,16 +154,12 @@ def require() -> str:
 def run_to_end(
     command: Sequence[str], variables: Mapping[str, str], output: IO[str] | None
 ) -> tuple[int, str]:
-    """Run Terraform to its end, also when interrupted: killed, it would lose its state.
+    """Run Terraform to its end even when interrupted; return exit code and stderr.
 
-    A terminal's Ctrl-C reaches Terraform too; SIGTERM is forwarded. It then stops by itself.
-
-    Args:
-        output: where its standard output goes; None: the terminal.
-
-    Returns:
-        Exit code and errors, which also go to the terminal.
+    stdout goes to `output`, or to the terminal if None; stderr always goes to the terminal too.
     """
+    # Killing Terraform would lose the state of what it has just created. It stops by itself after
+    # a signal: Ctrl-C in a terminal reaches it directly, SIGTERM is forwarded.
     received: list[int] = []
     processes: list[subprocess.Popen[str]] = []
 
@@ -184,12 +181,14 @@ def run_to_end(
             errors="replace",
         ) as process:
             processes.append(process)
+            # Print lines as they arrive, because an apply takes minutes.
             for line in process.stderr or []:
                 print(line, end="", file=sys.stderr, flush=True)
                 errors.append(line)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+    # Exit as if the signal had ended this program.
     if signal.SIGINT in received:
         raise KeyboardInterrupt
     if received:
@@ -198,13 +197,14 @@ def run_to_end(
 
 
 def approval(yes: bool) -> list[str]:
-    """Options of an apply without a prompt."""
+    """Return the options of an apply without a prompt."""
+    # The lock timeout lets a build wait for a running apply.
     return ["-auto-approve", "-input=false", "-lock-timeout=20m"] if yes else []
 
 
-# ── the stack ──────────────────────────────────────────────────────────────────────────────────
+# ── stack ─────────────────────────────────────────────────────────────────────────────────────
 def read_images(root: Path, environment: Environment) -> str | None:
-    """Return container → image as JSON, of the last `make images` here or else of the last build."""
+    """Return container → image as JSON, from the last local `make images` or the last build."""
     if (root / IMAGES).is_file():
         text = (root / IMAGES).read_text(encoding="utf-8")
         # The file may come from another environment.
@@ -217,7 +217,7 @@ def read_images(root: Path, environment: Environment) -> str | None:
 def require_foundation(foundation: RootModule, project: str) -> None:
     """Fail unless the foundation has a state."""
     if os.environ.get("GOOGLE_IMPERSONATE_SERVICE_ACCOUNT"):
-        return  # in a build only the impersonated account may read the state
+        return  # in a build, only the impersonated account has permission to read the state
     if read_state(foundation) is None:
         raise UserError(
             f"the foundation of {foundation.environment} is missing: no {foundation.state}. An "
@@ -235,7 +235,7 @@ def change_stack(
             f"{IMAGES} is missing, or of another environment. "
             f"Run: make images ENVIRONMENT={stack.environment}"
         )
-    # A plan works before the first build.
+    # A plan also works before the first build, without images.
     variables = [stack.variable, f"-var=images={images or '{}'}"]
     stack.init()
     if what == "plan":
@@ -243,6 +243,7 @@ def change_stack(
     elif what == "apply":
         stack.run("apply", *approval(yes), *variables)
     else:
+        # Apply the plan that was shown. Undeploy in between, only after the confirmation.
         path = stack.data / "destroy.plan"
         stack.run("plan", "-destroy", "-input=false", f"-out={path}", *variables)
         if environment.promote_from or not yes:
@@ -253,7 +254,8 @@ def change_stack(
 
 
 def confirm_project(environment: Environment) -> None:
-    """Prompt for the project's ID before anything is removed."""
+    """Prompt for the project's ID before removing anything."""
+    # Without a terminal there is no confirmation: EOF counts as an empty answer.
     try:
         text = input(
             f"\nThis removes the endpoint of {environment.environment}. "
@@ -266,19 +268,21 @@ def confirm_project(environment: Environment) -> None:
 
 
 def undeploy(environment: Environment, settings: Settings) -> None:
-    """Undeploy all models: they cost most, and an endpoint with models cannot be destroyed."""
+    """Undeploy all models from the endpoint."""
+    # Deployed models cost most, and an endpoint with models cannot be destroyed.
     try:
         endpoint = Endpoint(Serving.parse(parameters.serving(settings, environment)))
     except EndpointNotFound:
         report(f"no endpoint {environment.name}: nothing to undeploy")
         return
+    # The lease allows one deployment at a time, so no model is deployed meanwhile.
     with Lease(environment.registry, "destroy"):
         endpoint.settle(None)
     report(f"undeployed all models of {endpoint.name}")
 
 
 def describe_remains(environment: Environment, settings: Settings) -> str:
-    """List what `make destroy` keeps, why, and how to delete it."""
+    """Return a table of what `make destroy` keeps, why, and how to delete it."""
     project, region = environment.project, environment.region
     roots = (environment.pipeline_root, environment.storage, environment.data)
     buckets = ", ".join(sorted({root.split("/")[2] for root in roots}))
@@ -300,9 +304,11 @@ def describe_remains(environment: Environment, settings: Settings) -> str:
     return f"\nWhat remains in {project}; nothing of it runs by itself:\n{table}"
 
 
-# ── the foundation ─────────────────────────────────────────────────────────────────────────────
+# ── foundation ────────────────────────────────────────────────────────────────────────────────
 def apply_foundation(module: RootModule, plan_only: bool, yes: bool) -> None:
-    """Apply or plan the foundation; its first apply moves the state to the bucket."""
+    """Apply or plan the foundation; the first apply moves the state to the bucket."""
+    # The foundation creates the bucket of its own state and the bucket's encryption key, so the
+    # first apply keeps the state in build/terraform/ and moves it afterwards.
     words = ["plan", "-input=false", "-lock=false"] if plan_only else ["apply", *approval(yes)]
     local = module.data.with_suffix(".tfstate")
     state = read_state(module)
@@ -318,7 +324,7 @@ def apply_foundation(module: RootModule, plan_only: bool, yes: bool) -> None:
             module.run(*words, module.variable)
         except UserError as error:
             failure = error
-    # After a failed apply too, if it got as far as the bucket: others can then continue.
+    # Move the state after a failed apply too, if the bucket exists: others can then continue.
     if not plan_only and (not failure or (has_content(local) and bucket_exists(module))):
         options = ("-migrate-state", "-force-copy", "-input=false")
         module.run("init", *options, *module.backend(), quiet=True)
@@ -329,7 +335,8 @@ def apply_foundation(module: RootModule, plan_only: bool, yes: bool) -> None:
 
 
 def has_content(local: Path) -> bool:
-    """Whether a local state exists; Terraform creates an empty file to lock it."""
+    """Return whether a local state exists and is not empty."""
+    # Terraform creates an empty file to lock a local state.
     return local.is_file() and bool(local.stat().st_size)
 
 
@@ -345,7 +352,7 @@ def read_state(module: RootModule) -> bytes | None:
 
 
 def bucket_exists(module: RootModule) -> bool:
-    """Whether the state's bucket exists and is readable."""
+    """Return whether the state's bucket exists and is readable."""
     with suppress(UserError):
         storage.read(module.state)
         return True
@@ -353,7 +360,7 @@ def bucket_exists(module: RootModule) -> bool:
 
 
 def set_aside(local: Path, state: bytes, uri: str) -> None:
-    """Rename the local copy of a state that is in the bucket: its move was interrupted."""
+    """Rename a local copy of the state in the bucket, left by an interrupted move."""
     if not has_content(local):
         return
     lineages = []  # the ID that all versions of a state share
@@ -371,7 +378,8 @@ def set_aside(local: Path, state: bytes, uri: str) -> None:
 
 @contextmanager
 def local_state(module: RootModule, state: Path) -> Iterator[None]:
-    """Keep the state in a local file."""
+    """Keep the state in a local file inside the context."""
+    # The override file replaces the backend without changing versions.tf.
     state.parent.mkdir(parents=True, exist_ok=True)
     override = module.folder / OVERRIDE
     backend = f'backend "local" {{\n    path = {json.dumps(str(state))}\n  }}'
@@ -384,6 +392,7 @@ def local_state(module: RootModule, state: Path) -> Iterator[None]:
 
 def read_grants(module: RootModule) -> list[dict[str, str]]:
     """Plan the foundation from an empty state and return its output `grants`."""
+    # A local state that does not exist: all grants are planned as new.
     path = module.data / "grants.plan"
     with local_state(module, module.data.with_suffix(".none")):
         module.run("init", "-reconfigure", "-input=false", quiet=True)
@@ -404,9 +413,10 @@ def table(grants: Sequence[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
-# ── command line ───────────────────────────────────────────────────────────────────────────────
+# ── command line ──────────────────────────────────────────────────────────────────────────────
 def check(root: Path, mirror: str) -> None:
-    """Check the format of the files, and validate them against the providers' schemas."""
+    """Check the format of the .tf files and validate them against the providers' schemas."""
+    # The stack's folder also contains the tests: format it recursively.
     for name, recursive in (("foundation", []), ("stack", ["-recursive"])):
         module = RootModule(name, root, "check", "", mirror)
         module.run("fmt", "-check", "-diff", *recursive)
@@ -415,7 +425,7 @@ def check(root: Path, mirror: str) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the Terraform command for the selected environment."""
     parser = argparse.ArgumentParser(
         prog="python -m level_2_cicd.infra", description="Terraform for one environment."
     )

@@ -1,12 +1,8 @@
-"""Release steps of a push, after its images are built. All are idempotent.
+"""Publish, test and release a pipeline after its images are built; all steps are idempotent.
 
-python -m level_2_cicd.release publish   make publish: the pipeline with images by digest; not active
+python -m level_2_cicd.release publish   make publish: the pipeline with image digests; not active
 python -m level_2_cicd.release test      make functional-test: a short run that registers no model
 python -m level_2_cicd.release release   make release: activate the pipeline, start a run if needed
-
-Git does not decide whether anything changed. A training depends on the compiled pipeline with its
-images' digests, on its parameters and on its data: their hash is the push's event, and one event
-starts one run. The server image is not part of it: a new one serves the champion without training.
 """
 
 import argparse
@@ -55,9 +51,12 @@ RETRIED = {"FAILED", "CANCELLED"}  # states of a run that allow another attempt
 POLL = 10.0  # seconds
 
 
-# ── identity of a push ─────────────────────────────────────────────────────────────────────────
+# ── identity of a push ────────────────────────────────────────────────────────────────────────
+# Inputs, not git commits, identify a push: the compiled pipeline with its images' digests, the
+# parameters and the data. Unchanged inputs give the same event, and one event starts one run.
 def hash_inputs(inputs: Published) -> str:
-    """Hash what a training depends on, except its data: the pipeline and its parameters."""
+    """Return a hash of the pipeline and its parameters, without the data."""
+    # Exclude the server image: a new one serves the champion without another training.
     serving = {key: value for key, value in inputs.values["serving"].items() if key != "image"}
     document = [inputs.spec, {**inputs.values, "serving": serving}]
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:16]
@@ -65,6 +64,7 @@ def hash_inputs(inputs: Published) -> str:
 
 def data_version(csv: str) -> str:
     """Return the data's URI with its generation: gs://…#GENERATION."""
+    # The generation changes with every upload, so new data at the same URI is a new event.
     generation = storage.generation(csv)
     if generation is None:
         raise UserError(f"no data at {csv}. Upload it, or set data.source in {PROJECT_FILE}.")
@@ -72,22 +72,19 @@ def data_version(csv: str) -> str:
 
 
 def push_event_id(inputs: Published) -> str:
-    """Deduplication key of a push: unchanged inputs give the same key."""
+    """Return the deduplication key of a push."""
     return f"push {hash_inputs(inputs)} {data_version(inputs.values['csv'])}"
 
 
-# ── publish ────────────────────────────────────────────────────────────────────────────────────
+# ── publish ───────────────────────────────────────────────────────────────────────────────────
 def publish(settings: Settings, environment: Environment) -> dict[str, Any]:
-    """Publish the pipeline, unless the current version differs in the commit only.
-
-    Returns:
-        Result of kfp_compile, the commit, and when the build began.
-    """
+    """Publish the pipeline unless only the commit changed; return version, commit and start."""
     csv = settings.data.source
     if not csv.startswith("gs://"):
         csv = vertex_train.upload_data(environment, vertex_train.source_csv(settings))
     commit = kfp_compile.version_of_code(submit_build.commit(), needed=True)
     compiled = kfp_compile.make(settings, environment, builds.read_digests(), csv, commit)
+    # The start of the build orders the releases of parallel builds; see is_later.
     if BEGAN.is_file():
         began = BEGAN.read_text(encoding="utf-8").strip()
     else:
@@ -98,7 +95,7 @@ def publish(settings: Settings, environment: Environment) -> dict[str, Any]:
         values, _ = pipeline_template.read_parameters(compiled.values.decode())
         if yaml.safe_load(compiled.pipeline) == inputs.spec and values == inputs.values:
             return {**current, "began": began}
-    # A rehearsal has a registry of its own.
+    # A rehearsal uses its own registry.
     templates = os.environ.get("TEMPLATE_REGISTRY") or environment.templates
     result = kfp_compile.publish(compiled, environment, templates, commit)
     return {**result, "commit": commit, "began": began}
@@ -110,20 +107,20 @@ def read_version(environment: Environment, version: str) -> Published:
 
 
 def read_publication(environment: Environment) -> tuple[dict[str, Any], Published]:
-    """Return what `publish` has written, and the version that it published."""
+    """Return the content of build/publication.json and the version that it names."""
     if not PUBLICATION.is_file():
         raise UserError(f"{PUBLICATION} not found. Run first: make images publish")
     publication = command_line.read_json(str(PUBLICATION), str(PUBLICATION))
     return publication, read_version(environment, publication["version"])
 
 
-# ── functional test ────────────────────────────────────────────────────────────────────────────
+# ── functional test ───────────────────────────────────────────────────────────────────────────
 def resolve_test_jobs(
     settings: Settings, environment: Environment, image: str
 ) -> dict[str, dict[str, Any]]:
-    """Return the jobs of the functional test by name, without those that may wait for a machine.
+    """Return the jobs of the functional test by name, without jobs of strategy FLEX_START.
 
-    JOB_SPEC names one or several; the default is the jobs of project.yaml.
+    JOB_SPEC names one or several jobs; the default is the jobs of project.yaml.
     """
     request = os.environ.get("JOB_SPEC", "").split()
     root = project_root()
@@ -131,6 +128,7 @@ def resolve_test_jobs(
         name: gpu_jobs.resolve(name, root, environment, image)
         for name in request or settings.cloud.train.jobs
     }
+    # FLEX_START may wait a day for a machine, longer than a build can run.
     waiting = [
         name
         for name, job in jobs.items()
@@ -147,16 +145,16 @@ def resolve_test_jobs(
 
 
 def test(settings: Settings, environment: Environment) -> str:
-    """Run the published pipeline up to the gate with few epochs, unless that has succeeded before.
+    """Run the published pipeline up to the gate with few epochs; return a summary.
 
-    Returns:
-        A summary.
+    A run of the same inputs that is running or has succeeded is resumed, not repeated.
     """
     _, inputs = read_publication(environment)
     image = inputs.values["jobs"][0]["workerPoolSpecs"][0]["containerSpec"]["imageUri"]
     jobs = resolve_test_jobs(settings, environment, image)
     hyperparameters = dict(inputs.values["hyperparameters"])
     hyperparameters["epochs"] = min(TEST_EPOCHS, int(hyperparameters["epochs"]))
+    # `register: False` closes the gate: the test must not register a model.
     changes = {"hyperparameters": hyperparameters, "jobs": list(jobs.values()), "register": False}
     version = data_version(inputs.values["csv"])
     event = f"functional test {hash_inputs(inputs)} {version} {' '.join(jobs)}"
@@ -172,9 +170,10 @@ def test(settings: Settings, environment: Environment) -> str:
 def start_test(
     inputs: Published, values: Mapping[str, Any], event: str, environment: Environment
 ) -> pipeline_run.Started:
-    """Start the functional test, or return the run of an earlier build that has not failed."""
+    """Start the functional test, or return an earlier build's run that has not failed."""
     name = f"{environment.name} functional test"
     labels = {**inputs.labels, "purpose": "functional-test"}
+    # The run's ID follows from event and attempt, so a repeated submission finds the same run.
     for attempt in range(1, MAX_ATTEMPTS + 1):
         submission = Submission(inputs.spec, values, event, inputs.address, attempt, name, labels)
         run = pipeline_run.submit(
@@ -186,13 +185,14 @@ def start_test(
 
 
 def require_tested(spec: Mapping[str, Any], status: pipeline_follow.Seen) -> None:
-    """Fail unless exactly the steps before the gate ran: the gate must be closed."""
+    """Fail unless exactly the steps before the gate ran."""
     tasks = spec["root"]["dag"]["tasks"]
     before = [name for name in pipeline_template.steps(spec) if name in tasks]
     states = {step.name: step.state for step in status.steps}
     missing = [name for name in before if states.get(name) != "succeeded"]
     if missing:
         raise UserError(f"the functional test ended without running {', '.join(missing)}.")
+    # A step behind the gate registers or deploys a model, which a test must not do.
     behind = [name for name in states if name not in before]
     if behind or status.facts.get(("gate", "decision"), {}).get("passed") is True:
         reason = f"{', '.join(behind)} ran" if behind else "its gate was open"
@@ -202,16 +202,12 @@ def require_tested(spec: Mapping[str, Any], status: pipeline_follow.Seen) -> Non
         )
 
 
-# ── release ────────────────────────────────────────────────────────────────────────────────────
+# ── release ───────────────────────────────────────────────────────────────────────────────────
 def release(environment: Environment) -> str:
-    """Activate the published pipeline, request a run for this push unless one exists, and redeploy
-    the champion on a new server image.
-
-    The request names its version and comes before the activation: a release that is interrupted
-    between them sends the request again, which starts no second run.
-    """
+    """Activate the published pipeline, request a missing run, redeploy on a new server image."""
     publication, inputs = read_publication(environment)
     current = pipeline_version.read_current(environment)
+    # Record before the check for a later build: the images passed even if not activated here.
     builds.record_passed(builds.read_digests(), environment)
     if not pipeline_version.is_later(publication, current):
         return describe_later_build(current)
@@ -219,6 +215,8 @@ def release(environment: Environment) -> str:
     event = push_event_id(inputs)
     is_current = current is not None and current["version"] == publication["version"]
     attempt = next_attempt(inputs, event, environment)
+    # The request names its version and comes before the activation: a release interrupted in
+    # between sends the same request again, which starts no second run.
     if attempt:
         message = run_request.compose(event, version=inputs.version, actor="build", attempt=attempt)
         run_request.publish(environment, message)
@@ -228,11 +226,12 @@ def release(environment: Environment) -> str:
         if not is_current:
             link = run_of(inputs, event, environment).link
             actions.append(f"these inputs were trained before: {link}")
-        # The champion of this push's run has the server image of that run's start.
+        # A champion made by this push's run still has the server image of that run's start.
         if has_new_server(inputs, current, environment) or made_champion(
             inputs, event, environment
         ):
             actions += redeploy_champion(inputs, environment)
+    # Another build may have activated a later version since the check above.
     if not pipeline_version.write_current(environment, publication):
         actions.append(describe_later_build(pipeline_version.read_current(environment)))
     elif not is_current:
@@ -241,7 +240,7 @@ def release(environment: Environment) -> str:
 
 
 def describe_later_build(current: Mapping[str, Any] | None) -> str:
-    """Explain why a version is not activated."""
+    """Return the message for a version that is not activated because a later build is current."""
     later = current or {}
     return (
         f"commit {later.get('commit')}, whose build began later ({later.get('began')}), is current "
@@ -265,7 +264,8 @@ def redeploy_champion(inputs: Published, environment: Environment) -> list[str]:
 def run_of(
     inputs: Published, event: str, environment: Environment, attempt: int = 1
 ) -> pipeline_run.Started:
-    """Return the run of an event, which may not exist."""
+    """Return the run of an event without checking that it exists."""
+    # The ID is derived from pipeline, event and attempt, so no lookup is needed.
     identity = Submission(inputs.spec, {}, event, attempt=attempt).identity
     return pipeline_run.Started(f"{environment.parent}/pipelineJobs/{identity}", new=False)
 
@@ -286,12 +286,13 @@ def next_attempt(inputs: Published, event: str, environment: Environment) -> int
 
 
 def made_champion(inputs: Published, event: str, environment: Environment) -> bool:
-    """Whether a run of this event made the champion; False after a manual change."""
+    """Return whether a run of this event made the champion; False after a manual change."""
     registry = open_registry(environment.registry)
     change = registry.last_change()
     if change is None or change["reason"].startswith(MANUAL):
         return False
     origin = deployment.origin(registry.version(change["version"]).run)
+    # Later attempts have the ID of the first with the suffix -aN.
     identity = run_of(inputs, event, environment).name.rpartition("/")[2]
     return re.fullmatch(rf"{re.escape(identity)}(-a\d+)?", origin) is not None
 
@@ -299,16 +300,16 @@ def made_champion(inputs: Published, event: str, environment: Environment) -> bo
 def has_new_server(
     inputs: Published, current: Mapping[str, Any] | None, environment: Environment
 ) -> bool:
-    """Whether the server image differs from the current version's."""
+    """Return whether the server image differs from the current version's."""
     if current is None:
         return True
     serving = read_version(environment, current["version"]).values["serving"]
     return bool(serving["image"] != inputs.values["serving"]["image"])
 
 
-# ── command line ───────────────────────────────────────────────────────────────────────────────
+# ── command line ──────────────────────────────────────────────────────────────────────────────
 def main() -> None:
-    """Command line."""
+    """Run one release step."""
     parser = argparse.ArgumentParser(
         prog="python -m level_2_cicd.release", description="Release steps of a push."
     )

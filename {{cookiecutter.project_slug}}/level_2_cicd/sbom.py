@@ -1,7 +1,6 @@
-"""Store a software bill of materials (SBOM, CycloneDX) of each image of a push: make sbom.
+"""Store an SBOM (software bill of materials, CycloneDX) of each image of a push: make sbom.
 
-The image itself is inspected: only it knows what was installed, Debian's and Python's packages.
-The list goes to builds/contents/CONTAINER/DIGEST.json in the bucket, once per digest.
+SBOMs are stored in the bucket as builds/contents/CONTAINER/DIGEST.json, once per digest.
 """
 
 import argparse
@@ -22,7 +21,8 @@ from level_1_pipeline import containers
 from level_2_cicd import builds, submit_build
 from project.settings import load_settings
 
-# Runs in the image with its Python and the standard library; prints [kind, name, version].
+# Runs inside the image, because only the image shows which Debian and Python packages were
+# installed. Uses the standard library only; prints a list of [kind, name, version].
 LIST_PACKAGES = """
 import json, pathlib, re
 from importlib import metadata
@@ -37,7 +37,8 @@ print(json.dumps(sorted(packages)))
 
 
 def list_packages(image: str) -> list[PackageURL]:
-    """Return the packages in an image, which Docker pulls if needed."""
+    """Return the packages in an image; Docker pulls the image if needed."""
+    # Listing files needs neither network nor write access.
     options = ["--rm", "--network=none", "--read-only", "--entrypoint=python"]
     command = ["docker", "run", *options, image, "-c", LIST_PACKAGES]
     try:
@@ -67,6 +68,7 @@ def format_sbom(name: str, image: str, packages: Sequence[PackageURL]) -> str:
         )
         for package in packages
     ]
+    # CycloneDX describes the image as the root component that depends on its packages.
     bom = Bom(components=parts)
     bom.metadata.component = component
     bom.register_dependency(component, parts)
@@ -74,19 +76,16 @@ def format_sbom(name: str, image: str, packages: Sequence[PackageURL]) -> str:
 
 
 def sbom_uri(environment: Environment, name: str, image: str) -> str:
-    """URI of an image's SBOM."""
+    """Return the URI of an image's SBOM."""
     return f"{environment.builds}/contents/{name}/{image.rpartition(':')[2]}.json"
 
 
 def store_sboms(images: Mapping[str, str], environment: Environment) -> None:
-    """Store the missing SBOMs; one failure does not stop the others.
-
-    Args:
-        images: container → image by digest.
-    """
+    """Store the missing SBOMs of container → image by digest; one failure stops no other."""
 
     def store(name: str, image: str) -> None:
         uri = sbom_uri(environment, name, image)
+        # A digest names fixed content, so an existing SBOM is never outdated.
         if storage.generation(uri) is None:
             packages = list_packages(image)
             storage.write(uri, format_sbom(name, image, packages).encode())
@@ -96,7 +95,7 @@ def store_sboms(images: Mapping[str, str], environment: Environment) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Store the SBOMs of the images in build/images.json."""
     argparse.ArgumentParser(
         prog="make sbom", description="Store the packages of each image of this push."
     ).parse_args()

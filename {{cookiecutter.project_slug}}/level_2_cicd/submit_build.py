@@ -1,9 +1,7 @@
-"""Submit builds to Cloud Build: the gcloud commands and the substitutions of each build file.
+"""Submit builds to Cloud Build: gcloud commands and the substitutions of each build file.
 
-python -m level_2_cicd.submit_build [--dry-run]              make submit: build this folder as a push does
-python -m level_2_cicd.submit_build --triggers [--dry-run]   make setup-triggers: one trigger per container
-
-Sources go to the project's own bucket, in its region and under its key. `.gcloudignore` excludes files.
+python -m level_2_cicd.submit_build [--dry-run]              make submit: build as a push does
+python -m level_2_cicd.submit_build --triggers [--dry-run]   make setup-triggers: one per container
 """
 
 import argparse
@@ -35,7 +33,8 @@ TRIGGERS = Path("build/triggers.yaml")
 
 
 def require_level_2(environment: Environment) -> None:
-    """Fail in an environment with a manually created bucket: it lacks Terraform's accounts."""
+    """Fail in an environment whose bucket was created manually."""
+    # Such an environment lacks the service accounts that Terraform creates.
     if environment.by_hand:
         raise UserError(
             f"cloud.environments.{environment.environment}.bucket in {PROJECT_FILE} names a "
@@ -46,12 +45,13 @@ def require_level_2(environment: Environment) -> None:
 
 def commit() -> str:
     """Return the code's version: COMMIT in a build, else git's; empty if unknown."""
+    # `gcloud builds submit` uploads no .git folder, so builds get the version as a variable.
     return os.environ.get("COMMIT") or git.version().removesuffix("unknown")
 
 
-# ── substitutions ──────────────────────────────────────────────────────────────────────────────
+# ── substitutions ─────────────────────────────────────────────────────────────────────────────
 def push_substitutions(settings: Settings, environment: Environment) -> dict[str, str]:
-    """Substitutions of cloudbuild.yaml."""
+    """Return the substitutions of cloudbuild.yaml."""
     if not commit():
         raise UserError(
             "a build needs the code's version, and git has no commit here. Commit first, or set "
@@ -59,7 +59,7 @@ def push_substitutions(settings: Settings, environment: Environment) -> dict[str
         )
     job_spec = os.environ.get("JOB_SPEC", "")
     for name in job_spec.split():
-        gpu_jobs.load(name, project_root())  # an unknown job fails here, not after an hour
+        gpu_jobs.load(name, project_root())  # fail here on an unknown job, not after an hour
     return {
         **pull_request_substitutions(settings, environment),
         "_INFRA_ACCOUNT": environment.account("infra"),
@@ -69,7 +69,7 @@ def push_substitutions(settings: Settings, environment: Environment) -> dict[str
 
 
 def pull_request_substitutions(settings: Settings, environment: Environment) -> dict[str, str]:
-    """Substitutions of cloudbuild.pr.yaml."""
+    """Return the substitutions of cloudbuild.pr.yaml."""
     return {
         "_ENVIRONMENT": environment.environment,
         "_REGISTRY": environment.images,
@@ -79,7 +79,8 @@ def pull_request_substitutions(settings: Settings, environment: Environment) -> 
 
 
 def image_substitutions(environment: Environment, container: Container) -> dict[str, str]:
-    """Substitutions of cloudbuild.image.yaml."""
+    """Return the substitutions of cloudbuild.image.yaml."""
+    # The script that builds the toolbox image also computes its name.
     result = subprocess.run(
         ["sh", TOOLBOX, "--name", environment.images], capture_output=True, text=True, check=False
     )
@@ -98,7 +99,8 @@ def image_substitutions(environment: Environment, container: Container) -> dict[
 def container_substitutions(
     settings: Settings, environment: Environment, container: Container
 ) -> dict[str, str]:
-    """Substitutions of cloudbuild.container.yaml; its trigger fills in the commit."""
+    """Return the substitutions of cloudbuild.container.yaml."""
+    # Cloud Build replaces $COMMIT_SHA when the trigger runs.
     return {
         **pull_request_substitutions(settings, environment),
         "_COMMIT": "$COMMIT_SHA",
@@ -106,12 +108,13 @@ def container_substitutions(
     }
 
 
-# ── gcloud ─────────────────────────────────────────────────────────────────────────────────────
+# ── gcloud ────────────────────────────────────────────────────────────────────────────────────
 def submit_command(
     environment: Environment, config: str, substitutions: Mapping[str, str]
 ) -> list[str]:
-    """Return the command that uploads this folder and builds it."""
+    """Return the command that uploads this folder (see .gcloudignore) and builds it."""
     pool = environment.build_pool
+    # Stage sources in the project's own bucket: it has the project's region and encryption key.
     return [
         *("gcloud", "builds", "submit", "."),
         f"--config={config}",
@@ -125,19 +128,20 @@ def submit_command(
 
 
 def build_account(environment: Environment) -> str:
-    """Resource name of the service account that builds."""
+    """Return the resource name of the service account that builds."""
     return f"projects/{environment.project}/serviceAccounts/{environment.account('build')}"
 
 
 def format_flag(values: Mapping[str, str]) -> str:
-    """Format a mapping for gcloud; its separator must not occur in a value (gcloud topic escaping)."""
+    """Format a mapping as the value of a gcloud option."""
     pairs = [f"{key}={value}" for key, value in values.items()]
+    # The separator must not occur in a value; ^;^ selects another one (gcloud topic escaping).
     separator = next(sign for sign in ",|;~" if not any(sign in pair for pair in pairs))
     return (f"^{separator}^" if separator != "," else "") + separator.join(pairs)
 
 
 def run(command: list[str], log: Path | None = None) -> None:
-    """Run gcloud, with its output on the terminal or in a log."""
+    """Run gcloud with its output on the terminal or in a log file."""
     try:
         if log:
             log.parent.mkdir(parents=True, exist_ok=True)
@@ -155,9 +159,10 @@ def run(command: list[str], log: Path | None = None) -> None:
 
 
 def summarize(log: Path) -> str:
-    """Return gcloud's error in a log, the build's page and the log's path."""
+    """Return the error in a log of gcloud, the URL of the build, and the path of the log."""
     text = log.read_text(encoding="utf-8", errors="replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
+    # Parallel builds write to log files, so the message must carry the last error itself.
     errors = [line for line in lines if line.startswith("ERROR")]
     reason = (errors or lines or ["no reason given"])[-1]
     page = re.search(r"https://console\.cloud\.google\.com/\S+\w", text)
@@ -165,9 +170,10 @@ def summarize(log: Path) -> str:
     return f"{reason.rstrip('.')}. {link}Log: {log}"
 
 
-# ── a trigger for each container ───────────────────────────────────────────────────────────────
+# ── triggers ──────────────────────────────────────────────────────────────────────────────────
 def list_triggers(environment: Environment, settings: Settings, root: Path) -> list[dict[str, Any]]:
-    """Describe a trigger for each container: a push that changes its files builds its image."""
+    """Return one trigger per container: a push that changes its files builds its image."""
+    # Triggers need a repository that is connected to Cloud Build.
     if settings.cloud.ci != "cloud-build":
         raise UserError(
             f"cloud.ci in {PROJECT_FILE} is {settings.cloud.ci}, so no repository is connected to "
@@ -191,6 +197,7 @@ def list_triggers(environment: Environment, settings: Settings, root: Path) -> l
             "name": f"{environment.name}-{container.name.replace('_', '-')}",
             "repositoryEventConfig": event,
             "filename": CONTAINER,
+            # The same files determine the image's tag, so other pushes need no build.
             "includedFiles": sorted(
                 {
                     containers.BASE.as_posix(),
@@ -206,9 +213,9 @@ def list_triggers(environment: Environment, settings: Settings, root: Path) -> l
     ]
 
 
-# ── command line ───────────────────────────────────────────────────────────────────────────────
+# ── command line ──────────────────────────────────────────────────────────────────────────────
 def main() -> None:
-    """Command line."""
+    """Submit a build, or create the triggers with --triggers."""
     parser = argparse.ArgumentParser(prog="make submit", description="Start the build of a push.")
     parser.add_argument("--triggers", action="store_true", help="create a trigger per container")
     parser.add_argument("--dry-run", action="store_true", help="print the command only")
@@ -221,7 +228,7 @@ def main() -> None:
         TRIGGERS.parent.mkdir(exist_ok=True)
         manifest.write_bytes(TRIGGERS, yaml.safe_dump_all(triggers, sort_keys=False).encode())
         print(f"{TRIGGERS}: {', '.join(trigger['name'] for trigger in triggers)}", flush=True)
-        # `import` creates or updates, so it can be repeated.
+        # `import` creates or updates a trigger by name, so it is idempotent.
         command = ["gcloud", "builds", "triggers", "import", f"--source={TRIGGERS}"]
         command += [f"--project={environment.project}", f"--region={environment.region}"]
     else:
