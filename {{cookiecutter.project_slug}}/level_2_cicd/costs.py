@@ -1,8 +1,9 @@
-"""make cost: what each environment costs, from project.yaml and list prices: a month of idling, a run, 1,000 predictions.
+"""Estimate the cost of an idle month, a pipeline run and 1,000 predictions: make cost.
 
-python -m level_2_cicd.costs [--minutes 30]       asks nobody; prices are of level_1_pipeline.vertex.machines, and of PRICES below
+python -m level_2_cicd.costs [--minutes 30]    makes no API call
 
-It is an estimate: what is by the gigabyte, networks and taxes are left out.
+List prices come from level_1_pipeline/vertex/machines.yaml and PRICES below. Charges per gigabyte,
+networks and taxes are left out.
 """
 
 import argparse
@@ -20,36 +21,33 @@ from level_1_pipeline.vertex.job_checks import nearest
 from level_1_pipeline.vertex.machines import AS_OF, FEE, MACHINES
 from project.settings import Settings, load_settings
 
-HOURS = 730  # of a month
-STEPS = 4  # of the pipeline, beside training; each has an e2-standard-4 for some minutes
-STEP_MINUTES = 3.0
-ANSWERED = (1, 10, 100)  # requests each second
+HOURS = 730  # per month
+STEPS = 4  # pipeline steps besides training
+STEP_MINUTES = 3.0  # assumed time of a step on an e2-standard-4
+ANSWERED = (1, 10, 100)  # requests per second
 
-# List prices in US dollars, as believed in November 2026; look them up before you rely on them.
+# List prices in US dollars, November 2026, unverified: check the pages before relying on them.
 PRICES = {
-    "run": 0.03,  # one run of a pipeline: https://cloud.google.com/vertex-ai/pricing
-    "key version": 0.06,  # a month: https://cloud.google.com/kms/pricing
-    "Airflow, small": 350.0,  # a month, idle: https://cloud.google.com/composer/pricing
-    "clock": 0.10,  # a month, each job beyond the first three: https://cloud.google.com/scheduler/pricing
-    "forwarding rule": 0.01,  # an hour: https://cloud.google.com/vpc/network-pricing
-    "disk": 0.10,  # a GB of pd-balanced for a month: https://cloud.google.com/compute/disks-image-pricing
+    "run": 0.03,  # per pipeline run: https://cloud.google.com/vertex-ai/pricing
+    "key version": 0.06,  # per month: https://cloud.google.com/kms/pricing
+    "Airflow, small": 350.0,  # per idle month: https://cloud.google.com/composer/pricing
+    # Per month, for each job beyond the first three: https://cloud.google.com/scheduler/pricing
+    "clock": 0.10,
+    "forwarding rule": 0.01,  # per hour: https://cloud.google.com/vpc/network-pricing
+    # Per GB of pd-balanced and month: https://cloud.google.com/compute/disks-image-pricing
+    "disk": 0.10,
 }
-FREE_CLOCKS = 3  # of a billing account
-SMALL = (
-    "e2",
-    "n1",
-    "n2",
-)  # families with a machine of two processors, which serves and does not train
-WORKBENCH = ("e2-standard-4", 250)  # its machine, and the GB of its disks
+FREE_CLOCKS = 3  # per billing account
+# Families with a machine of two vCPUs: for serving, so machines.yaml, for training, lacks it.
+SMALL = ("e2", "n1", "n2")
+WORKBENCH = ("e2-standard-4", 250)  # machine type, GB of disks
 
 
 @dataclass(frozen=True)
 class Cost:
-    """An amount in dollars, and what it is for.
+    """One cost item in US dollars; an unknown amount is nan.
 
-    Attributes:
-        amount: nan: not known.
-        sign: "<" less than that, "≈" about that; see level_1_pipeline.vertex.machines.price.
+    `sign` is "<" for an upper bound and "≈" for an approximation, as in machines.price.
     """
 
     what: str
@@ -59,7 +57,7 @@ class Cost:
 
 
 def hour(machine: str) -> float:
-    """A machine that serves, or runs a step or Jupyter, with Vertex AI's share."""
+    """Return USD per hour of a machine for serving, steps or Jupyter, with Vertex AI's fee."""
     found = MACHINES.get(machine) or _small(machine)
     if found is None or found.price is None:
         known = [name for name, other in MACHINES.items() if other.price is not None]
@@ -71,7 +69,7 @@ def hour(machine: str) -> float:
 
 
 def _small(machine: str) -> machines.Machine | None:
-    """A machine of two processors: half of the one with four."""
+    """Return a machine with two vCPUs at half the price of the one with four, or None."""
     family, _, size = machine.rpartition("-")
     four = MACHINES.get(f"{family}-4")
     if (
@@ -85,7 +83,7 @@ def _small(machine: str) -> machines.Machine | None:
 
 
 def idle(settings: Settings, where: EnvironmentConfig) -> Iterator[Cost]:
-    """A month in which nobody does anything."""
+    """Yield the monthly costs of an idle environment."""
     cloud = settings.cloud
     serve = cloud.serve
     each = hour(serve.machine)
@@ -95,6 +93,7 @@ def idle(settings: Settings, where: EnvironmentConfig) -> Iterator[Cost]:
         f"{serve.replicas[0]} × {serve.machine}, day and night, from the first model on",
     )
     if cloud.encryption == "customer-managed":
+        # Keys for optional services exist only if the service is chosen.
         of_choice = {
             "airflow": cloud.data_ingestion == "managed-airflow",
             "compute": cloud.workbench,
@@ -127,7 +126,7 @@ def idle(settings: Settings, where: EnvironmentConfig) -> Iterator[Cost]:
 
 
 def run(settings: Settings, root: Path, minutes: float) -> Iterator[Cost]:
-    """One run of the pipeline, whose training takes so many minutes on the first of its jobs."""
+    """Yield the costs of one pipeline run that trains for `minutes` on the first job."""
     yield Cost("pipeline", PRICES["run"], "a fee for each run")
     steps = STEPS * STEP_MINUTES / 60 * hour("e2-standard-4")
     yield Cost(
@@ -148,6 +147,7 @@ def run(settings: Settings, root: Path, minutes: float) -> Iterator[Cost]:
             spec.get("acceleratorCount", 0),
             strategy,
         )
+        # nan makes the sum unknown.
         total += math.nan if each is None else each * pool["replicaCount"]
         signs.add(sign)
     note = f"{minutes:g} minutes of '{name}' (others: MINUTES=30)"
@@ -159,7 +159,7 @@ def run(settings: Settings, root: Path, minutes: float) -> Iterator[Cost]:
 
 
 def predictions(settings: Settings) -> Iterator[Cost]:
-    """1,000 predictions, while the endpoint's fewest replicas answer so many requests each second."""
+    """Yield the cost of 1,000 predictions at several request rates, with the fewest replicas."""
     serve = settings.cloud.serve
     for rate in ANSWERED:
         yield Cost(
@@ -168,7 +168,7 @@ def predictions(settings: Settings) -> Iterator[Cost]:
 
 
 def report(settings: Settings, root: Path, minutes: float) -> str:
-    """All of it, for each environment."""
+    """Return the estimate of all environments as text."""
     lines = []
     for name, where in settings.cloud.environments.items():
         costs = list(idle(settings, where))
@@ -205,7 +205,7 @@ def _lines(costs: list[Cost], total: bool = True) -> list[str]:
 
 
 def _sign(signs: set[str]) -> str:
-    """Of a sum."""
+    """Return the sign of a sum: "<" if any item is an upper bound, else "≈" if any has it."""
     return next((sign for sign in ("<", "≈") if sign in signs), "")
 
 
@@ -220,7 +220,7 @@ def _usd(amount: float, sign: str = "") -> str:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m level_2_cicd.costs", description="What the cloud costs, as an estimate."
     )

@@ -1,4 +1,7 @@
-"""make doctor LEVEL=2: is everything there that a push needs? The checks that level 1 has not; see level_1_pipeline.vertex.doctor."""
+"""Check that Google Cloud is ready for pushes: make doctor LEVEL=2.
+
+These are the checks that level 1 lacks; level_1_pipeline.vertex.doctor runs and prints them.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -15,7 +18,7 @@ from level_1_pipeline.vertex.doctor import ACT_AS, Cloud, Level
 from level_1_pipeline.vertex.rest import CALL, Missing, Refused, Unchecked, enable_command
 from level_2_cicd import infra
 
-# What the foundation switches on, and what must be on before it can: Terraform asks these.
+# Terraform calls the APIs in FIRST, so they must be on before it; the foundation enables APIS.
 FIRST = ("cloudresourcemanager.googleapis.com", "serviceusage.googleapis.com")
 APIS = (
     "aiplatform",
@@ -32,10 +35,11 @@ APIS = (
 PERMISSIONS = (
     "cloudbuild.builds.create",
     "cloudbuild.builds.get",
-)  # roles/cloudbuild.builds.editor holds them
-USE_POOL = "cloudbuild.workerpools.use"  # and roles/cloudbuild.workerPoolUser this one
+)  # roles/cloudbuild.builds.editor
+USE_POOL = "cloudbuild.workerpools.use"  # roles/cloudbuild.workerPoolUser
 
-# What cloud.repository must say, by CI: the form of its keys (or of others) and where to find them. Terraform checks it too.
+# CI → the keys that cloud.repository needs, as alternatives of key → pattern, and where to find the
+# values. Terraform checks them too.
 REPOSITORY: Mapping[str, tuple[Sequence[Mapping[str, str]], str]] = {
     "github-actions": ([{"id": "[0-9]+"}], "id is what `gh api repos/OWNER/NAME --jq .id` prints"),
     "gitlab": ([{"id": "[0-9]+"}], "id is the project's number, on its page"),
@@ -56,7 +60,7 @@ REPOSITORY: Mapping[str, tuple[Sequence[Mapping[str, str]], str]] = {
 
 
 def terraform_program(cloud: Cloud) -> str:
-    """The program."""
+    """Check that Terraform is installed."""
     try:
         return infra.require()
     except UserError as error:
@@ -65,7 +69,7 @@ def terraform_program(cloud: Cloud) -> str:
 
 
 def by_terraform(cloud: Cloud) -> str:
-    """That each environment has a project, and its buckets are Terraform's."""
+    """Check that each environment has a project and its buckets are created by Terraform."""
     if cloud.environment.by_hand:
         key = f"cloud.environments.{cloud.environment.environment}.bucket"
         fix = f"empty it in {PROJECT_FILE}: at level 2 Terraform makes three, and what is in this one stays there"
@@ -82,7 +86,7 @@ def by_terraform(cloud: Cloud) -> str:
 
 
 def pushes(cloud: Cloud) -> str:
-    """Whose pushes may deploy."""
+    """Check that cloud.repository identifies the repository whose pushes may deploy."""
     repository: Repository = cloud.settings.cloud.repository
     ci = cloud.settings.cloud.ci
     ways, how = REPOSITORY[ci]
@@ -103,7 +107,7 @@ def pushes(cloud: Cloud) -> str:
 
 
 def apis(cloud: Cloud) -> str:
-    """The APIs that must be on."""
+    """Check that the required APIs are enabled."""
     wanted = [*FIRST, *(f"{name}.googleapis.com" for name in APIS)]
     off = vertex_doctor.disabled_apis(cloud, wanted)
     first = [name for name in FIRST if name in off]
@@ -120,7 +124,7 @@ def apis(cloud: Cloud) -> str:
 
 
 def foundation(cloud: Cloud) -> str:
-    """That a person has applied it."""
+    """Check that the foundation has been applied."""
     _require_terraforms(cloud)
     bucket = cloud.environment.terraform_state
     if not _has_state(cloud, "foundation"):
@@ -130,7 +134,7 @@ def foundation(cloud: Cloud) -> str:
 
 
 def _has_state(cloud: Cloud, part: str) -> bool:
-    """Whether this part of Terraform's has been applied."""
+    """Return True if a part (foundation or stack) has a Terraform state in the bucket."""
     path = f"/storage/v1/b/{cloud.environment.terraform_state}/o/{quote(f'{part}/default.tfstate', safe='')}"
     try:
         cloud.rest.call("storage", path)
@@ -142,7 +146,8 @@ def _has_state(cloud: Cloud, part: str) -> bool:
 
 
 def metadata(cloud: Cloud) -> str:
-    """That the stack can make Vertex AI's metadata store, of which a region has one, or has made it."""
+    """Check that the stack can create Vertex AI's metadata store, or has created it."""
+    # A region has only one: the stack cannot create it if it exists from earlier use.
     _require_terraforms(cloud)
     where = cloud.environment
     if cloud.settings.cloud.environments[where.environment].existing.metadata_store:
@@ -164,13 +169,13 @@ def metadata(cloud: Cloud) -> str:
 
 
 def _require_terraforms(cloud: Cloud) -> None:
-    """What is Terraform's cannot be there beside a bucket created manually."""
+    """Skip a check of Terraform's resources while a bucket created manually is configured."""
     if cloud.environment.by_hand:
         raise Unchecked("the bucket created manually comes first")
 
 
 def permissions(cloud: Cloud) -> str:
-    """That you may start a build, as the build's account."""
+    """Check that the caller may start builds and act as the build's service account."""
     _require_terraforms(cloud)
     where = cloud.environment
     account = where.account("build")
@@ -202,7 +207,8 @@ def permissions(cloud: Cloud) -> str:
 
 
 def _require_pool(cloud: Cloud) -> None:
-    """That you may build in the private pool, which may be another project's."""
+    """Check that the caller may use the private build pool."""
+    # The pool may belong to another project.
     project = cloud.environment.build_pool.split("/")[1]
     try:
         missing = cloud.rest.missing_permissions(
@@ -221,7 +227,8 @@ def _require_pool(cloud: Cloud) -> None:
 
 
 def buckets(cloud: Cloud) -> str:
-    """The three: there, in the region, and yours to write; Terraform makes them."""
+    """Check the three buckets as level 1 does, with the fixes of level 2."""
+    # Level 1's fix creates a bucket manually; here Terraform creates buckets, except existing ones.
     _require_terraforms(cloud)
     environment = cloud.environment.environment
     try:
@@ -248,7 +255,7 @@ def buckets(cloud: Cloud) -> str:
 
 
 def published(cloud: Cloud) -> str:
-    """Whether a push has published a pipeline already; that none has is no mistake."""
+    """Check whether a push has published a pipeline; before the first push it is not checked."""
     _require_terraforms(cloud)
     pointer = f"{pipeline_version.templates_folder(cloud.environment)}/{POINTER}"
     bucket, name = pointer.removeprefix("gs://").split("/", maxsplit=1)

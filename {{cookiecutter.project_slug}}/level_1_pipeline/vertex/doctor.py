@@ -1,10 +1,9 @@
-"""make doctor LEVEL=1: is the cloud ready for level 1? Looks before anything is sent, and says what to type where it is not.
-LEVEL=2 asks the same for level 2: see level_2_cicd.doctor.
+"""Check that Google Cloud is ready for level 1, and print fixes: make doctor LEVEL=1.
 
-python -m level_1_pipeline.vertex.doctor 1        exit code 2 when something that is needed is missing
+python -m level_1_pipeline.vertex.doctor    exit code 2 if a check failed
 
-It changes nothing, asks all at once, and waits for nobody longer than PATIENCE. What cannot be found out is said to be
-unchecked, and not to be missing.
+The checks are read-only and run in parallel, PATIENCE seconds at most. A check without a result is
+"not checked", which is not a failure. For LEVEL=2 see level_2_cicd.doctor.
 """
 
 import json
@@ -36,11 +35,12 @@ from level_1_pipeline.vertex.rest import (
 from project.doctor import START_DOCKER, version_of
 from project.settings import Settings, load_settings
 
-PATIENCE = 30.0  # seconds for all of it
+PATIENCE = 30.0  # seconds for all checks together
 
-# What level 1 calls; by hand, the steps run as Compute Engine's default account, which comes with its API.
+# The APIs that level 1 calls. `apis` adds Compute Engine for a bucket created manually: pipeline
+# steps then run as its default service account.
 APIS = ("aiplatform.googleapis.com", "storage.googleapis.com", "artifactregistry.googleapis.com")
-PERMISSIONS = (  # roles/aiplatform.user holds them
+PERMISSIONS = (  # in roles/aiplatform.user
     "aiplatform.customJobs.create",
     "aiplatform.pipelineJobs.create",
     "aiplatform.models.upload",
@@ -55,8 +55,8 @@ OBJECTS = (
 UPLOAD = "artifactregistry.repositories.uploadArtifacts"
 ACT_AS = "iam.serviceAccounts.actAs"
 
-# The quota's name, between custom_model_training_ and _gpus, for a GPU; those that were seen in Google's own messages. For
-# others nothing is guessed.
+# GPU → the part of its quota's name between custom_model_training_ and _gpus. Only names seen in
+# Google's own messages; other names are not guessed.
 QUOTAS = {
     "NVIDIA_TESLA_P4": "nvidia_p4",
     "NVIDIA_TESLA_P100": "nvidia_p100",
@@ -68,12 +68,12 @@ QUOTAS = {
     "NVIDIA_H100_80GB": "nvidia_h100",
     "NVIDIA_H100_MEGA_80GB": "nvidia_h100_mega",
 }
-WITH_CPUS = ("n1", "e2")  # machines whose processors count too, against custom_model_training_cpus
+WITH_CPUS = ("n1", "e2")  # families whose CPUs count against custom_model_training_cpus
 
 
 @dataclass(frozen=True)
 class Cloud:
-    """What the checks look at, and whom they ask."""
+    """The inputs of a check."""
 
     settings: Settings
     root: Path
@@ -81,9 +81,9 @@ class Cloud:
     rest: Rest
 
 
-# ── what to type ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── commands that fix a problem ───────────────────────────────────────────────────────────────────
 def create_bucket(where: Environment, bucket: str) -> str:
-    """The command that makes the bucket of level 1."""
+    """Return the command that creates the bucket of level 1."""
     return (
         f"gcloud storage buckets create gs://{bucket} --project={where.project} --location={where.region} "
         "--uniform-bucket-level-access --public-access-prevention"
@@ -91,16 +91,17 @@ def create_bucket(where: Environment, bucket: str) -> str:
 
 
 def create_repository(where: Environment, name: str) -> str:
-    """The command that makes the repository of level 1."""
+    """Return the command that creates the image repository of level 1."""
     return (
         f"gcloud artifacts repositories create {name} --project={where.project} --location={where.region} "
         "--repository-format=docker"
     )
 
 
-# ── the checks: each returns what is there ──────────────────────────────────────────────────────────────────────────
+# ── checks: each returns a line for the report, or raises Missing or Unchecked ────────────────────
 def gcloud(cloud: Cloud) -> str:
-    """The command-line program, and who is logged in there: another login than that of programs."""
+    """Check that gcloud is installed and logged in."""
+    # gcloud's login is separate from the Application Default Credentials that programs use.
     found = version_of("gcloud", "--version")()
     if not found:
         raise Missing("it is not installed", "https://cloud.google.com/sdk/docs/install")
@@ -113,7 +114,7 @@ def gcloud(cloud: Cloud) -> str:
 
 
 def docker(cloud: Cloud) -> str:
-    """Docker, and whether it may push to the registry of images."""
+    """Check that Docker runs and can log in to the image registry."""
     engine = version_of("docker", "version", "--format", "engine {{.Server.Version}}")()
     if not engine and shutil.which("docker"):
         raise Missing("its engine, which builds the images, does not respond", START_DOCKER)
@@ -136,6 +137,7 @@ def docker(cloud: Cloud) -> str:
             f"{file} cannot be read: {error}",
             f"fix that file, then: gcloud auth configure-docker {host}",
         ) from None
+    # A login is either a credential helper or a stored password.
     known = {*config.get("credHelpers", {}), *config.get("auths", {})}
     if not known & {host, f"https://{host}"}:
         raise Missing(
@@ -145,7 +147,7 @@ def docker(cloud: Cloud) -> str:
 
 
 def apis(cloud: Cloud) -> str:
-    """The APIs that must be on."""
+    """Check that the required APIs are enabled."""
     required = [*APIS, *(["compute.googleapis.com"] if cloud.environment.by_hand else [])]
     off = disabled_apis(cloud, required)
     if off:
@@ -155,7 +157,7 @@ def apis(cloud: Cloud) -> str:
 
 
 def disabled_apis(cloud: Cloud, names: Sequence[str]) -> list[str]:
-    """Those of the APIs that are not enabled in the project."""
+    """Return the APIs that are not enabled in the project."""
     project = cloud.environment.project
     try:
         response = cloud.rest.call(
@@ -174,7 +176,7 @@ def disabled_apis(cloud: Cloud, names: Sequence[str]) -> list[str]:
 
 
 def no_project(refused: Refused, where: Environment) -> Exception:
-    """What to say of a project that is not to be looked at."""
+    """Return the exception for a project that cannot be read."""
     if refused.status in (403, 404):
         key = f"cloud.environments.{where.environment}.project"
         fix = f"`gcloud projects list` shows those that you have; write the id into {PROJECT_FILE}: {key}"
@@ -185,7 +187,7 @@ def no_project(refused: Refused, where: Environment) -> Exception:
 
 
 def permissions(cloud: Cloud) -> str:
-    """What you may do in the project."""
+    """Check the caller's permissions in the project."""
     project = cloud.environment.project
     try:
         missing = cloud.rest.missing_permissions(
@@ -200,7 +202,7 @@ def permissions(cloud: Cloud) -> str:
 
 
 def bucket(cloud: Cloud) -> str:
-    """The bucket, or at level 2 the three: there, in the region, and yours to write."""
+    """Check that the bucket (at level 2: all three) exists in the region and is writable."""
     where = cloud.environment
     names = sorted(
         {
@@ -250,7 +252,7 @@ def _no_bucket(refused: Refused, where: Environment, name: str) -> Exception:
 
 
 def repository(cloud: Cloud) -> str:
-    """The repository of images: there, for images, and yours to write."""
+    """Check that the image repository exists, has format DOCKER and accepts pushes."""
     where = cloud.environment
     host, *path = where.images.split("/")
     if not host.endswith("-docker.pkg.dev") or len(path) < 2:
@@ -286,7 +288,7 @@ def repository(cloud: Cloud) -> str:
 
 
 def act_as(cloud: Cloud) -> str:
-    """The service accounts that jobs and runs act as: there, and yours to use."""
+    """Check that the service accounts of jobs and runs exist and the caller may act as them."""
     where = cloud.environment
     if where.by_hand:
         path = f"/v1/projects/{where.project}/services:batchGet"
@@ -298,10 +300,10 @@ def act_as(cloud: Cloud) -> str:
             )
         except Refused as refused:
             raise Unchecked(str(refused)) from None
+        # Each service's `parent` contains the project number, which the account's name needs.
         number = str(found["services"][0]["parent"]).removeprefix("projects/")
-        accounts = [
-            f"{number}-compute@developer.gserviceaccount.com"
-        ]  # pipeline runs act as this one by default
+        # Pipeline runs act as this account by default.
+        accounts = [f"{number}-compute@developer.gserviceaccount.com"]
     else:
         accounts = [where.account("pipeline"), where.account("trainer")]
     for account in accounts:
@@ -329,7 +331,7 @@ def act_as(cloud: Cloud) -> str:
 
 
 def jobs(cloud: Cloud) -> str:
-    """The jobs that project.yaml names, as far as can be told without asking."""
+    """Check the jobs of cloud.train.jobs without API calls."""
     try:
         resolved = gpu_jobs.chosen_jobs(cloud.settings, cloud.root, cloud.environment, "")
     except UserError as error:
@@ -338,7 +340,7 @@ def jobs(cloud: Cloud) -> str:
 
 
 def quota(cloud: Cloud) -> str:
-    """Whether one of the jobs has the quotas that it needs; what of them is in use is not known here."""
+    """Check that the quotas suffice for at least one job; current usage is unknown."""
     names = cloud.settings.cloud.train.jobs
     try:
         resolved = gpu_jobs.chosen_jobs(cloud.settings, cloud.root, cloud.environment, "")
@@ -356,7 +358,7 @@ def quota(cloud: Cloud) -> str:
 
 
 def quota_of(cloud: Cloud, name: str, wanted: Mapping[str, int]) -> str:
-    """Whether a job has the quotas that it needs."""
+    """Check that each quota of a job is large enough; `wanted` maps metric to amount."""
     where = cloud.environment
     page = f"https://console.cloud.google.com/iam-admin/quotas?project={where.project}"
     if not wanted:
@@ -370,7 +372,7 @@ def quota_of(cloud: Cloud, name: str, wanted: Mapping[str, int]) -> str:
             raise Unchecked(
                 f"{metric} has no limit for {where.region} that can be read. See {page}"
             )
-        if 0 <= limit < amount:
+        if 0 <= limit < amount:  # -1: unlimited
             fix = f"ask for more at {page}, or choose another job (make gpu-jobs) or region in {PROJECT_FILE}"
             raise Missing(
                 f"{metric} in {where.region} is {limit}, and '{name}' needs {amount}", fix
@@ -379,7 +381,8 @@ def quota_of(cloud: Cloud, name: str, wanted: Mapping[str, int]) -> str:
 
 
 def needed(job: Mapping[str, Any]) -> dict[str, int]:
-    """The quotas that a resolved job draws on, and how much of each; {} where those of a machine are not known."""
+    """Return quota → amount that a resolved job needs; {} if a machine's quotas are unknown."""
+    # Spot and Flex-start use separate quotas, named preemptible.
     shared = "preemptible_" if job.get("scheduling", {}).get("strategy") in SHARED else ""
     total: dict[str, int] = {}
     for pool in job["workerPoolSpecs"]:
@@ -407,7 +410,8 @@ def _metric(where: Environment, metric: str) -> str:
 
 
 def in_region(answer: Mapping[str, Any], region: str) -> int | None:
-    """A quota's limit in a region, where it has one of its own, or else everywhere; -1 for none, None if it is not told."""
+    """Return a quota's limit in a region; -1: unlimited, None: not in the response."""
+    # A limit of the region takes precedence over the global one, which has no dimensions.
     buckets = [
         bucket
         for limit in answer.get("consumerQuotaLimits", [])
@@ -425,12 +429,9 @@ Check = Callable[[Cloud], str]
 
 @dataclass(frozen=True)
 class Level:
-    """What a level needs.
+    """The checks of a level.
 
-    Attributes:
-        title: what it is called.
-        checks: name → what looks at it; local: those that ask nobody.
-        then: what to type when nothing is missing.
+    `local` names the checks that call no API; `then` is the next command after success.
     """
 
     number: int
@@ -459,9 +460,9 @@ LEVEL_1 = Level(
 )
 
 
-# ── the report ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── report ────────────────────────────────────────────────────────────────────────────────────────
 def tell(name: str, find: Callable[[], str]) -> bool:
-    """One line about a check; False when something that is needed is missing."""
+    """Run a check and print its line; return False if it failed."""
     try:
         print(f"  ✓ {name:<12} {find()}", flush=True)
     except Unchecked as why:
@@ -473,7 +474,7 @@ def tell(name: str, find: Callable[[], str]) -> bool:
 
 
 def report(settings: Settings, root: Path, level: Level = LEVEL_1) -> bool:
-    """Look at everything at once, and tell it in order; False when something that is needed is missing."""
+    """Run all checks in parallel and print them in order; return False if any failed."""
     where = resolve_environment(settings)
     ends = time.monotonic() + PATIENCE
     print(
@@ -493,6 +494,7 @@ def report(settings: Settings, root: Path, level: Level = LEVEL_1) -> bool:
         return whose
 
     pool = ThreadPoolExecutor(max_workers=len(level.checks))
+    # Without credentials only the local checks can run.
     running = {
         name: pool.submit(check, cloud)
         for name, check in level.checks.items()
@@ -507,6 +509,7 @@ def report(settings: Settings, root: Path, level: Level = LEVEL_1) -> bool:
                 if isinstance(problem, Missing)
                 else "Google cannot be reached"
             )
+        # All checks share one deadline.
         try:
             return future.result(timeout=max(0.0, ends - time.monotonic()))
         except Late:
@@ -518,19 +521,18 @@ def report(settings: Settings, root: Path, level: Level = LEVEL_1) -> bool:
         tell("credentials", identity),
         *(tell(name, partial(result, name)) for name in level.checks),
     ]
-    pool.shutdown(
-        wait=False, cancel_futures=True
-    )  # what has no answer yet ends by itself, within CALL seconds
+    # Do not wait: calls without a response time out within CALL seconds.
+    pool.shutdown(wait=False, cancel_futures=True)
     return all(told)
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     run_level(LEVEL_1)
 
 
 def run_level(level: Level) -> None:
-    """Print the report of a level and what to do next; exit code 2 when something is missing."""
+    """Print a level's report and the next command; exit with 2 if a check failed."""
     ready = report(load_settings(), project_root(), level)
     print(f"\nLevel {level.number}: {'all checks passed.' if ready else 'some checks failed (✗).'}")
     environment = os.environ.get("ENVIRONMENT")
