@@ -53,7 +53,7 @@ def for_cloud(
 
 
 def serving(settings: Settings, environment: Environment, image: str = "") -> dict[str, Any]:
-    """Return the endpoint's parameters, as gcp.deployment expects them; a rollback needs no image."""
+    """Return the parameters of gcp.deployment; a rollback needs no image."""
     serve = settings.cloud.serve
     return {
         "project": environment.project,

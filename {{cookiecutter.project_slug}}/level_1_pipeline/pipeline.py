@@ -1,8 +1,8 @@
 """Define the pipeline: preprocess → train → evaluate → gate → register.
 
-Each step is a plain function that calls the code of src/; `make_pipeline` turns it into a component.
-The same definition runs locally (make level1), in containers and on Vertex AI; only the images and
-the train step differ.
+Each step is a plain function that calls the code of src/; `make_pipeline` turns it into a
+component. The same definition runs locally (make level1), in containers and on Vertex AI; only the
+images and the train step differ.
 """
 
 from functools import partial
@@ -190,7 +190,7 @@ def make_pipeline(
             test_fraction=test_fraction,
             split_seed=split_seed,
         )
-        # Only the train step on Vertex AI has these inputs; the local one trains in its own process.
+        # Only the train step on Vertex AI has these inputs; the local one trains in the step.
         vertex_only = (
             {"jobs": jobs, "pipeline_job": dsl.PIPELINE_JOB_RESOURCE_NAME_PLACEHOLDER}
             if vertex_train_image

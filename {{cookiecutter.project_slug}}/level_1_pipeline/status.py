@@ -44,7 +44,7 @@ def overview(registry: Registry) -> str:
     versions = registry.versions()
     if versions:
         lines.append("\nversion  accuracy  macro F1  run                    created")
-    for version in reversed(versions):
+    for version in reversed(versions):  # newest first
         mark = "*" if champion and version.number == champion.number else " "
         accuracy, f1 = (
             version.metrics.get(name, float("nan")) for name in ("accuracy", "macro_f1")
@@ -102,6 +102,7 @@ def _record(run: runs.Run) -> dict[str, Any]:
 
     if record:
         return vertex_run.refresh(run.folder, record)
+    # Without a local folder the id may be that of a run started elsewhere, on Vertex AI.
     if run.folder.exists() or not names_a_project(load_settings()):
         raise UserError(f"run '{run.name}' is not a run of the pipeline. `make status` lists them.")
     return vertex_run.record_of(run.name)
@@ -132,12 +133,14 @@ def rollback(registry: LocalRegistry, number: int) -> str:
     champion = registry.champion_number()
     if champion == number:
         raise UserError(f"version {number} is the champion already.")
+    # The expected champion is passed too, so that a change in the meantime is detected.
     registry.promote(number, rollback_reason(champion), champion)
     return f"Version {number} is the champion. A running server loads it within a second."
 
 
 def rollback_in_cloud(number: int) -> str:
-    """Make a version the champion on Google Cloud after a test request; DRY_RUN=1 prints requests."""
+    """Make a version the champion on Google Cloud again; DRY_RUN=1 prints the requests."""
+    # The version must answer a test request first, unlike in a local rollback.
     from gcp import deployment
     from level_1_pipeline import parameters
     from level_1_pipeline.deploy_container import main as deploy_main

@@ -119,6 +119,7 @@ def idle(settings: Settings, where: EnvironmentConfig) -> Iterator[Cost]:
             WORKBENCH[1] * PRICES["disk"],
             f"{WORKBENCH[1]} GB, also while it is stopped; while it runs, {_usd(hour(WORKBENCH[0]))} more each hour",
         )
+    # Assumed free: the number of free jobs is per billing account, which may have other jobs.
     clocks = bool(cloud.events.schedule) + (cloud.data_ingestion == "scheduled-job")
     if clocks:
         note = f"{clocks} of the {FREE_CLOCKS} free jobs of a billing account; otherwise {_usd(PRICES['clock'])} each"

@@ -1,6 +1,6 @@
 """Check that Google Cloud is ready for pushes: make doctor LEVEL=2.
 
-These are the checks that level 1 lacks; level_1_pipeline.vertex.doctor runs and prints them.
+level_1_pipeline.vertex.doctor has the checks that both levels share, and prints the report.
 """
 
 import re
@@ -110,6 +110,7 @@ def apis(cloud: Cloud) -> str:
     """Check that the required APIs are enabled."""
     wanted = [*FIRST, *(f"{name}.googleapis.com" for name in APIS)]
     off = vertex_doctor.disabled_apis(cloud, wanted)
+    # Terraform itself needs these, so the fix is gcloud; it enables the others.
     first = [name for name in FIRST if name in off]
     if first:
         raise Missing(
@@ -235,6 +236,7 @@ def buckets(cloud: Cloud) -> str:
         return vertex_doctor.bucket(cloud)
     except Missing as missing:
         said = str(missing)
+        # Terraform does not create buckets listed as existing: there the fix is another one.
         own = [
             name
             for name in cloud.settings.cloud.environments[environment].existing.buckets.values()

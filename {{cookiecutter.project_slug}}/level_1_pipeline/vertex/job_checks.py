@@ -158,7 +158,7 @@ def _mistake_of_gpu(
 
 
 def _use(wanted: object, accelerator: str, count: int) -> str:
-    """Return a suggestion of up to three machines with this GPU; empty if there are none."""
+    """Return a suggestion of up to three machines with this GPU, or an empty string."""
     fitting = (
         machines.machines_with(accelerator, count) or machines.machines_with(accelerator)
         if count
