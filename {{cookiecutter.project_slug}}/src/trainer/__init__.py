@@ -1,1 +1,4 @@
-"""The model: data, network, training, evaluation. Each module is the twin of a notebook in level_0_manual/."""
+"""Prepare data, train and evaluate the model.
+
+data.py, model.py, train.py and evaluate.py are kept in sync with the notebooks in level_0_manual/.
+"""

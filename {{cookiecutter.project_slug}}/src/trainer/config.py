@@ -1,9 +1,11 @@
-"""What a training run can be told: the `train` block of project.yaml, checked.
+"""Define and validate the blocks `hyperparameters`, `data` and `gate` of project.yaml.
 
-To add one: a line here, and its use in model.py or train.py. It then travels by itself, as one dict, through
-project.yaml, SET=…, the command line, the pipeline and the cloud's jobs. One with a default here need not stand in
-project.yaml; those without are given there and nowhere else. (A module of its own because settings must load without torch.)
+To add a hyperparameter, add a field to `Hyperparameters` and use it in model.py or train.py.
+project.yaml, SET=…, the command line, the pipeline and the cloud jobs pass all of them on as one
+dict. A field without a default must be set in project.yaml.
 """
+
+# This module does not import torch, so that the settings load fast and in images without torch.
 
 import json
 from collections.abc import Mapping
@@ -29,31 +31,29 @@ Number = Annotated[float, BeforeValidator(_no_truth_value)]  # pydantic would ta
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Hyperparameters:
-    """Raises pydantic's ValidationError for an unknown name or a value outside its range."""
+    """Hyperparameters of one training run."""
 
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)]
-    threads: Annotated[
-        int, Field(strict=True, ge=1, le=1024)
-    ]  # of the CPU; part of what makes a run repeatable
-    epochs: Annotated[int, Field(strict=True, ge=1)]  # at most: training stops early
-    batch_size: Annotated[int, Field(strict=True, ge=1)]  # rows per step, over all ranks together
+    # CPU threads. Set explicitly, because the results depend on their number.
+    threads: Annotated[int, Field(strict=True, ge=1, le=1024)]
+    epochs: Annotated[int, Field(strict=True, ge=1)]  # upper limit: training may stop early
+    batch_size: Annotated[int, Field(strict=True, ge=1)]  # rows per step, in all ranks together
     learning_rate: Annotated[Number, Field(gt=0, le=10)]
     weight_decay: Annotated[Number, Field(ge=0, le=10)] = 0.01
     dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.1
-    validation_fraction: Annotated[Number, Field(gt=0, lt=0.9)] = (
-        0.15  # of the training rows, to choose the best epoch
-    )
-    patience: Annotated[int, Field(strict=True, ge=1)] = (
-        10  # epochs without a better validation loss before stopping
-    )
+    # Fraction of the training rows that selects the best epoch.
+    validation_fraction: Annotated[Number, Field(gt=0, lt=0.9)] = 0.15
+    # Number of epochs without a lower validation loss after which training stops.
+    patience: Annotated[int, Field(strict=True, ge=1)] = 10
 
     def to_json(self) -> str:
-        """As `from_json` takes it."""
+        """Return the JSON that `from_json` parses."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_parameter(cls, values: Mapping[str, float]) -> "Hyperparameters":
-        """From a pipeline's parameter, whose numbers have all become doubles on their way; checks as `from_json` does."""
+        """Validate the hyperparameters of a pipeline parameter."""
+        # KFP passes all numbers as doubles: 40 arrives as 40.0.
         whole = {
             name: int(value) if isinstance(value, float) and value.is_integer() else value
             for name, value in values.items()
@@ -62,12 +62,12 @@ class Hyperparameters:
 
     @classmethod
     def from_project(cls) -> "Hyperparameters":
-        """From the block `hyperparameters` of project.yaml, with the overrides of SET."""
+        """Read the block `hyperparameters` of project.yaml, with the overrides of SET."""
         return cls.from_json(json.dumps(read_project_file().get("hyperparameters")))
 
     @classmethod
     def from_json(cls, text: str) -> "Hyperparameters":
-        """Parse and check."""
+        """Parse and validate a JSON object."""
         try:
             return cls(**json.loads(text))
         except ValidationError as error:
@@ -88,7 +88,7 @@ Fraction = Annotated[Number, Field(ge=0, le=1)]
 
 
 class Data(Block):
-    """Where the rows come from and which columns count."""
+    """The data source and the use of its columns."""
 
     source: Annotated[str, Field(strict=True, min_length=1)]
     label: Annotated[str, Field(strict=True, min_length=1)]
@@ -109,7 +109,7 @@ class Data(Block):
 
 
 class Gate(Block):
-    """When a new model is good enough to replace the champion."""
+    """Conditions for a new model to replace the champion."""
 
     metric: Literal["accuracy", "macro_f1"]
     threshold: Fraction

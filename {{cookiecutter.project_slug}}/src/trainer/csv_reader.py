@@ -1,6 +1,6 @@
-"""A CSV file, read as text and checked before anything is learned from it: header, label, what each column holds.
+"""Read a CSV file with DuckDB and check its header, its label and the type of each column.
 
-DuckDB reads it in pieces, so it may be larger than memory. Every mistake is one UserError that names row, column and value.
+The file may be larger than memory. An error is a UserError that names row, column and value.
 """
 
 import csv
@@ -20,9 +20,9 @@ from core.schema import BLANKS, MISSING
 
 
 def read_header(path: Path) -> list[str]:
-    """The names in the CSV's first line."""
+    """Return the column names in the first line of a CSV file."""
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for without end
+        if path.exists() and not path.is_file():  # opening a pipe would block forever
             what = "a folder" if path.is_dir() else "no ordinary file"
             raise UserError(f"{path} is {what}. Set data.source in project.yaml to a CSV file.")
         with path.open(newline="", encoding="utf-8-sig") as stream:
@@ -44,11 +44,11 @@ def read_header(path: Path) -> list[str]:
     for position, name in enumerate(names, start=1):
         if not name:
             raise UserError(f"{path}: column {position} has no name in the first line.")
-        if "\n" in name or "\r" in name:  # DuckDB would take its second half for a row
+        if "\n" in name or "\r" in name:  # DuckDB would read its second line as a row
             raise UserError(
                 f"{path}: the name of column {position} has a line break: {name[:60]!r}. Write it on one line."
             )
-    folded = [name.casefold() for name in names]  # SQL engines do not tell A from a
+    folded = [name.casefold() for name in names]  # SQL names ignore case
     twice = sorted({name for name in names if folded.count(name.casefold()) > 1})
     if twice:
         raise UserError(
@@ -60,17 +60,16 @@ def read_header(path: Path) -> list[str]:
 def check_header(
     path: Path, label: str, ignore: Iterable[str] = (), categorical: Iterable[str] = ()
 ) -> None:
-    """What can be told of a file in no time; the rows are not read. Raises UserError as the functions around it do."""
+    """Check the header only, without reading the rows."""
     choose_features(read_header(path), label, ignore, categorical)
 
 
 def choose_features(
     names: Sequence[str], label: str, ignore: Iterable[str], categorical: Iterable[str]
 ) -> list[str]:
-    """The columns that the model sees."""
-    shown = ", ".join(
-        names if len(names) <= 12 else [*names[:6], "…", *names[-3:]]
-    )  # a label is often the last column
+    """Return the feature columns."""
+    # The last columns are included, because the label is often the last one.
+    shown = ", ".join(names if len(names) <= 12 else [*names[:6], "…", *names[-3:]])
     if label not in names:
         raise UserError(
             f"there is no label column '{label}'. Set data.label in project.yaml to one of: {shown}."
@@ -87,28 +86,28 @@ def choose_features(
     return features
 
 
-# Columns of our own: no name in a header begins with a blank.
+# Internal columns. They cannot clash with a header, whose names never start with a blank.
 BLANK, TEST = '" blank"', '" test"'
 
 
 def open_csv(path: Path, names: Sequence[str], scratch: Path) -> duckdb.DuckDBPyConnection:
-    """A connection with the view `cells`: the file's rows as text, blanks cut off, empty cells null.
+    """Connect to DuckDB with the view `cells`: rows as stripped text, empty cells as null.
 
-    What does not fit into memory goes to the folder `scratch`.
+    DuckDB spills to the folder `scratch` what does not fit into memory.
     """
-    memory = f"{400 + len(names)}MB"  # whatever the number of rows; a piece of each column is in memory at once
+    # Independent of the number of rows; a chunk of every column is in memory at once.
+    memory = f"{400 + len(names)}MB"
     database = duckdb.connect(config={"memory_limit": memory, "temp_directory": str(scratch)})
-    # With hundreds of columns the one takes most of the time, and the other makes a join of each test for missing words.
+    # With hundreds of columns, the first optimizer takes most of the time, and the second turns
+    # each check for missing words into a join.
     database.execute("SET disabled_optimizers = 'common_subexpressions,in_clause'")
+    # The progress bar would clutter a log file.
     if not sys.stdout.isatty():
-        with suppress(
-            duckdb.InvalidInputException
-        ):  # Jupyter has none to switch off, unless ipywidgets is there
-            database.execute(
-                "SET enable_progress_bar = false"
-            )  # it is for people, and would spoil a log
+        # In Jupyter without ipywidgets there is no progress bar, and the setting is an error.
+        with suppress(duckdb.InvalidInputException):
+            database.execute("SET enable_progress_bar = false")
     types = ", ".join(f"{text_in_sql(name)}: 'VARCHAR'" for name in names)
-    # Cutting is slow, and few rows have a blank beside a comma: each row is first looked at as a whole.
+    # Stripping is slow and few rows need it, so each row is first checked as a whole.
     row = f"concat_ws(chr(31), {', '.join(map(name_in_sql, names))})"
     blank = (
         f"regexp_matches({row}, {text_in_sql(f'(^|{chr(31)})[{BLANKS}]|[{BLANKS}]({chr(31)}|$)')})"
@@ -133,14 +132,13 @@ def read_once(
     test: str,
     path: Path,
 ) -> list[str]:
-    """Keep the file's rows in a Parquet file, with the condition `test` as a column, and make the view `rows` of it.
+    """Copy the rows to a Parquet file, create the view `rows` of it and return the numeric columns.
 
-    Reading CSV is the slow part, so it is done once. A column is kept as numbers when its first rows are; if a later cell is
-    none, the file is read again with that column as text. So a wrong guess costs time, and changes nothing.
-
-    Returns:
-        The columns that are kept as numbers.
+    The condition `test` becomes a column.
     """
+    # Parsing CSV is slow, so it is done once: the first rows decide which columns are numbers. If a
+    # later cell is not a number, the file is read again with that column as text. A wrong guess
+    # costs time, but does not change the result.
     candidates = [name for name in features if name not in set(categorical)]
     guess = _only_numbers(
         database,
@@ -159,7 +157,7 @@ def read_once(
 
 
 def _cells(names: Sequence[str], numbers: Sequence[str]) -> str:
-    """The columns in SQL; a cell that is no number becomes NaN among numbers, a missing one null."""
+    """Return the SQL of the columns; in numeric ones, invalid cells are NaN, missing ones null."""
     number = f"CASE WHEN {IS_NUMBER} AND NOT {IS_CODE} THEN CAST({{0}} AS DOUBLE) WHEN {{0}} IS NULL OR {IS_MISSING} THEN NULL "
     number += "ELSE 'nan'::DOUBLE END AS {0}"
     settings = set(numbers)
@@ -171,7 +169,7 @@ def _cells(names: Sequence[str], numbers: Sequence[str]) -> str:
 def _only_numbers(
     database: duckdb.DuckDBPyConnection, names: Sequence[str], query: str
 ) -> list[str]:
-    """The columns without a NaN."""
+    """Return the columns without NaN."""
     if not names:
         return []
     lost = ", ".join(f"coalesce(bool_or(isnan({name_in_sql(name)})), false)" for name in names)
@@ -182,12 +180,10 @@ def _only_numbers(
 def write_parquet(
     database: duckdb.DuckDBPyConnection, query: str, path: Path, origin: str = "{}"
 ) -> None:
-    """Write a query's rows, and `origin` as the file's metadata.
+    """Write the rows of a query to Parquet, with `origin` as metadata."""
 
-    A group of rows is held in memory, so it is small where there are many columns or long texts. The writer looks for repeated
-    values in each column and is told to give up after a thousand different ones: few numbers repeat, and looking takes time.
-    """
-
+    # The dictionary limit saves time: few numbers repeat, so searching for more than a thousand
+    # different values per column is not worth it.
     def copy(rows: int) -> None:
         database.execute(f"""
             COPY ({query}) TO {text_in_sql(str(path))} (FORMAT parquet, ROW_GROUP_SIZE {rows}, DICTIONARY_SIZE_LIMIT 1000,
@@ -195,6 +191,7 @@ def write_parquet(
         """)
 
     columns = len(database.execute(f"DESCRIBE {query}").fetchall())
+    # A row group is held in memory: it has fewer rows if there are many columns, or long texts.
     try:
         copy(min(122_880, max(2048, 4_000_000 // columns)))
     except duckdb.OutOfMemoryException:
@@ -202,23 +199,23 @@ def write_parquet(
 
 
 def name_in_sql(name: str) -> str:
-    """The name as SQL writes it."""
+    """Quote a name for SQL."""
     return '"' + name.replace('"', '""') + '"'
 
 
 def text_in_sql(value: str) -> str:
-    """The value as SQL writes it."""
+    """Quote a text for SQL."""
     return "'" + value.replace("'", "''") + "'"
 
 
 def file_in_sql(path: Path) -> str:
-    """The path of a file to read as SQL writes it: brackets, asterisks and question marks are no patterns in it."""
+    """Quote the path of a file to read for SQL; escape its glob characters."""
     return text_in_sql(re.sub(r"[\[*?]", r"[\g<0>]", str(path)))
 
 
 def first_row(database: duckdb.DuckDBPyConnection, name: str, condition: str) -> tuple[int, str]:
-    """Number (from 1, the header not counted) and text of the first cell of a column that meets a condition."""
-    database.execute("SET threads = 1")  # keeps the rows in the file's order
+    """Return row number (from 1, without the header) and text of the first matching cell."""
+    database.execute("SET threads = 1")  # keeps the order of the file
     row = database.execute(f"""
         SELECT row, cell FROM (SELECT row_number() OVER () AS row, {name_in_sql(name)} AS cell FROM rows)
         WHERE {condition} ORDER BY row LIMIT 1
@@ -229,12 +226,12 @@ def first_row(database: duckdb.DuckDBPyConnection, name: str, condition: str) ->
     return number, cell
 
 
-# Conditions on a cell, as SQL. A column of numbers stays numbers; anything else is a category. One in which nearly every
-# cell is a number is more likely a number with a typing mistake, so it is refused and the cell is named. Numbers with
-# leading zeros (00420) are codes, hence categories.
+# SQL conditions on a cell. A column of numbers is numeric, any other one categorical. If nearly all
+# cells are numbers, the rest are probably typing errors, so the column is rejected and the first
+# one is reported. Numbers with leading zeros (00420) are codes, hence categories.
 IS_NUMBER = "coalesce(isfinite(TRY_CAST({0} AS DOUBLE)) AND NOT contains({0}, '_'), false)"
 IS_MISSING = "(lower({0}) IN (" + ", ".join(text_in_sql(token) for token in MISSING) + "))"
-# Of the texts that begin with a zero and a digit: ":" comes after "9". A comparison is much faster than a pattern.
+# Matches a zero followed by a digit (":" comes after "9"). Comparing is much faster than a regex.
 IS_CODE = (
     "({0} < '0:' AND ({0} >= '00' OR {0} >= '-00' AND {0} < '-0:' OR {0} >= '+00' AND {0} < '+0:'))"
 )
@@ -247,7 +244,7 @@ def infer_kinds(
     numbers: Sequence[str],
     categorical: Iterable[str] = (),
 ) -> dict[str, str]:
-    """For each feature "numeric" or "categorical"; `numbers` are the columns that are known to be numbers."""
+    """Return "numeric" or "categorical" for each feature; `numbers` are known to be numeric."""
     of_text = f"count(*) FILTER (NOT {IS_MISSING}), count(*) FILTER ({IS_NUMBER}), count(*) FILTER ({IS_CODE})"
     of_number = "count({0}), count({0}), 0"
     counts = [
@@ -280,9 +277,9 @@ MOST_CLASSES = 1000
 
 
 def check_label(database: duckdb.DuckDBPyConnection, label: str) -> None:
-    """Raises UserError when there is nothing to learn: no rows, a blank label, one class, a class seen once."""
+    """Check that the label has no blanks, two to MOST_CLASSES classes and two rows per class."""
     name = name_in_sql(label)
-    # Few enough to look at; a label that has as many values as the file has rows must not fill the memory.
+    # The limit bounds the memory if the label has as many values as the file has rows.
     found = database.execute(f"""
         SELECT {name}, count(*), count(*) OVER () FROM rows GROUP BY 1 ORDER BY {name} IS NOT NULL, 2, 1 LIMIT {MOST_CLASSES}
     """).fetchall()
@@ -314,10 +311,8 @@ def check_label(database: duckdb.DuckDBPyConnection, label: str) -> None:
 
 @contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
-    """A folder beside a file that is to be written; what a run that was killed left in it is removed first.
-
-    For a file in a mounted bucket it is in this machine's folder for temporary files.
-    """
+    """Create a temporary folder beside the output file; remove leftovers of a killed run first."""
+    # For a file in a mounted bucket, the folder is on the local disk.
     if in_bucket(path):
         with tempfile.TemporaryDirectory() as name:
             yield Path(name)
@@ -333,7 +328,7 @@ def scratch_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def explained(path: Path, target: Path) -> Iterator[None]:
-    """Turns what stops DuckDB or the disk, while the file at `path` is made into `target`, into a UserError."""
+    """Convert DuckDB and disk errors while `path` is converted to `target` to a UserError."""
     try:
         yield
     except duckdb.InvalidInputException as error:
@@ -357,15 +352,14 @@ def explained(path: Path, target: Path) -> Iterator[None]:
 
 
 def explain(message: str) -> str:
-    """DuckDB's message about a malformed file, in the words of someone who edits it."""
+    """Translate DuckDB's message about a malformed file into one that helps to fix the file."""
     line = re.search(r"CSV Error on Line: (\d+)", message)
     found = re.search(r"Expected Number of Columns: (\d+) Found: (\d+)", message)
     where = f"line {line[1]}: " if line else ""
     if found:
         return f"{where}has {found[2]} cells, but the header has {found[1]}. A cell that holds a comma wants quotes around it."
-    if (
-        "invalid state" in message
-    ):  # what DuckDB says of mixed line ends; reading on would drop surplus cells silently
+    # DuckDB's message for mixed line ends. Not ignored: surplus cells would be dropped silently.
+    if "invalid state" in message:
         return r"some lines end with CRLF and some with LF. Make them alike, for example with: sed -i 's/\r$//' FILE"
     if "Maximum line size" in message:
         return f"{where}is longer than 2 MB. Is a quote opened there and never closed?"

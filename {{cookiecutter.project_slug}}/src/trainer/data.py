@@ -220,7 +220,7 @@ of the CSV file and of the split.
 
 # %%
 def read_origin(path: Path) -> dict[str, str]:
-    """Return a Parquet file's metadata: `label`, `sha256` of the CSV file, and `split`, its hash."""
+    """Return a Parquet file's metadata: `label`, `sha256` of the CSV file, and hash `split`."""
     if not path.is_file():
         raise UserError(
             f"there is no file {path}. Make it with `python -m trainer.data`, or run data.ipynb."

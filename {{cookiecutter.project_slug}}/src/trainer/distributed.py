@@ -1,4 +1,4 @@
-"""Where a training process runs: device, threads, ranks, checkpoints. It knows nothing of the model."""
+"""Set up a training process: device, threads, ranks, signals and checkpoint files."""
 
 import json
 import os
@@ -22,7 +22,7 @@ CHECKPOINT = "checkpoint.safetensors"
 
 @dataclass(frozen=True)
 class Runtime:
-    """This process's device, and its place among the processes that train together."""
+    """Device and rank of this process."""
 
     device: torch.device
     rank: int = 0
@@ -30,25 +30,23 @@ class Runtime:
 
     @property
     def is_main(self) -> bool:
-        """True in the one process that prints and saves."""
+        """Return True in the process that prints and saves (rank 0)."""
         return self.rank == 0
 
     def share(self, rows: torch.Tensor) -> torch.Tensor:
-        """This rank's part of a batch that all ranks know."""
+        """Return this rank's part of a batch."""
         return rows[self.rank :: self.world_size]
 
 
 @contextmanager
 def start(threads: int) -> Iterator[Runtime]:
-    """Choose the device, make arithmetic repeatable, join the other ranks if torchrun started several."""
+    """Select the device, make CUDA deterministic and join the process group of torchrun."""
     torch.set_num_threads(threads)
     device = find_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if (
-        device.type == "cuda"
-    ):  # on the CPU the network's operations are repeatable as they are, and this costs seconds
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # cuBLAS wants a fixed workspace for it
+    # Only for CUDA: the CPU operations are deterministic anyway, and the call takes seconds.
+    if device.type == "cuda":
+        # cuBLAS is deterministic only with a fixed workspace.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
@@ -63,11 +61,9 @@ def start(threads: int) -> Iterator[Runtime]:
 
 @contextmanager
 def stoppable(checkpoints: Path | None) -> Iterator[None]:
-    """On SIGTERM end with exit code 143 and one line that says how to go on.
-
-    The cloud sends it before it takes a machine away, and `docker stop` sends it. The first process of a container would
-    ignore it without this, and be killed some seconds later.
-    """
+    """On SIGTERM, print how to resume and exit with code 143."""
+    # The cloud sends SIGTERM before it reclaims a machine, and so does `docker stop`. Without a
+    # handler, process 1 of a container ignores it and is killed some seconds later.
     previous = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         yield
@@ -84,21 +80,21 @@ def stoppable(checkpoints: Path | None) -> Iterator[None]:
 
 
 def find_device(local_rank: int = 0) -> torch.device:
-    """A CUDA GPU (one for each local rank), else Apple's MPS, else the CPU."""
+    """Return the CUDA GPU of the local rank, else Apple's MPS, else the CPU."""
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
-    # MPS has no float64, in which features arrive: such numbers are scaled on the CPU and moved afterwards.
+    # MPS has no float64: raw features are standardised on the CPU and moved afterwards.
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def restart_on_all_gpus(module: str) -> None:
-    """On a machine with several GPUs, or several machines, run this command line under torchrun, in this process's place.
+    """Re-execute the command line under torchrun if there are several GPUs or machines.
 
-    Several machines are announced by CLUSTER_SPEC, the cloud's JSON: workerpool0[0] is the master "host:port" and
-    rank 0, index i of workerpool1 is rank i + 1.
+    Vertex AI describes several machines in CLUSTER_SPEC (JSON): workerpool0[0] is the master's
+    "host:port" and node 0; entry i of workerpool1 is node i + 1.
     """
-    if "RANK" in os.environ:
+    if "RANK" in os.environ:  # already under torchrun
         return
     cluster = json.loads(os.environ.get("CLUSTER_SPEC", "{}"))
     pools = cluster.get("cluster", {"workerpool0": ["localhost:29500"]})
@@ -120,15 +116,16 @@ def restart_on_all_gpus(module: str) -> None:
         "--rdzv-backend=static",
         f"--rdzv-endpoint={pools['workerpool0'][0]}",
     ]
-    # In this process's place, so that signals reach torchrun, which hands them to its processes.
+    # Replace this process, so that signals reach torchrun, which forwards them to its processes.
     os.execv(sys.executable, [*torchrun, *meeting, "-m", module, *sys.argv[1:]])  # noqa: S606 (no shell)
 
 
 def save_checkpoint(
     folder: Path, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]
 ) -> None:
-    """Keep where training stands, as one file that is whole or not there; no pickle."""
+    """Write a checkpoint atomically, as one safetensors file."""
     folder.mkdir(parents=True, exist_ok=True)
+    # clone(), because the weights are views of one vector and safetensors rejects shared memory.
     on_cpu = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     write_bytes(
         folder / CHECKPOINT, safetensors.torch.save(on_cpu, {"state": json.dumps(dict(state))})
@@ -136,7 +133,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-    """What `save_checkpoint` kept, on the CPU; None when there is none that can be read."""
+    """Return the checkpoint's tensors, on the CPU, and state; None if missing or unreadable."""
     path = folder / CHECKPOINT
     if not path.is_file():
         return None

@@ -91,7 +91,7 @@ are verified. It does not use `model.py`, so older models can be evaluated too, 
 
 # %%
 def answer(model_dir: Path, test_path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return a saved model's probabilities (rows, classes) for a Parquet file, and labels (rows)."""
+    """Return a saved model's probabilities (rows, classes) and the labels (rows) of test rows."""
     model, rows = Model.load(model_dir), read_rows(test_path)
     if model.schema.label not in rows:
         raise UserError(

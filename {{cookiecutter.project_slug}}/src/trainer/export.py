@@ -1,4 +1,4 @@
-"""The saved model: a folder with the weights, the same network as ONNX, the metrics, and last the manifest."""
+"""Save and load a model: a folder with weights, ONNX graph, metrics and manifest."""
 
 import contextlib
 import io
@@ -29,14 +29,11 @@ def save(
     metrics: Mapping[str, Any],
     origin: Mapping[str, Any],
 ) -> None:
-    """Write a saved model; until its manifest stands, the folder holds no model.
-
-    Args:
-        metrics: what training measured, for metrics.json.
-        origin: what the model was made from (data hash, hyper-parameters, code version), for the manifest.
-    """
+    """Write a saved model; `origin` (data hash, hyperparameters, …) goes into the manifest."""
     network = network.cpu().eval()
     folder.mkdir(parents=True, exist_ok=True)
+    # The manifest is removed first and written last: without it, the folder is not a valid model,
+    # so an interruption leaves no mixture of two models.
     (folder / manifest.NAME).unlink(missing_ok=True)
     manifest.write_bytes(folder / WEIGHTS, safetensors.torch.save(network.state_dict()))
     manifest.write_bytes(folder / ONNX, to_onnx(network, len(schema.columns)))
@@ -47,7 +44,8 @@ def save(
 
 
 def load(folder: Path) -> tuple[Network, Schema]:
-    """The network, on the CPU and ready to answer, and its schema; nothing is unpickled."""
+    """Return the network, on the CPU in evaluation mode, and its schema."""
+    # safetensors instead of torch.load: unpickling a file can run code.
     schema = Schema.from_json(manifest.read(folder)["schema"])
     network = Network(schema)
     network.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS))
@@ -55,19 +53,22 @@ def load(folder: Path) -> tuple[Network, Schema]:
 
 
 class _Probabilities(nn.Module):
-    """What is served: raw features to probabilities."""
+    """The network with a softmax, as it is exported and served."""
 
     def __init__(self, network: Network) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Softmax of the logits."""
+        """Return the probabilities (rows, classes) of raw features."""
         return self.network(features).softmax(dim=1)  # type: ignore[no-any-return]
 
 
 def to_onnx(network: Network, columns: int) -> bytes:
-    """The network as an ONNX graph: `features` float64 (batch, columns) → `probabilities` float32 (batch, classes)."""
+    """Export the network to ONNX.
+
+    Input: `features`, float64 (batch, columns). Output: `probabilities`, float32 (batch, classes).
+    """
     example = torch.zeros(2, columns, dtype=torch.float64)
     dynamic = {"features": {0: torch.export.Dim("batch")}}
     with tempfile.TemporaryDirectory() as scratch, _quiet():
@@ -88,7 +89,7 @@ def to_onnx(network: Network, columns: int) -> bytes:
 
 @contextlib.contextmanager
 def _quiet() -> Any:
-    """The exporter reports its own progress at length; its errors are exceptions all the same."""
+    """Silence the exporter's verbose progress output; its errors are still raised."""
     loud = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

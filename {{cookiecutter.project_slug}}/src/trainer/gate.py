@@ -1,4 +1,4 @@
-"""The gate: may a challenger replace the champion?"""
+"""Decide whether a new model (the challenger) may replace the champion."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -7,25 +7,25 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Decision:
-    """The gate's answer and its reason, in words."""
+    """Result of the gate and its reason as text."""
 
     passed: bool
     reason: str
 
     def to_json(self) -> dict[str, Any]:
-        """As a plain dict."""
+        """Return a plain dict."""
         return asdict(self)
 
 
 def decide(
     scores: Mapping[str, Any], metric: str, threshold: float, max_regression: float
 ) -> Decision:
-    """The gate: a challenger passes when it reaches the threshold and is at most `max_regression` worse than the champion.
+    """Pass a challenger that reaches the threshold and is not much worse than the champion.
 
     Args:
-        scores: {"challenger": metrics, "champion": metrics or None, "champion_version": number or None,
-            "champion_problem": text or None, "champion_predicts": the champion's label if it is another one}, all
-            measured on the same test rows.
+        scores: metrics on the same test rows: {"challenger": metrics, "champion": metrics or None,
+            "champion_version": number or None, "champion_problem": text or None,
+            "champion_predicts": the champion's label if it differs, else None}.
     """
     value, number = scores["challenger"][metric], scores["champion_version"]
     if value < threshold:
@@ -43,14 +43,14 @@ def decide(
         return Decision(True, f"{reached}; there is no champion yet")
     other = scores["champion"][metric]
     compared = f"champion {number} has {other:.4f} on the same test rows, allowed regression {max_regression:.4f}"
-    # Compared with a little room: 0.95 - 0.05 is not 0.9 in binary.
+    # A tolerance for binary floating point: 0.95 - 0.05 is not exactly 0.9.
     if value < other - max_regression - 1e-12:
         return Decision(False, f"{reached}, but {compared}")
     return Decision(True, f"{reached}; {compared}")
 
 
 def only_tested(decision: Decision) -> Decision:
-    """The gate's answer in a run that registers nothing: no, and what it would have been."""
+    """Return a negative decision for a run that registers nothing, with the original reason."""
     return Decision(
         False, f"this run only tests, and registers nothing; otherwise: {decision.reason}"
     )

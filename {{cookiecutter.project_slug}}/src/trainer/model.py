@@ -76,7 +76,7 @@ class Standardizer(nn.Module):
         numbers = features[:, self.numeric]
         # All values of a sparse column may be in the validation rows.
         numbers = np.where(np.isnan(numbers).all(axis=0), 0.0, numbers)
-        # Halve first: the median of an even number of values adds the middle two, which may overflow.
+        # Halve first: the median of an even number of values adds two, which may overflow.
         median = (
             np.nanmedian(numbers / 2, axis=0) * 2 if numbers.size else np.zeros(len(self.numeric))
         )

@@ -1,4 +1,4 @@
-"""The pictures of the notebooks. Each function draws one figure with matplotlib and returns nothing."""
+"""Draw the figures of the notebooks with matplotlib, one per function."""
 
 import textwrap
 from collections import Counter
@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from core.schema import Schema
 
 BLUE, ORANGE, GREY = "#1a73e8", "#e8710a", "#80868b"
-MOST_SHOWN = 20  # classes or columns with a label of their own
+MOST_SHOWN = 20  # classes or columns in a figure
 
 plt.rcParams.update(
     {"figure.constrained_layout.use": True, "axes.spines.top": False, "axes.spines.right": False}
@@ -20,7 +20,7 @@ plt.rcParams.update(
 
 
 def samples(rows: Mapping[str, np.ndarray], schema: Schema, per_class: int = 2) -> None:
-    """Some rows of each class: as images where the columns are pixels, else as a table."""
+    """Show rows of each class: as images if the columns are pixels, else as a table."""
     names = [str(name) for name in schema.classes][:MOST_SHOWN]
     labels = rows[schema.label].astype(str)
     settings = [int(row) for name in names for row in np.flatnonzero(labels == name)[:per_class]]
@@ -31,10 +31,11 @@ def samples(rows: Mapping[str, np.ndarray], schema: Schema, per_class: int = 2) 
 
 
 def class_balance(train: np.ndarray, test: np.ndarray, schema: Schema) -> None:
-    """Rows of each class, in the training and in the test part."""
+    """Plot the number of training and test rows of each class."""
     in_train, in_test = Counter(train.astype(str)), Counter(test.astype(str))
     names = sorted(map(str, schema.classes), key=lambda name: -in_train[name])
     shown = names if len(names) <= MOST_SHOWN else names[:MOST_SHOWN]
+    # Sorted by frequency only if some classes are left out; otherwise in the order of the schema.
     if schema.classes and len(shown) == len(schema.classes):
         shown = [str(name) for name in schema.classes]
     _, axes = plt.subplots(figsize=(8, 0.3 * len(shown) + 1.2))
@@ -58,7 +59,7 @@ def class_balance(train: np.ndarray, test: np.ndarray, schema: Schema) -> None:
 
 
 def columns(rows: Mapping[str, np.ndarray], schema: Schema) -> None:
-    """The distribution of each column, with the share of missing values; an image's columns as its mean and std."""
+    """Plot each column's distribution and missing values; for images, mean and std per pixel."""
     if schema.image_shape:
         pixels = np.stack([rows[column.name] for column in schema.columns])
         figure, both = plt.subplots(1, 2, figsize=(6, 3))
@@ -77,6 +78,7 @@ def columns(rows: Mapping[str, np.ndarray], schema: Schema) -> None:
         values = rows[column.name]
         if column.kind == "numeric":
             present = values[~np.isnan(values)]
+            # Clipped, because the histogram's range would overflow.
             with np.errstate(over="ignore"):
                 axes.hist(np.clip(present, -1e300, 1e300), bins=30, color=BLUE)
         else:
@@ -99,7 +101,7 @@ def columns(rows: Mapping[str, np.ndarray], schema: Schema) -> None:
 
 
 def standardized(raw: np.ndarray, scaled: Any) -> None:
-    """The numeric columns' ranges before and after scaling."""
+    """Plot the numeric columns before and after scaling."""
     if not raw.shape[1]:
         print("no numeric column: nothing to scale")
         return
@@ -120,7 +122,7 @@ def standardized(raw: np.ndarray, scaled: Any) -> None:
 
 
 def learning_curve(history: Sequence[Mapping[str, float]], best_epoch: int) -> None:
-    """Losses and validation accuracy by epoch."""
+    """Plot the losses and the validation accuracy by epoch."""
     epochs = range(1, len(history) + 1)
     _, (losses, accuracy) = plt.subplots(1, 2, figsize=(11, 3.4))
     losses.plot(epochs, [epoch["train_loss"] for epoch in history], color=BLUE, label="training")
@@ -142,8 +144,9 @@ def learning_curve(history: Sequence[Mapping[str, float]], best_epoch: int) -> N
 
 
 def confusion(counts: Sequence[Sequence[int]], schema: Schema) -> None:
-    """The confusion matrix, coloured by the share of each true class; numbers are rows."""
+    """Plot the confusion matrix with row counts."""
     matrix = np.asarray(counts)
+    # Coloured by the fraction of the true class, so that rare classes are visible too.
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     names = [_short(str(name), 12) for name in schema.classes]
     side = max(4.0, min(9.0, 0.5 * len(names) + 1.5))
@@ -169,7 +172,7 @@ def worst_mistakes(
     schema: Schema,
     most: int = 10,
 ) -> None:
-    """The wrong answers that the model was surest of, with their scores."""
+    """Show the wrong predictions with the highest confidence."""
     answers = probabilities.argmax(axis=1)
     wrong = np.flatnonzero(answers != labels)
     if not len(wrong):
@@ -196,7 +199,7 @@ def worst_mistakes(
 
 
 def calibration(probabilities: np.ndarray, labels: np.ndarray) -> None:
-    """Share of right answers by confidence, beside the ideal, and how many answers there are of each confidence."""
+    """Plot the fraction of correct predictions by confidence, and a histogram of confidence."""
     sure, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
     edges = np.linspace(0, 1, 11)
     bins = np.clip(np.digitize(sure, edges) - 1, 0, 9)

@@ -141,7 +141,7 @@ def save_checkpoint(
 def load_checkpoint(
     folder: Path, network: Network, optimizer: torch.optim.Optimizer, facts: str
 ) -> Progress:
-    """Restore network and optimizer; return an empty Progress if there is no checkpoint to resume."""
+    """Restore network and optimizer; return an empty Progress if nothing can be resumed."""
     saved = distributed.load_checkpoint(folder)
     # A checkpoint of other data, hyperparameters or code belongs to another run.
     if saved is None or saved[1]["facts"] != facts:
