@@ -26,7 +26,8 @@ def _no_truth_value(value: object) -> object:
     return value
 
 
-Number = Annotated[float, BeforeValidator(_no_truth_value)]  # pydantic would take "yes" for 1.0
+# YAML reads `yes` as True, which pydantic would accept as 1.0.
+Number = Annotated[float, BeforeValidator(_no_truth_value)]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))

@@ -85,6 +85,7 @@ def _write_sample(name: str, path: Path) -> None:
         with partial.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream)
             writer.writerow([*sample.feature_names, label])
+            # 17 digits, so that float64 values are read back exactly.
             for features, target in zip(sample.data, sample.target, strict=True):
                 writer.writerow(
                     [*(f"{value:.17g}" for value in features), sample.target_names[target]]

@@ -70,14 +70,12 @@ class and drawn with the seed.
 def validation_split(
     labels: np.ndarray, fraction: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the indices of the rows to train on and of the validation rows.
-
-    A class with a single row is only trained on.
-    """
+    """Return the indices of the rows to train on and of the validation rows."""
     chance = np.random.default_rng(seed)
     validation = []
     for label in np.unique(labels):
         rows = chance.permutation(np.flatnonzero(labels == label))
+        # At least one row of each class is trained on.
         validation.append(rows[: min(len(rows) - 1, math.ceil(fraction * len(rows)))])
     held = np.zeros(len(labels), dtype=bool)
     held[np.concatenate(validation)] = True
@@ -100,7 +98,7 @@ therefore shuffles like an uninterrupted one and ends with the same weights.
 # %%
 @dataclass
 class Progress:
-    """Keep the learning curves and the best weights so far."""
+    """Learning curves and best weights so far."""
 
     history: list[dict[str, float]] = field(default_factory=list)
     best_epoch: int = 0
@@ -248,6 +246,7 @@ def fit(
 
 def as_one_vector(network: nn.Module) -> tuple[nn.Parameter, torch.Tensor]:
     """Return the trainable weights as one vector, and its gradient; the network's become views."""
+    # One vector needs one optimizer update and one all_reduce per step, not one per layer.
     weights = [weight for weight in network.parameters() if weight.requires_grad]
     vector = nn.Parameter(torch.cat([weight.detach().flatten() for weight in weights]))
     vector.grad = torch.zeros_like(vector)
@@ -284,6 +283,7 @@ def run_epoch(
             loss = cross_entropy(
                 network.from_scaled(machine.share(batch)), machine.share(answers), reduction="sum"
             )
+            # Not optimizer.zero_grad(), which would discard the vector that the views share.
             gradient.zero_()
             # The sum over this rank's rows divided by the size of the whole batch, so that the
             # sum of the ranks' gradients is the gradient of the batch's mean loss.
