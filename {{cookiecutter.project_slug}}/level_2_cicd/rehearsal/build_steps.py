@@ -1,4 +1,4 @@
-"""Runs the steps of a Cloud Build file on this machine: substitutions, waitFor, timeouts.
+"""Run the steps of a Cloud Build file on this machine: substitutions, waitFor, timeouts.
 
 `run(read("cloudbuild.yaml", values), workspace, as_process(variables))` starts each step as soon as
 the steps that it waits for have succeeded; when one fails, the others are killed.
@@ -27,7 +27,7 @@ VARIABLE = re.compile(r"\$(?:\$|([A-Z_][A-Z0-9_]*)|\{([A-Z_][A-Z0-9_]*)\})")
 
 
 class InvalidBuild(Exception):
-    """Cloud Build would reject this build; says why."""
+    """Cloud Build would reject this build; the message gives the reason."""
 
 
 def read(path: Path | str, values: Mapping[str, str]) -> Json:
@@ -39,13 +39,13 @@ def read(path: Path | str, values: Mapping[str, str]) -> Json:
 def resolve(build: Json, values: Mapping[str, str]) -> Json:
     """Fill in a build's substitutions and check the order of its steps; may raise InvalidBuild."""
     values = {**build.get("substitutions", {}), **values}
-    # Cloud Build does not substitute in these two.
+    # Cloud Build substitutes nothing in these two fields.
     template = {key: build[key] for key in build if key not in {"substitutions", "source"}}
     names = variables(template)
     if missing := ", ".join(sorted(names - set(values))):
         problem = "is not matched in the substitution data"
         raise InvalidBuild(f"key in the template {missing!r} {problem}")
-    # Built-in substitutions need not be used; own ones (_NAME) must be.
+    # Built-in substitutions may be unused; user-defined ones (_NAME) must be used.
     extra = ", ".join(sorted(name for name in values if name[0] == "_" and name not in names))
     if extra and build.get("options", {}).get("substitutionOption") != "ALLOW_LOOSE":
         problem = "in the substitution data is not matched in the template"
@@ -73,6 +73,7 @@ def fill(part: Any, values: Mapping[str, str]) -> Any:
         return [fill(value, values) for value in part]
     if not isinstance(part, str):
         return part
+    # VARIABLE matches $$ without a group, so it becomes a dollar.
     return VARIABLE.sub(lambda m: values[m[1] or m[2]] if m[1] or m[2] else "$", part)
 
 
@@ -81,6 +82,7 @@ def check_order(steps: Sequence[Json]) -> None:
     if not steps:
         raise InvalidBuild("a build must have at least one step")
     ids: set[str] = set()
+    # waitFor may name earlier steps only, so the steps cannot wait for each other in a cycle.
     for step in steps:
         if unknown := ", ".join(set(step.get("waitFor", [])) - ids - {"-"}):
             raise InvalidBuild(f"step {step.get('id')}: waitFor: {unknown} is no earlier step")
@@ -90,7 +92,8 @@ def check_order(steps: Sequence[Json]) -> None:
 
 
 def dependencies(steps: Sequence[Json]) -> list[set[int]]:
-    """Return for each step those that it waits for: without waitFor, all before it."""
+    """Return the indices of the steps that each step waits for."""
+    # Without waitFor, a step waits for all steps before it; "-" waits for no step.
     index = {step.get("id", ""): number for number, step in enumerate(steps)}
     return [
         {index[name] for name in step["waitFor"] if name != "-"}
@@ -101,7 +104,8 @@ def dependencies(steps: Sequence[Json]) -> list[set[int]]:
 
 
 def critical_path(steps: Sequence[Json], seconds: Sequence[float]) -> float:
-    """Return how long the steps take, when they wait only for each other."""
+    """Return the duration of the steps in seconds if each starts as soon as it may."""
+    # Steps wait for earlier ones only, so one pass in file order is enough.
     ends: list[float] = []
     for needs, own in zip(dependencies(steps), seconds, strict=True):
         ends.append(own + max((ends[number] for number in needs), default=0.0))
@@ -142,7 +146,7 @@ class Outcome:
 
     @property
     def critical(self) -> float:
-        """The critical path's seconds."""
+        """Return the seconds of the critical path."""
         return critical_path(self.document["steps"], [step.seconds for step in self.steps])
 
 
@@ -159,6 +163,7 @@ def as_process(
     def command(build: Json, step: Json) -> Command:
         default = [step.get("entrypoint", ""), *step.get("args", [])]
         words = (instead or {}).get(step.get("id", ""), default)
+        # This machine's variables come last: they lead the steps to the fakes.
         return words, {**os.environ, **environment(build, step), **machine}
 
     return command
@@ -168,6 +173,7 @@ def as_container(machine: Mapping[str, str], workspace: Path) -> StepCommand:
     """Run steps in containers, as Cloud Build does, with this machine's Docker inside."""
 
     def command(build: Json, step: Json) -> Command:
+        # The fakes listen on loopback, so containers share the host's network.
         words = ["docker", "run", "--rm", "--init", "--network=host", "--workdir=/workspace"]
         words += [f"--volume={workspace}:/workspace"]
         words += ["--volume=/var/run/docker.sock:/var/run/docker.sock"]
@@ -214,6 +220,7 @@ class _Run:
     def run(self) -> Outcome:
         threads: list[threading.Thread] = []
         deadline = time.monotonic() + seconds(self.build.get("timeout"))
+        # One condition guards all state; threads release it while their processes run.
         with self.changed:
             while not self.status and any(
                 step.status in {"QUEUED", "WORKING"} for step in self.steps
@@ -223,9 +230,10 @@ class _Run:
                         step.status = "WORKING"
                         threads.append(threading.Thread(target=self._step, args=(number,)))
                         threads[-1].start()
-                # Each step that ends wakes this loop up.
+                # Each step that ends wakes up this loop; no wake-up means the build timed out.
                 if not self.changed.wait(timeout=max(0.0, deadline - time.monotonic())):
                     self._end("TIMEOUT")
+        # Outside the lock, which the threads need to store their results.
         for thread in threads:
             thread.join()
         return Outcome(self.status or "SUCCESS", self.steps, self.build)
@@ -242,7 +250,8 @@ class _Run:
         step, spec, start = self.steps[number], self.build["steps"][number], time.monotonic()
         words, variables = self.command(self.build, spec)
         with self.changed:
-            if self.status:  # the build ended before this step's process started
+            # The build may have ended between the thread's start and this line.
+            if self.status:
                 step.status = "CANCELLED"
                 return
             process = self.processes[number] = self._start(words, variables)
@@ -252,10 +261,11 @@ class _Run:
         except subprocess.TimeoutExpired:
             status = "TIMEOUT"
             kill(process)
-            step.output = process.communicate()[0]
+            step.output = process.communicate()[0]  # the output until the timeout
         with self.changed:
             del self.processes[number]
             step.seconds = time.monotonic() - start
+            # A process that was killed because the build ended did not fail by itself.
             failed = "CANCELLED" if self.status else "FAILURE"
             step.status = status or ("SUCCESS" if process.returncode == 0 else failed)
             self._after(step, spec)
@@ -270,11 +280,11 @@ class _Run:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            start_new_session=True,  # so that everything it starts is killed with it
+            start_new_session=True,  # its own process group, so that kill() reaches children too
         )
 
     def _after(self, step: Step, spec: Json) -> None:
-        """End the build if a step's result demands it; under the lock."""
+        """End the build if a step's result requires it; the caller holds the lock."""
         successes = sum(other.status == "SUCCESS" for other in self.steps)
         if step.status in {"FAILURE", "TIMEOUT"} and not spec.get("allowFailure"):
             self._end(step.status)
@@ -283,14 +293,14 @@ class _Run:
         self.changed.notify_all()
 
     def _end(self, status: str) -> None:
-        self.status = self.status or status
+        self.status = self.status or status  # the first reason counts
         for process in self.processes.values():
             kill(process)
         self.changed.notify_all()
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """Kill a process and everything that it started."""
+    """Kill a process and its children."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:

@@ -1,4 +1,4 @@
-"""Fake of Cloud Build: builds and triggers as gcloud sends them, parsed strictly and checked.
+"""Fake of Cloud Build: parse and check builds and triggers as gcloud sends them.
 
 CLOUDSDK_API_ENDPOINT_OVERRIDES_CLOUDBUILD=`address` sends gcloud here.
 """
@@ -25,7 +25,7 @@ Worker = Callable[[Json], dict[str, str]]
 
 
 class BuildFailed(Exception):
-    """A build's work failed; says why."""
+    """A build's work failed; the message gives the reason."""
 
 
 class FakeCloudBuild(FakeServer):
@@ -45,6 +45,7 @@ class FakeCloudBuild(FakeServer):
         self._threads: list[threading.Thread] = []
 
     def __exit__(self, *exception: object) -> None:
+        # Builds use the lock and the other fakes, so wait for them before the server stops.
         for thread in self._threads:
             thread.join()
         super().__exit__(*exception)
@@ -52,7 +53,7 @@ class FakeCloudBuild(FakeServer):
     @route("POST", f"{PARENT}/builds", "builds.create")
     def _create(self, request: Request) -> Json:
         message = request.message = parse(types.Build, request.body)
-        build = types.Build(message)
+        build = types.Build(message)  # a copy: request.message stays as it was sent
         build.id = str(uuid.uuid4())
         resolved = check_build(as_json(message), built_in_substitutions(request, build.id))
         build.name = f"{request['parent']}/builds/{build.id}"
@@ -61,15 +62,16 @@ class FakeCloudBuild(FakeServer):
         page = "https://console.cloud.google.com/cloud-build/builds"
         build.log_url = f"{page};region={request['region']}/{build.id}?project=1"
         self.builds[build.id] = build
-        # Not in this call: gcloud polls the build, and builds run in parallel.
+        # In a thread: gcloud polls the build, and builds run in parallel.
         thread = threading.Thread(target=self._work, args=(build, resolved))
         self._threads.append(thread)
         thread.start()
-        # gcloud expects an operation, and reads the build's id from its metadata.
+        # gcloud expects an operation and reads the build's ID from its metadata.
         metadata = {"@type": METADATA, "build": as_json(build)}
         return {"name": f"{request['parent']}/operations/{build.id}", "metadata": metadata}
 
     def _work(self, build: Any, resolved: Json) -> None:
+        # Hold the lock for changes only: gcloud must be able to poll while the build runs.
         with self.lock:
             build.status, build.start_time = types.Build.Status.WORKING, now()
         status, detail, digests = "SUCCESS", "", {}
@@ -78,6 +80,7 @@ class FakeCloudBuild(FakeServer):
         except BuildFailed as error:
             status, detail = "FAILURE", str(error)
         except Exception as error:
+            # A bug of the fake must end the build too; gcloud would poll it forever.
             traceback.print_exc()
             status, detail = "INTERNAL_ERROR", repr(error)
         images = [types.BuiltImage(name=name, digest=digest) for name, digest in digests.items()]
@@ -112,6 +115,7 @@ class FakeCloudBuild(FakeServer):
         if not repository.startswith(f"{request['parent']}/connections/"):
             raise ApiError(400, f"not a linked repository in this region: {repository!r}")
         trigger = self.triggers[message.name] = types.BuildTrigger(message)
+        # The name serves as ID, so that an import of the same trigger updates it.
         trigger.id = message.name
         trigger.resource_name = f"{request['parent']}/triggers/{message.name}"
         return as_json(trigger)
@@ -136,7 +140,7 @@ def check_build(build: Json, values: dict[str, str]) -> Json:
     limit = build_steps.seconds(resolved.get("timeout", "600s"))
     if not 0 < limit <= 86400:
         raise ApiError(400, "invalid value for 'build.timeout': expected 0s to 86400s")
-    # gcloud shows these errors as they are, so the words are Cloud Build's.
+    # gcloud prints these errors unchanged, so they use Cloud Build's wording.
     for tag in resolved.get("tags", []):
         if not re.fullmatch(r"[\w][\w.-]{0,127}", tag):
             raise ApiError(400, f"invalid value for 'build.tags': {tag!r}")
@@ -149,7 +153,8 @@ def check_build(build: Json, values: dict[str, str]) -> Json:
 
 
 def check_service_account(build: Json) -> None:
-    """Reject an invalid account, or one without a place for the logs."""
+    """Reject an invalid service account, or one without a destination for logs."""
+    # With a service account of the user's, Cloud Build has no default bucket for logs.
     account, logging = build.get("serviceAccount", ""), build.get("options", {}).get("logging")
     if not re.fullmatch(r"(projects/[^/]+/serviceAccounts/[^/@]+@[^/@]+)?", account):
         raise ApiError(400, f"invalid value for 'build.service_account': {account}")
@@ -169,19 +174,21 @@ def build_worker(
 
     Args:
         buckets: the folder of FakeStorage, which has the source.
-        folder: of the workspaces.
+        folder: parent folder of the workspaces.
         command: returns what runs a step in a workspace; see build_steps.as_process.
-        push: sends an image of this machine to its registry; returns its digest.
-        report: gets the outcome of each build.
+        push: pushes a local image to its registry; returns its digest.
+        report: receives each build and its outcome.
     """
 
     def work(build: Json) -> dict[str, str]:
+        # A workspace per build, because builds run in parallel.
         workspace = folder / uuid.uuid4().hex
         workspace.mkdir(parents=True)
         source = build["source"]["storageSource"]
         with tarfile.open(buckets / source["bucket"] / source["object"]) as archive:
             archive.extractall(workspace, filter="data")
         outcome = build_steps.run(build, workspace, command(workspace))
+        # Report before a failure raises, so that failed builds are reported too.
         report(build, outcome)
         if outcome.status != "SUCCESS":
             raise BuildFailed(outcome.failures())

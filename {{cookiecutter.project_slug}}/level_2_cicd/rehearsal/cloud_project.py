@@ -40,6 +40,7 @@ class FakeProject(FakeServer):
         self.objects: set[str] = set()
         self.accounts: set[str] = set()
         self.permissions: set[tuple[str, str]] = set()
+        # Only this project exists: other ids match no route.
         own = rf"projects/(?:{re.escape(project)}|{NUMBER})"
         self.routes = [
             (method, path.replace(PROJECT, own), call, handler)
@@ -49,6 +50,7 @@ class FakeProject(FakeServer):
     @route("GET", f"/v1/{PROJECT}/services:batchGet", "services.batchGet")
     def _services(self, request: Request) -> Json:
         names = request.message = request.repeated.get("names", [])
+        # The limit of the real API: callers must split longer lists.
         if not 0 < len(names) <= 30:
             raise ApiError(400, f"names: got {len(names)} services, expected 1 to 30")
         parent, services = f"projects/{NUMBER}", []
@@ -76,7 +78,7 @@ class FakeProject(FakeServer):
         ]
         if request["owner"] != request["service"] or not limits:
             raise ApiError(404, f"Quota metric {metric} of {request['service']} not found")
-        # JSON has 64-bit numbers as texts; the default limit comes first.
+        # Protobuf's JSON writes 64-bit integers as strings; the default limit comes first.
         buckets = [
             {"effectiveLimit": str(limit)} | ({"dimensions": {"region": region}} if region else {})
             for region, limit in sorted(limits)
@@ -94,7 +96,7 @@ class FakeProject(FakeServer):
 
     @route("POST", f"{REPOSITORY}:testIamPermissions", "repositories.testIamPermissions")
     def _repository_permissions(self, request: Request) -> Json:
-        self._repository(request)
+        self._repository(request)  # 404 if it does not exist
         return self.granted(request, request["repository"])
 
     @route("GET", BUCKET, "buckets.get")
@@ -114,7 +116,7 @@ class FakeProject(FakeServer):
 
     @route("GET", f"{BUCKET}/iam/testPermissions", "buckets.testIamPermissions")
     def _bucket_permissions(self, request: Request) -> Json:
-        self._bucket(request)
+        self._bucket(request)  # 404 if it does not exist
         return self.granted(request, request["bucket"])
 
     @route(
@@ -132,7 +134,8 @@ class FakeProject(FakeServer):
         return self.granted(request, "project")
 
     def granted(self, request: Request, resource: str) -> Json:
-        """Return those of the request's permissions that the caller has."""
+        """Return the requested permissions that the caller has."""
+        # Cloud Storage takes the permissions in the query, the other APIs in the body.
         if request.method == "GET":
             names = request.repeated.get("permissions", [])
         else:
@@ -143,4 +146,4 @@ class FakeProject(FakeServer):
             raise ApiError(400, f"Invalid value at 'permissions': {text}")
         request.message = names
         granted = [name for name in names if (resource, name) in self.permissions]
-        return {"permissions": granted} if granted else {}  # as Google's JSON, without empty lists
+        return {"permissions": granted} if granted else {}  # Google's JSON omits empty lists

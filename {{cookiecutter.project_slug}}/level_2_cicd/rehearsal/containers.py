@@ -1,7 +1,7 @@
-"""Runs with Docker what the fake of Vertex AI is to run: custom jobs and model servers.
+"""Run the custom jobs and model servers of the fake of Vertex AI with Docker.
 
-Of a job, only worker pool 0 runs, without accelerators. A job has the buckets at /gcs, as on
-Vertex AI; a server has not.
+Only worker pool 0 of a job runs, without accelerators. As on Vertex AI, a job has the buckets at
+/gcs and a server does not.
 """
 
 import contextlib
@@ -23,17 +23,17 @@ from level_2_cicd.rehearsal.server import ApiError, Response
 LAST_LINES = 12
 HEALTHY_SECONDS = 60.0  # until a server must be healthy
 GRACE = 10  # seconds between SIGTERM and SIGKILL
-# What a job writes belongs to the user who runs this.
+# Files that a job writes belong to the user who runs this, not to root.
 UNPRIVILEGED = ("--user", f"{os.getuid()}:{os.getgid()}")
 
 
 class Containers:
-    """Starts containers, and stops those that still run when it is closed.
+    """Start containers, and stop the running ones on close.
 
     Args:
         storage_root: the folder of the buckets, as in FakeStorage.
         images: local images by their names in the cloud; others have the same name.
-        storage_address: of FakeStorage, for servers, which download their model.
+        storage_address: address of FakeStorage; servers download their model from it.
     """
 
     def __init__(
@@ -49,8 +49,8 @@ class Containers:
         self._logs = tempfile.TemporaryDirectory(prefix="rehearsal-")
 
     def close(self) -> None:
-        """Stop what still runs, and remove the logs."""
-        # All at once, then wait for each.
+        """Stop the running containers and remove the logs."""
+        # Stop all at once, then wait for each: one after the other would take longer.
         for container in self.started:
             container.stop(grace=0)
         for container in self.started:
@@ -62,6 +62,7 @@ class Containers:
         spec = job.job_spec.worker_pool_specs[0].container_spec
         self.storage_root.mkdir(parents=True, exist_ok=True)
         folders = {}
+        # Vertex AI sets these variables only with a base output directory.
         if prefix := job.job_spec.base_output_directory.output_uri_prefix.rstrip("/"):
             folders = {
                 "AIP_MODEL_DIR": f"{prefix}/model/",
@@ -71,8 +72,8 @@ class Containers:
         return self._run(spec, ["--volume", f"{self.storage_root.resolve()}:/gcs"], folders)
 
     def start_server(self, model: Any, deployed: Any) -> "ModelServer":
-        """Start a deployed model's container, on a free port instead of its own."""
-        # Several servers share this machine's network, so the model's own port may be in use.
+        """Start a deployed model's container on a free port instead of the model's port."""
+        # Several servers share this machine's network, so the model's port may be in use.
         spec, port = model.container_spec, free_port()
         default = f"/v1/endpoints/0/deployedModels/{deployed.id}"
         routes = {
@@ -88,7 +89,8 @@ class Containers:
         return ModelServer(container, f"http://127.0.0.1:{port}", routes, deadline)
 
     def _run(self, spec: Any, options: list[str], variables: dict[str, str]) -> "Container":
-        """Start a container; its own variables come first, Vertex AI's override them."""
+        """Start a container; Vertex AI's variables override those of the spec."""
+        # Unique across processes and repeated runs: Docker rejects a name that is in use.
         name = f"rehearsal-{os.getpid()}-{len(self.started) + 1}-{time.time_ns() % 1_000_000}"
         variables = {variable.name: variable.value for variable in spec.env} | variables
         # Never pull: a missing image must fail at once, without network.
@@ -105,10 +107,11 @@ class Containers:
 
 
 class Container:
-    """One `docker run`, in the foreground of a process."""
+    """One `docker run` in the foreground of a process."""
 
     def __init__(self, name: str, command: list[str], log: Path) -> None:
         self.name, self.log = name, log
+        # A file, not a pipe: a full pipe would block a container that logs much.
         with log.open("wb") as out:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT
@@ -116,11 +119,11 @@ class Container:
         self._stopping: threading.Thread | None = None
 
     def last_lines(self) -> str:
-        """Return its last output."""
+        """Return the last lines of the log."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-LAST_LINES:])
 
     def poll(self) -> tuple[int, str] | None:
-        """Return exit code and last output; None while it runs."""
+        """Return the exit code and the last lines of the log; None while it runs."""
         code = self.process.poll()
         return None if code is None else (code, self.last_lines())
 
@@ -131,7 +134,7 @@ class Container:
             self._stopping.start()
 
     def _stop(self, grace: int) -> None:
-        # Repeatedly, because Docker may not have created the container yet.
+        # Repeat, because Docker may not have created the container yet.
         while self.process.poll() is None:
             command = ["docker", "stop", "--time", str(grace), self.name]
             subprocess.run(command, capture_output=True, check=False)
@@ -149,7 +152,8 @@ class ModelServer:
         self.routes, self.deadline = routes, deadline
 
     def ready(self) -> bool:
-        """Return whether it is healthy; a server that exited or is too late is an ApiError."""
+        """Return whether it is healthy; raise ApiError if it exited or missed the deadline."""
+        # Check the process first: a server that exited will never respond.
         exit_status = self.container.poll()
         if exit_status is not None:
             code, lines = exit_status
@@ -157,16 +161,16 @@ class ModelServer:
         if self._request(self.routes["AIP_HEALTH_ROUTE"], None, 1.0).status == 200:
             return True
         if time.monotonic() > self.deadline:
-            self.stop()
+            self.stop()  # a failed deployment leaves no server behind
             raise ApiError(400, f"Model server never became ready. {self.container.last_lines()}")
         return False
 
     def predict(self, body: bytes) -> Response:
-        """Return its response to a body."""
+        """Send a body to the server and return its response."""
         return self._request(self.routes["AIP_PREDICT_ROUTE"], body, 60.0)
 
     def stop(self) -> None:
-        """Stop it."""
+        """Stop the container."""
         self.container.stop()
 
     def _request(self, path: str, body: bytes | None, timeout: float) -> Response:
@@ -175,7 +179,7 @@ class ModelServer:
         try:
             response: Any = urllib.request.urlopen(request, timeout=timeout)
         except urllib.error.HTTPError as error:
-            response = error
+            response = error  # an error status is the server's response, to be passed on
         except OSError as error:
             return Response(json.dumps({"error": str(error)}).encode(), 503, headers)
         with response:
@@ -184,7 +188,7 @@ class ModelServer:
 
 
 def free_port() -> int:
-    """Return a port that nothing listens on."""
+    """Return a free port."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port: int = server.getsockname()[1]
         return port

@@ -31,6 +31,7 @@ class Images(FakeServer):
 
     def push(self, name: str, content: bytes = b"") -> str:
         """Add an image HOST/REPOSITORY:TAG with one layer; return its digest."""
+        # A minimal valid image; without `content`, its layer and digest follow from its name.
         repository, _, tag = name.removeprefix(f"{self.host}/").rpartition(":")
         layer, config = content or name.encode(), json.dumps({"rootfs": {}}).encode()
         with self.lock:
@@ -65,7 +66,7 @@ class Images(FakeServer):
         if key not in self.manifests:
             raise ApiError(404, f"manifest unknown: {name}:{reference}")
         content, kind = self.manifests[key]
-        # A registry does not convert manifests.
+        # A registry does not convert manifests, so a client must accept the stored kind.
         if kind not in request.headers.get("accept", ""):
             raise ApiError(404, f"manifest unknown: {name}:{reference}: {kind} is not accepted")
         return Response(content, headers={"Content-Type": kind, "Docker-Content-Digest": key[1]})
@@ -79,6 +80,7 @@ class Images(FakeServer):
             blobs = [document["config"], *document["layers"]]
         except (ValueError, KeyError, TypeError):
             raise ApiError(400, "manifest invalid") from None
+        # Clients must push blobs before the manifest, as to a real registry.
         missing = [blob["digest"] for blob in blobs if (name, blob["digest"]) not in self.blobs]
         if missing:
             raise ApiError(404, f"manifest blob unknown: {', '.join(missing)}")
@@ -90,6 +92,7 @@ class Images(FakeServer):
     def _store(self, name: str, reference: str, content: bytes, kind: str) -> str:
         stored = digest(content)
         self.manifests[name, stored] = content, kind
+        # A reference is a tag unless it is the digest itself.
         if reference != stored:
             self.tags[name, reference] = stored
         return stored
@@ -110,6 +113,7 @@ class Images(FakeServer):
     def _start_upload(self, request: Request) -> Response:
         identity = uuid.uuid4().hex
         self._uploads[identity] = b""
+        # A relative URL with a query: the specification allows both, and clients must handle them.
         return Response(b"", 202, {"Location": f"{request.path}{identity}?state=new"})
 
     @route("PATCH", UPLOADS, "blobs.continue")
@@ -119,6 +123,7 @@ class Images(FakeServer):
 
     @route("PUT", UPLOADS, "blobs.put")
     def _put_blob(self, request: Request) -> Response:
+        # The upload ends here, so a repeated request gets a 404, as after a lost response.
         content = self._uploads.pop(self._upload(request)) + request.body
         stored = request.message = digest(content)
         if stored != request.query.get("digest"):
@@ -133,5 +138,5 @@ class Images(FakeServer):
 
 
 def digest(content: bytes) -> str:
-    """Return the digest that names a content."""
+    """Return the digest of a blob or manifest."""
     return f"sha256:{hashlib.sha256(content).hexdigest()}"

@@ -1,6 +1,6 @@
 """Fake of Artifact Registry's repositories of compiled pipelines: versions by SHA-256, and tags.
 
-Its address stands for both hosts, REGION-kfp.pkg.dev and artifactregistry.googleapis.com.
+Its address replaces both hosts, REGION-kfp.pkg.dev and artifactregistry.googleapis.com.
 """
 
 import hashlib
@@ -35,6 +35,7 @@ class FakeTemplateRegistry(FakeServer):
     def _upload(self, request: Request) -> Response:
         fields = parse_form(request)
         content = fields.get("content", b"")
+        # Check all tags before storing anything: a rejected upload leaves no version.
         tags = [tag for tag in fields.get("tags", b"").decode().split(",") if tag]
         for tag in tags:
             if not re.fullmatch(TAG, tag):
@@ -42,7 +43,8 @@ class FakeTemplateRegistry(FakeServer):
         name, version = pipeline_name(content), f"sha256:{hashlib.sha256(content).hexdigest()}"
         key = request["project"], request["repository"], name
         package = self.packages.setdefault(key, Package())
-        if version not in package.contents:  # the same content again is the same version
+        # The same content is the same version: it keeps its creation time and description.
+        if version not in package.contents:
             package.contents[version] = content
             description = request.headers.get("description", "")
             package.versions[version] = {"createTime": timestamp(), "description": description}
@@ -54,7 +56,7 @@ class FakeTemplateRegistry(FakeServer):
     @route("GET", "/{project}/{repository}/{package}/(?P<version>[^/]+)", "templates.download")
     def _download(self, request: Request) -> Response:
         package, name = self._package(request), request["version"]
-        version = request.message = package.tags.get(name, name)
+        version = request.message = package.tags.get(name, name)  # a tag or a version
         if version not in package.contents:
             raise ApiError(404, f"version or tag {name} of {request['package']} not found")
         headers = {"Content-Type": "application/yaml"}
@@ -88,6 +90,7 @@ def parse_form(request: Request) -> dict[str, bytes]:
     if not boundary:
         raise ApiError(400, "expected multipart/form-data with content and tags")
     fields = {}
+    # Before the first boundary and after the last one there is no part.
     for part in request.body.split(b"--" + boundary[1].encode())[1:-1]:
         headers, _, content = part.partition(b"\r\n\r\n")
         if name := re.search(rb'name="([^"]+)"', headers):
@@ -96,14 +99,15 @@ def parse_form(request: Request) -> dict[str, bytes]:
 
 
 def pipeline_name(content: bytes) -> str:
-    """Return a compiled pipeline's name, after parsing it strictly."""
-    # Imported here: tests without a pipeline do not need kfp.
+    """Parse a compiled pipeline strictly and return its name."""
+    # Imported here, so that tests without a pipeline do not need kfp.
     import yaml
     from google.protobuf import json_format
     from kfp.pipeline_spec import pipeline_spec_pb2
 
     errors: Any = (yaml.YAMLError, json_format.ParseError, StopIteration, AttributeError, TypeError)
     try:
+        # The pipeline is the first document; the others describe the platform.
         document = next(yaml.safe_load_all(content))
         spec = json_format.ParseDict(document, pipeline_spec_pb2.PipelineSpec())
     except (*errors, UnicodeDecodeError) as error:
