@@ -235,7 +235,7 @@ def test_the_wheel_serves_and_asks(python: Path, model: Path, tmp_path: Path) ->
                 ]
             code = (
                 "import sys; from predictor.client import Server; import predictor.batch; "
-                "answers = Server.open(sys.argv[1], 1).ask({'width': [1.1, -0.1]}); "
+                "answers = Server.open(sys.argv[1], 1).predict({'width': [1.1, -0.1]}); "
                 "print([answer['label'] for answer in answers])"
             )
             assert run(python, "-c", code, found[0], cwd=tmp_path) == "['large', 'small']\n"

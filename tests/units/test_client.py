@@ -83,7 +83,7 @@ def test_many_rows_go_in_several_requests(port, trained):
     [
         ({"width": 1}, "not in the data: height"),
         ({"width": 1, "height": "tall"}, "column 'height': 'tall'"),
-        ({"width": 1, "height": None}, "the server refuses.*instance 1, column 'height'"),
+        ({"width": 1, "height": None}, "the server rejects.*instance 1, column 'height'"),
     ],
 )
 def test_a_wrong_row_is_told(ask, row, message):
@@ -94,7 +94,7 @@ def test_a_wrong_row_is_told(ask, row, message):
 def test_a_server_that_has_gone_is_told(port, monkeypatch):
     server = Server.find(port, LocalRegistry(runs.registry_folder()))
     gone = Server(Endpoint("http://127.0.0.1:9"), server.version, server.schema)
-    with pytest.raises(UserError, match="does not answer"):
+    with pytest.raises(UserError, match="does not respond"):
         gone.probabilities({"width": [1], "height": [2], "colour": ["red"]})
 
 
@@ -104,14 +104,18 @@ def test_a_server_is_known_by_its_own_description(port, trained):
     assert (
         server.schema == Model.load(trained / "model").schema
     )  # few categories: all are among the examples
-    assert server.ask({"width": ["3.0"], "height": [50], "colour": ["red"]})[0]["label"] == "dog"
+    assert (
+        server.predict({"width": ["3.0"], "height": [50], "colour": ["red"]})[0]["label"] == "dog"
+    )
 
 
 def test_zero_is_no_missing_category(port, monkeypatch):
     server = Server.open(f"http://127.0.0.1:{port}", 1)
     sent = []
-    monkeypatch.setattr(Endpoint, "ask", lambda _, instances, **__: sent.extend(instances) or [])
-    server.ask({"width": ["na", " 2 ", None], "height": [1, 2.5, "3"], "colour": [0, "", None]})
+    monkeypatch.setattr(
+        Endpoint, "predict", lambda _, instances, **__: sent.extend(instances) or []
+    )
+    server.predict({"width": ["na", " 2 ", None], "height": [1, 2.5, "3"], "colour": [0, "", None]})
     assert sent == [[None, 1, 0], [2, 2.5, None], [None, 3, None]]
 
 

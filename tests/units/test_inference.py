@@ -17,7 +17,6 @@ import termios
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,8 +28,8 @@ from google.oauth2.credentials import Credentials
 from level_2_cicd.rehearsal.server import ApiError as Denied
 from level_2_cicd.rehearsal.server import FakeServer, Response
 from predictor import batch, client, cloud, contract
-from predictor.client import Endpoint, Refused
-from predictor.rows import read_rows
+from predictor.batch import read_rows
+from predictor.client import Endpoint, RequestRejected
 
 from tests.units.project import ROOT
 
@@ -254,7 +253,7 @@ def test_one_row_is_answered_readably_or_as_json(address, trained, call, capsys)
         (('{"wdith": 1}',), "no column wdith"),
         (('{"width": 1}',), "not in the data: height"),
         (('{"width": 1, "height": "tall"}',), "column 'height': 'tall'"),
-        (("[1, null, null]",), "the server refuses.*column 'height'"),
+        (("[1, null, null]",), "the server rejects.*column 'height'"),
         (("--csv", "nowhere.csv"), "no file nowhere.csv"),
         (("--csv", "CSV", "--row", "301"), "numbered 1 to 300"),
     ],
@@ -275,11 +274,11 @@ def test_a_wrong_row_is_told(call, address, trained, arguments, message):
 def test_a_wrong_endpoint_is_told(call, address, monkeypatch):
     monkeypatch.setattr(client, "FIRST_SECONDS", 0.3)
     with pytest.raises(
-        UserError, match=r"127.0.0.1:9 does not answer: .*refused.*make serve.*--endpoint"
+        UserError, match=r"127.0.0.1:9 does not respond: .*refused.*make serve.*--endpoint"
     ):
         call("single", "[]", "--endpoint", "http://127.0.0.1:9")
     for wrong in ("127.0.0.1:8080", "ftp://x", "http://", "http://[", ""):
-        with pytest.raises(UserError, match="it must be an address such as"):
+        with pytest.raises(UserError, match="expected an address such as"):
             call("single", "[]", "--endpoint", wrong)
     with pytest.raises(UserError, match=rf"the server there predicts at {address}/predict"):
         call("single", "[]", "--endpoint", f"{address}/v1/predict")
@@ -287,9 +286,9 @@ def test_a_wrong_endpoint_is_told(call, address, monkeypatch):
     monkeypatch.setattr(
         Endpoint,
         "get",
-        lambda self, path, **options: self._request("GET", "/health", None, **options),
+        lambda self, path: self._request("GET", "/health", None),
     )
-    with pytest.raises(UserError, match=r"its /openapi.json is not a predictor's"):
+    with pytest.raises(UserError, match=r"/openapi.json is not a predictor's"):
         call("single", "[]", "--endpoint", address)
 
 
@@ -297,7 +296,7 @@ def test_another_kind_of_server_is_told(call, tmp_path):
     handler = type("Quiet", (BaseHTTPRequestHandler,), {"log_message": lambda *_: None})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        with pytest.raises(UserError, match=r"answers GET /openapi.json with status 501"):
+        with pytest.raises(UserError, match=r"responds to GET /openapi.json with status 501"):
             call(
                 "stream",
                 "--endpoint",
@@ -355,7 +354,7 @@ def test_an_endpoint_in_the_cloud_is_asked_as_a_server_is(
 
 def test_what_is_wrong_with_a_row_is_told_through_an_endpoint(vertex, call, tmp_path):
     with pytest.raises(
-        UserError, match="the server refuses rows 1 to 1: instance 1, column 'height'"
+        UserError, match="the server rejects rows 1 to 1: instance 1, column 'height'"
     ):
         call("single", "--endpoint", ENDPOINT, "[1, null, null]")
     path, output = tmp_path / "rows.csv", tmp_path / "out.jsonl"
@@ -395,7 +394,7 @@ def test_googles_refusals_are_told_with_what_to_do(vertex, call, status, told):
 
 def test_an_endpoint_of_another_predictor_is_told(vertex, call, stub):
     vertex.predict = stub(lambda body: (400, {}))  # it knows no description
-    with pytest.raises(UserError, match="not as this project's predictor"):
+    with pytest.raises(UserError, match="is not this project's predictor"):
         call("single", "--endpoint", ENDPOINT, "[1, 2, null]")
 
 
@@ -431,7 +430,7 @@ def test_an_endpoint_is_told_who_asks(address, call, monkeypatch):
 )
 def test_nobody_but_google_is_shown_credentials(server, monkeypatch):
     monkeypatch.delenv("CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM", raising=False)
-    with pytest.raises(UserError, match="credentials are for Google's alone"):
+    with pytest.raises(UserError, match="must not get your credentials"):
         cloud.parse(f"{server}/v1/{ENDPOINT}")
     assert cloud.parse(ENDPOINT) == (
         "https://europe-west4-aiplatform.googleapis.com",
@@ -441,13 +440,14 @@ def test_nobody_but_google_is_shown_credentials(server, monkeypatch):
     assert cloud.parse(f"{own}/v1/{ENDPOINT}") == (own, f"/v1/{ENDPOINT}:rawPredict")
 
 
-def test_a_proxy_that_the_environment_names_is_used(monkeypatch):
+def test_the_proxy_of_the_environment_is_used_for_the_cloud_only(monkeypatch):
     monkeypatch.setenv("https_proxy", "http://proxy.example:3128")
-    monkeypatch.setenv("no_proxy", "inside.example")
-    assert (
-        cloud.pool("https://europe-west4-aiplatform.googleapis.com").proxy.host == "proxy.example"
-    )
-    assert cloud.pool("https://inside.example").proxy is None
+    monkeypatch.setenv(cloud.OVERRIDE, "https://x")
+    url = "https://europe-west4-aiplatform.googleapis.com"
+    settings = cloud.open_session().merge_environment_settings(url, {}, None, None, None)
+    assert settings["proxies"]["https"] == "http://proxy.example:3128"
+    local = Endpoint(url).session.merge_environment_settings(url, {}, None, None, None)
+    assert not local["proxies"]
 
 
 def test_mistakes_exit_with_2_and_leave_nothing(tmp_path, address):
@@ -457,16 +457,20 @@ def test_mistakes_exit_with_2_and_leave_nothing(tmp_path, address):
     good.write_text("height\n1\n")
     output = tmp_path / "answers.jsonl"
     for name, arguments, message in [
-        ("stream", [tmp_path / "nowhere.jsonl"], "there is no file"),
-        ("stream", [tmp_path], "cannot be read: Is a directory"),
+        ("stream", [tmp_path / "nowhere.jsonl"], "no file"),
+        ("stream", [tmp_path], ": Is a directory"),
         ("stream", [path], "1 column(s) of the model are not in the data: height"),
-        ("stream", [path, "--concurrency", "0"], "'0' is no number from 1 to 64"),
-        ("stream", [path, "--wait", "nan"], "'nan' is no number from 0 to 600"),
-        ("stream", [good, "--output", tmp_path], "cannot be written: Is a directory"),
-        ("batch", [good, tmp_path / "no" / "folder"], "cannot be written: No such file"),
-        ("batch", [path, output, "--key", "id"], "no column 'id' for --key. Found: width, colour"),
-        ("batch", [path, output, "--batch-size", "10001"], "'10001' is no number from 1 to 10000"),
-        ("batch", [path, path], "is there already"),
+        ("stream", [path, "--concurrency", "0"], "'0' is not a number from 1 to 64"),
+        ("stream", [path, "--wait", "nan"], "'nan' is not a number from 0 to 600"),
+        ("stream", [good, "--output", tmp_path], ": Is a directory"),
+        ("batch", [good, tmp_path / "no" / "folder"], ": No such file"),
+        ("batch", [path, output, "--key", "id"], "no column 'id' for --key, only width, colour"),
+        (
+            "batch",
+            [path, output, "--batch-size", "10001"],
+            "'10001' is not a number from 1 to 10000",
+        ),
+        ("batch", [path, path], "exists"),
     ]:
         done = run(name, "--endpoint", address, *arguments, code=2)
         assert message in done.stderr
@@ -480,9 +484,7 @@ def test_mistakes_exit_with_2_and_leave_nothing(tmp_path, address):
 @pytest.mark.parametrize("status", [429, 502, 503, 504])
 def test_a_busy_server_is_asked_again_when_it_says(stub, monkeypatch, status):
     pauses = []
-    monkeypatch.setattr(
-        client, "time", SimpleNamespace(sleep=pauses.append, monotonic=time.monotonic)
-    )
+    monkeypatch.setattr("urllib3.util.retry.time.sleep", pauses.append)
     replies = iter(
         [
             (status, {"Retry-After": "7"}),
@@ -499,7 +501,7 @@ def test_a_busy_server_is_asked_again_when_it_says(stub, monkeypatch, status):
         return next(replies)
 
     endpoint = Endpoint(stub(busy), wait=60)
-    assert len(endpoint.ask([[1], [2]])) == 2
+    assert len(endpoint.predict([[1], [2]])) == 2
     assert received == [[[1], [2]]] * 5
     assert pauses[0] == 7
     assert 0 < pauses[1] < pauses[2] < pauses[3] < 7  # longer each time, and never none at all
@@ -511,10 +513,10 @@ def test_patience_has_an_end(stub):
         stub(lambda body: received.append(body) or (503, {"Retry-After": "3600"})), wait=0.2
     )
     with pytest.raises(UserError, match="status 503: not now"):
-        endpoint.ask([[1]])
-    assert len(received) == 2  # at once, and when the patience ended
-    with pytest.raises(UserError, match="does not answer"):
-        Endpoint("http://127.0.0.1:9", wait=0.2).ask([[1]])
+        endpoint.predict([[1]])
+    assert len(received) == 5  # at once, and four times again
+    with pytest.raises(UserError, match="does not respond"):
+        Endpoint("http://127.0.0.1:9", wait=0.2).predict([[1]])
 
 
 def test_other_failures_are_no_matter_of_patience(stub):
@@ -523,10 +525,10 @@ def test_other_failures_are_no_matter_of_patience(stub):
         stub(lambda body: received.append(body) or (len(received) == 1 and (500, {})) or (400, {})),
         wait=60,
     )
-    with pytest.raises(UserError, match="answers POST /predict with status 500: not now"):
-        endpoint.ask([[1]])
-    with pytest.raises(Refused, match="not now"):
-        endpoint.ask([[1]])
+    with pytest.raises(UserError, match="responds to POST /predict with status 500: not now"):
+        endpoint.predict([[1]])
+    with pytest.raises(RequestRejected, match="not now"):
+        endpoint.predict([[1]])
     assert len(received) == 2
 
 
@@ -660,14 +662,14 @@ def test_a_csv_files_rows_may_be_of_several_lines_or_broken(trained):
     answers = read(text)
     assert answers[:2] == [[None, 1, "a\nb"], [None, None, " c "]]
     assert answers[2] == "the row has 2 cells, but the header has 3."
-    assert "cannot be read as CSV" in answers[3]
+    assert "not valid CSV" in answers[3]
     assert answers[4] == "column 'height': 'tall' is not a finite number."
     assert answers[5:] == [[None, 4, " h\u2028i"]]
-    assert "cannot be read as CSV" in read('height\n1\n"2\n3\n')[1]
+    assert "not valid CSV" in read('height\n1\n"2\n3\n')[1]
     for text, message in [
         ("", "is empty"),
-        ("height,height\n", "stands twice"),
-        ('"height"x\n', "the header cannot be read"),
+        ("height,height\n", "duplicate column"),
+        ('"height"x\n', "the header is not valid CSV"),
     ]:
         with pytest.raises(UserError, match=f"f.csv.*{message}"):
             read(text)
@@ -744,7 +746,7 @@ def test_ctrl_c_says_how_to_go_on(address, make_rows, tmp_path):
         process.send_signal(signal.SIGINT)
         told = process.stderr.read()
     assert process.returncode == 130
-    found = re.search(r"([\d,]+) row\(s\) are done; the same command goes on from there", told)
+    found = re.search(r"([\d,]+) row\(s\) are done; rerun the same command to continue", told)
     assert "Traceback" not in told
     assert abs(int(found[1].replace(",", "")) - len(lines(output))) <= 1
     run("stream", "--endpoint", address, path, "--output", output)
@@ -769,9 +771,7 @@ def test_an_output_of_something_else_is_left_alone(call, address, make_rows, tmp
     path.write_text(path.read_text().replace("n3,", "m3,"))
     for content in (answers, b"mine", b"mine\n"):
         output.write_bytes(content)
-        with pytest.raises(
-            UserError, match=r"answers.jsonl holds something else than answers to these rows"
-        ):
+        with pytest.raises(UserError, match=r"answers.jsonl does not belong to these rows"):
             call("stream", "--endpoint", address, path, "--output", output)
         assert output.read_bytes() == content
     output.write_bytes(answers)
@@ -800,7 +800,7 @@ def test_a_server_that_stays_away_ends_the_run(make_rows, tmp_path, stub):
     )
     assert "status 503: not now" in done.stderr
     assert (
-        f"{len(lines(tmp_path / 'a.jsonl'))} row(s) are done; the same command goes on from there."
+        f"{len(lines(tmp_path / 'a.jsonl'))} row(s) are done; rerun the same command to continue."
         in done.stderr
     )
 
@@ -871,9 +871,11 @@ def test_a_refused_batch_is_divided_until_the_bad_rows_are_found(
             f"[1, {'null' if number in (77, 900) else number}, null]\n" for number in range(1, 1025)
         )
     )
-    sizes, ask = [], Endpoint.ask_texts
+    sizes, predict = [], Endpoint.predict_json
     monkeypatch.setattr(
-        Endpoint, "ask_texts", lambda self, texts: sizes.append(len(texts)) or ask(self, texts)
+        Endpoint,
+        "predict_json",
+        lambda self, texts: sizes.append(len(texts)) or predict(self, texts),
     )
     assert call("batch", "--endpoint", address, path, output, "--batch-size", 1024) == 1
     assert [failure["key"] for failure in lines(tmp_path / "answers.jsonl.errors.jsonl")] == [

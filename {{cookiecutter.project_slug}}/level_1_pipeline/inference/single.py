@@ -1,4 +1,4 @@
-"""Ask a server for one row.
+"""Predict one row.
 
 single.py '{"width": 3.1, "colour": "red"}'     or an array, in the columns' order
 single.py --csv new.csv --row 3                 the third row of a file
@@ -42,13 +42,13 @@ def read_row(arguments: argparse.Namespace, schema: Schema) -> dict[str, list[An
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Ask a server for one row.")
+    parser = argparse.ArgumentParser(description="Predict one row.")
     parser.add_argument(
         "instance", nargs="?", metavar="ROW", help="the row as a JSON object or array"
     )
-    parser.add_argument("--csv", type=Path, help="a CSV file with a header, instead")
-    parser.add_argument("--row", type=int, default=1, metavar="N", help="which of its rows, from 1")
-    parser.add_argument("--json", action="store_true", help="print the server's answer as JSON")
+    parser.add_argument("--csv", type=Path, help="a CSV file with a header")
+    parser.add_argument("--row", type=int, default=1, metavar="N", help="number of its row, from 1")
+    parser.add_argument("--json", action="store_true", help="print the prediction as JSON")
     client.add_arguments(parser)
     arguments = parser.parse_args()
     if (arguments.instance is None) == (arguments.csv is None):
@@ -56,7 +56,7 @@ def main() -> None:
     server = Server.open(arguments.endpoint, arguments.wait)
     row = read_row(arguments, server.schema)
     if arguments.json:
-        print(json.dumps(server.ask(row)[0], ensure_ascii=False))
+        print(json.dumps(server.predict(row)[0], ensure_ascii=False))
     else:
         print(
             show_row(

@@ -1,7 +1,7 @@
-"""Ask a server for rows as they come, and write the answers in their order.
+"""Predict rows as they arrive, and write the predictions in their order.
 
 tail -f new.jsonl | stream.py                     from standard input to standard output
-stream.py new.csv --output answers.jsonl          stopped and typed again, it goes on where it was
+stream.py new.csv --output answers.jsonl          rerun it to continue where it stopped
 """
 
 import argparse
@@ -10,24 +10,21 @@ from pathlib import Path
 
 from predictor import batch, client
 from predictor.client import Server
-from predictor.rows import open_input, read_rows
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
-        description="Ask a server for rows as they come; answers are JSON lines."
+        description="Predict rows as they arrive; the output is JSON Lines."
     )
     parser.add_argument(
         "input",
         nargs="?",
         type=Path,
-        help="JSON lines, or a file whose name ends in .csv; otherwise standard input",
+        help="JSON Lines, or a file whose name ends in .csv (default: standard input)",
     )
     parser.add_argument("--csv", action="store_true", help="the input is CSV with a header")
-    parser.add_argument(
-        "--output", type=Path, help="a file; rows that it answers already are passed over"
-    )
+    parser.add_argument("--output", type=Path, help="a file; rows that it already has are skipped")
     parser.add_argument(
         "--concurrency",
         type=client.number_between(1, 64, int),
@@ -39,9 +36,9 @@ def main() -> None:
     is_csv = arguments.csv or (
         arguments.input is not None and arguments.input.suffix.lower() == ".csv"
     )
-    with open_input(arguments.input) as stream:
+    with batch.open_input(arguments.input) as stream:
         server = Server.open(arguments.endpoint, arguments.wait)
-        rows = read_rows(
+        rows = batch.read_rows(
             stream, str(arguments.input or "standard input"), server.schema, is_csv=is_csv
         )
         summary = batch.process(
@@ -49,7 +46,7 @@ def main() -> None:
         )
     if summary.failed:
         print(
-            f'error: {summary.failed:,} of {summary.done:,} row(s) failed; their lines hold "error".',
+            f'error: {summary.failed:,} of {summary.done:,} row(s) failed; their lines have "error".',
             file=sys.stderr,
         )
         sys.exit(1)

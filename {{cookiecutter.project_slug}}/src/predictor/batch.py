@@ -1,63 +1,178 @@
-"""Many rows, asked with several requests at a time, and written in their order.
+"""Predict many rows with parallel requests, and write the predictions in the rows' order.
 
-The output holds one line for each row: an answer, or in its place what is wrong with the row.
+A row's line in the output begins with its key and a hash of its text: a rerun sees which rows are
+done, and that the output belongs to the input. An invalid row gets a line with its error.
 """
 
+import csv
 import json
 import os
 import re
 import sys
 import threading
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from queue import Queue
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TextIO, TypeVar
 
 from tqdm import tqdm
 
 from core.errors import UserError, run_command
-from predictor.client import Endpoint, Refused
-from predictor.rows import Row
+from core.schema import BLANKS, Schema
+from predictor.client import Endpoint, RequestRejected, json_values, require
 
 try:
     import fcntl
-except ImportError:  # not a POSIX system; there two runs with one output must be avoided by hand
+except ImportError:  # Windows: two runs must not share an output
     fcntl = None  # type: ignore[assignment]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-REQUEST_BYTES = 1_000_000  # a batch is cut there: the cloud's shared endpoints take 1.5 MB
+REQUEST_BYTES = 1_000_000  # the cloud's shared endpoints take 1.5 MB
+ROW_BYTES = 1_000_000  # a longer CSV row has an unclosed quotation mark
 
 
-class Summary:
-    """How many rows are done, and how many of them failed."""
-
-    done = 0
-    failed = 0
-
-    def count(self, line: str, row: Row) -> None:
-        """Count a row and its line of the output."""
-        self.done += 1
-        self.failed += line.startswith('"error": ', len(row.start) + 2)
+# ── input ───────────────────────────────────────────────────────────────────────────────────────
 
 
-# ── asking ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row: the start of its output line, its text, and its JSON for the server or its error."""
+
+    start: str
+    text: str
+    instance: str = ""
+    problem: str = ""
+
+    def line(self, outcome: dict[str, Any]) -> str:
+        """Return the row's line of the output."""
+        return f"{self.start}, {json.dumps(outcome)[1:]}\n"
+
+
+@contextmanager
+def open_input(path: Path | None) -> Iterator[TextIO]:
+    """Open a file or standard input; invalid UTF-8 is kept, so that its row can be reported."""
+    if path is None:
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape", newline="")  # type: ignore[union-attr]
+        yield sys.stdin
+        return
+    try:
+        stream = path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+    except FileNotFoundError:
+        raise UserError(f"no file {path}.") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}.") from None
+    with stream:
+        yield stream
+
+
+def read_rows(
+    stream: TextIO, name: str, schema: Schema, *, is_csv: bool, key: str | None = None
+) -> Iterator[Row]:
+    """Read rows of CSV or JSON Lines; `key` names the column of their keys (default: numbers)."""
+    texts = _records(stream, name, is_csv)
+    names = _read_header(next(texts, ""), name, schema, key) if is_csv else []
+    extra_key = None if key in {column.name for column in schema.columns} else key
+    for number, text in enumerate(texts, start=1):
+        row_key, instance, problem = number, "", ""
+        try:
+            text.encode()
+            values = _parse_csv(text, names) if is_csv else _parse_json(text)
+            row_key = number if key is None else _read_key(values, key)
+            if is_csv:
+                instance = json.dumps(json_values(schema.columns, values))
+            elif extra_key is None:
+                instance = text  # the server validates it
+            else:
+                instance = json.dumps({k: v for k, v in values.items() if k != extra_key})
+        except UnicodeEncodeError:
+            problem = "the row is not UTF-8."
+        except ValueError as error:
+            problem = str(error)
+        digest = zlib.crc32(text.encode(errors="surrogateescape"))
+        start = json.dumps({"key": row_key, "hash": f"{digest:08x}"})[:-1]
+        yield Row(start, text, instance, problem)
+
+
+def _records(stream: TextIO, name: str, is_csv: bool) -> Iterator[str]:
+    """Yield each row's text; a CSV row continues while a quotation mark is open."""
+    text = ""
+    try:
+        for line in stream:
+            text += line
+            if is_csv and text.count('"') % 2 and len(text) < ROW_BYTES:
+                continue
+            if text.strip(BLANKS):
+                yield text.strip("\r\n")
+            text = ""
+    except OSError as error:
+        raise UserError(f"cannot read {name}: {error.strerror}.") from None
+    if text:
+        yield text.strip("\r\n")  # with an unclosed quotation mark
+
+
+def _read_key(values: Any, key: str) -> Any:
+    value = values.get(key) if isinstance(values, dict) else None
+    if value is None or value == "" or isinstance(value, (dict, list)):
+        raise ValueError(f"the row has no key in column '{key}'.")
+    return value
+
+
+def _read_header(text: str, name: str, schema: Schema, key: str | None) -> list[str]:
+    try:
+        names = [cell.strip(BLANKS) for cell in next(csv.reader([text], strict=True), [])]
+    except csv.Error as error:
+        raise UserError(f"{name}: the header is not valid CSV: {error}.") from None
+    if not names:
+        raise UserError(f"{name} is empty: its first line must name the columns.")
+    if len(set(names)) < len(names):
+        raise UserError(f"{name}: duplicate column name.")
+    if key is not None and key not in names:
+        raise UserError(f"{name} has no column '{key}' for --key, only {', '.join(names[:10])}.")
+    require(schema.columns, names)
+    return names
+
+
+def _parse_csv(text: str, names: Sequence[str]) -> dict[str, str]:
+    try:
+        cells = next(csv.reader([text], strict=True))
+    except csv.Error as error:
+        raise ValueError(f"the row is not valid CSV: {error}.") from None
+    if len(cells) != len(names):
+        raise ValueError(f"the row has {len(cells)} cells, but the header has {len(names)}.")
+    return dict(zip(names, cells, strict=True))
+
+
+def _parse_json(text: str) -> Any:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the row is not JSON: {error}.") from None
+    if not isinstance(values, (dict, list)):
+        raise ValueError("the row is neither a JSON object nor an array.")
+    return values
+
+
+# ── requests ────────────────────────────────────────────────────────────────────────────────────
 
 
 def in_batches(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
-    """Rows in batches of `size`, or of fewer where those would be too long for one request."""
+    """Yield batches of `size` rows, or fewer if they are too long for one request."""
     batch: list[Row] = []
     length = 0
     for row in rows:
-        if batch and length + len(row.instance) > REQUEST_BYTES:
+        if batch and (len(batch) == size or length + len(row.instance) > REQUEST_BYTES):
             yield batch
             batch, length = [], 0
         batch.append(row)
         length += len(row.instance)
-        if len(batch) == size:
+        if len(batch) == size:  # at once: a stream's next row may take long
             yield batch
             batch, length = [], 0
     if batch:
@@ -65,42 +180,39 @@ def in_batches(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
 
 
 def answer(endpoint: Endpoint, rows: Sequence[Row]) -> list[str]:
-    """The rows' lines. Where the server refuses some, they are divided until those are found that it refuses.
-
-    Raises:
-        UserError: the server does not answer.
-    """
-    outcomes = iter(_ask([row for row in rows if not row.problem], endpoint))
+    """Return the rows' lines of the output."""
+    outcomes = iter(_predict([row for row in rows if not row.problem], endpoint))
     return [
         row.line({"error": row.problem, "row": row.text} if row.problem else next(outcomes))
         for row in rows
     ]
 
 
-def _ask(rows: Sequence[Row], endpoint: Endpoint) -> list[dict[str, Any]]:
+def _predict(rows: Sequence[Row], endpoint: Endpoint) -> list[dict[str, Any]]:
+    """Predict; bisect the rows if the server rejects them, until only the invalid ones fail."""
     if not rows:
         return []
     try:
-        return endpoint.ask_texts([row.instance for row in rows])
-    except Refused as error:
+        return endpoint.predict_json([row.instance for row in rows])
+    except RequestRejected as error:
         if len(rows) == 1:
             return [{"error": re.sub("^instance 1[,:] ", "", str(error)), "row": rows[0].text}]
     middle = len(rows) // 2
-    return _ask(rows[:middle], endpoint) + _ask(rows[middle:], endpoint)
+    return _predict(rows[:middle], endpoint) + _predict(rows[middle:], endpoint)
 
 
 def in_order(
     work: Callable[[Item], Result], items: Iterable[Item], concurrency: int
 ) -> Iterator[Result]:
-    """`work` of each item, several at a time, in the items' order, each as soon as it and those before it are done.
+    """Run `work` on the items in parallel; yield the results in order, each as soon as possible.
 
-    At most three items for each thread are under way. They are drawn by a thread of their own: where no next one comes for
-    a while, the results of the others do not wait for it.
+    At most three items for each thread are in progress. Another thread reads the items, so that
+    results do not wait for an input that pauses.
     """
     waiting: Queue[Future[Result] | None] = Queue(maxsize=2 * concurrency)
     threads = ThreadPoolExecutor(concurrency)
 
-    def draw() -> None:
+    def read() -> None:
         try:
             for item in items:
                 waiting.put(threads.submit(work, item))
@@ -110,25 +222,38 @@ def in_order(
             waiting.put(failed)
         waiting.put(None)
 
-    threading.Thread(target=draw, daemon=True).start()
+    threading.Thread(target=read, daemon=True).start()
     while (future := waiting.get()) is not None:
         yield future.result()
     threads.shutdown()
 
 
-# ── writing ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── output ──────────────────────────────────────────────────────────────────────────────────────
+
+
+class Summary:
+    """Number of rows in the output, and how many of them failed."""
+
+    done = 0
+    failed = 0
+
+    def count(self, lines: Sequence[str], rows: Sequence[Row]) -> None:
+        """Count rows and their lines of the output."""
+        self.done += len(rows)
+        for line, row in zip(lines, rows, strict=True):
+            self.failed += line.startswith('"error": ', len(row.start) + 2)
+
+    def __str__(self) -> str:
+        """Say how to continue."""
+        return f"{self.done:,} row(s) are done; rerun the same command to continue."
 
 
 def open_output(path: Path) -> BinaryIO:
-    """A file to read and go on with; for this process alone.
-
-    Raises:
-        UserError: it cannot be written, or another run writes it.
-    """
+    """Open and lock a file to read and append to."""
     try:
         stream = path.open("a+b")
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}.") from None
+        raise UserError(f"cannot write {path}: {error.strerror}.") from None
     try:
         if fcntl:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -140,12 +265,9 @@ def open_output(path: Path) -> BinaryIO:
 def resume(
     output: BinaryIO, name: str, batches: Iterator[list[Row]], summary: Summary
 ) -> Iterator[list[Row]]:
-    """Pass over the batches that the output holds, and cut off one that it holds in part; the batches that remain.
+    """Skip the batches in the output, truncate an incomplete one, and return the remaining ones.
 
-    Batches are kept whole because a model's last digits may depend on which rows it is asked together.
-
-    Raises:
-        UserError: the output does not belong to this input.
+    Batches stay whole because a prediction's last digits may depend on the other rows of its batch.
     """
     output.seek(0)
     for batch in batches:
@@ -153,20 +275,18 @@ def resume(
         lines = [output.readline().decode(errors="replace") for _ in batch]
         for line, row in zip(lines, batch, strict=True):
             start = f"{row.start}, "
-            if not (
-                line.startswith(start) or start.startswith(line)
-            ):  # a line may be torn anywhere
+            # A line may be incomplete at any place.
+            if not (line.startswith(start) or start.startswith(line)):
                 raise UserError(
-                    f"{name} holds something else than answers to these rows. Remove it, or name another file."
+                    f"{name} does not belong to these rows. Remove it, or name another file."
                 )
         if not lines[-1].endswith("\n"):
             output.truncate(begin)
             return chain([batch], batches)
-        for line, row in zip(lines, batch, strict=True):
-            summary.count(line, row)
+        summary.count(lines, batch)
     if output.read(1):
         raise UserError(
-            f"{name} holds more lines than the input has rows. Remove it, or name another file."
+            f"{name} has more lines than the input has rows. Remove it, or name another file."
         )
     return iter(())
 
@@ -179,31 +299,23 @@ def process(
     batch_size: int,
     concurrency: int,
 ) -> Summary:
-    """Answer the rows into the output, or to standard output; an output with a part of them is gone on with.
-
-    Raises:
-        UserError: the server does not answer, or input or output are at fault.
-    """
+    """Write the rows' predictions to standard output or to a file; a partial file is resumed."""
     summary = Summary()
     batches = in_batches(rows, batch_size)
     if output is None:
         _write(endpoint, batches, concurrency, sys.stdout.buffer, summary)
         return summary
-    batches = chain(
-        list(islice(batches, 1)), batches
-    )  # what is wrong with the input is told before a file is made
+    batches = chain(list(islice(batches, 1)), batches)  # invalid input fails before a file exists
     with open_output(output) as stream:
         remaining = resume(stream, str(output), batches, summary)
         try:
             _write(endpoint, remaining, concurrency, stream, summary)
         except OSError as error:
-            raise UserError(
-                f"{output} cannot be written: {error.strerror}. {_so_far(summary)}"
-            ) from None
+            raise UserError(f"cannot write {output}: {error.strerror}. {summary}") from None
         except UserError as error:
-            raise UserError(f"{error} {_so_far(summary)}") from None
+            raise UserError(f"{error} {summary}") from None
         except KeyboardInterrupt:
-            print(f"\n{_so_far(summary)}", file=sys.stderr)
+            print(f"\n{summary}", file=sys.stderr)
             raise
     return summary
 
@@ -215,64 +327,51 @@ def _write(
     stream: BinaryIO,
     summary: Summary,
 ) -> None:
-    def work(batch: list[Row]) -> tuple[list[Row], list[str]]:
-        return batch, answer(endpoint, batch)
-
-    # The bar shows on a terminal only, and never between answers.
+    # None: tqdm shows the bar on a terminal only; True: never between the predictions.
     silent = True if stream.isatty() else None
     with tqdm(initial=summary.done, unit=" rows", ncols=100, disable=silent) as bar:
-        for batch, lines in in_order(work, batches, concurrency):
+        results = in_order(lambda rows: (rows, answer(endpoint, rows)), batches, concurrency)
+        for batch, lines in results:
             stream.write("".join(lines).encode())
             stream.flush()
-            for row, line in zip(batch, lines, strict=True):
-                summary.count(line, row)
+            summary.count(lines, batch)
             bar.update(len(batch))
-
-
-def _so_far(summary: Summary) -> str:
-    return f"{summary.done:,} row(s) are done; the same command goes on from there."
 
 
 def process_file(
     endpoint: Endpoint, rows: Iterable[Row], output: Path, *, batch_size: int, concurrency: int
 ) -> tuple[Summary, Path]:
-    """`process` into OUTPUT.partial, which becomes OUTPUT when all is done: what has its name is whole.
+    """Write OUTPUT.partial and rename it when it is complete; return the path of the failed rows.
 
-    Returns:
-        what was done, and the file of the failures, OUTPUT.errors.jsonl, which is there only if there are some.
-
-    Raises:
-        UserError: as `process`; or there is an output already.
+    OUTPUT.errors.jsonl exists only if rows failed.
     """
     if output.exists():
-        raise UserError(f"{output} is there already. Remove it, or name another file.")
-    partial, failures = (
-        output.with_name(output.name + ending) for ending in (".partial", ".errors.jsonl")
+        raise UserError(f"{output} exists. Remove it, or name another file.")
+    partial, failures, failed_part, good_part = (
+        output.with_name(output.name + suffix)
+        for suffix in (
+            ".partial",
+            ".errors.jsonl",
+            ".errors.jsonl.partial",
+            ".answers.partial",
+        )
     )
     summary = process(endpoint, rows, partial, batch_size=batch_size, concurrency=concurrency)
     if not summary.failed:
         failures.unlink(missing_ok=True)  # of an earlier run
         partial.replace(output)
         return summary, failures
-    parts = {
-        True: failures.with_name(failures.name + ".partial"),
-        False: output.with_name(output.name + ".answers.partial"),
-    }
-    with (
-        partial.open("rb") as lines,
-        parts[True].open("wb") as failed,
-        parts[False].open("wb") as answered,
-    ):
+    with partial.open("rb") as lines, failed_part.open("wb") as bad, good_part.open("wb") as good:
         for line in lines:
-            (failed if "error" in json.loads(line) else answered).write(line)
-    parts[True].replace(failures)
-    parts[False].replace(output)
+            (bad if "error" in json.loads(line) else good).write(line)
+    failed_part.replace(failures)
+    good_part.replace(output)
     partial.unlink()
     return summary, failures
 
 
 def run_with_threads(command: Callable[[], None]) -> None:
-    """`run_command`, and then an end at once: threads that wait for the server or for input are not waited for."""
+    """Run the command and exit at once, without waiting for threads that wait for the server."""
     code: object = 0
     try:
         run_command(command)

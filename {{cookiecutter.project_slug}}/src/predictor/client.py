@@ -1,15 +1,17 @@
-"""Asks a server: one on this machine, or an endpoint in the cloud. Answers as a `Model` in this process does."""
+"""Client of a predictor: a server, or an endpoint of Vertex AI. Predicts as a local `Model` does."""
 
 import argparse
 import json
 import math
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
-import urllib3
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
 
 from core import manifest
 from core.errors import UserError
@@ -17,151 +19,127 @@ from core.registry import LocalRegistry
 from core.schema import Column, Schema, parse_number
 from predictor import cloud
 
-CELLS = 25_000  # in one request: about 1 MB, where the cloud's shared endpoints take 1.5
+CELLS = 25_000  # in one request: about 1 MB; the cloud's shared endpoints take 1.5 MB
 HEALTH_SECONDS = 1.0
 CONNECT_SECONDS = 5.0
-ANSWER_SECONDS = 60.0
-FIRST_SECONDS = 3.0  # for a server that has never answered: the address is probably wrong
-MOST_SECONDS = 600.0  # each attempt of urllib3 is a call within a call, and those are limited
-PASSING = (429, 502, 503, 504)  # too busy, or restarting: the same request may be answered later
-REFUSING = (400, 413, 422)  # the request itself is at fault
-DESCRIBE = b'{"openapi": true}'  # a request for what a server says of itself, where only predictions are passed on to it
+READ_SECONDS = 60.0
+FIRST_SECONDS = 3.0  # for a server that has never responded: the address is probably wrong
+MAX_WAIT_SECONDS = 600.0
+TRANSIENT = (429, 502, 503, 504)
+REJECTED = (400, 413, 422)  # the request is invalid, so a retry cannot help
+DESCRIBE = b'{"openapi": true}'  # returns the API where only predictions are passed on
 
 
-class Refused(UserError):
-    """The server says what is wrong with the rows."""
+class RequestRejected(UserError):
+    """The server rejects the rows and says why."""
 
 
-class Patience(urllib3.Retry):
-    """Tries again until a moment, however often that is; Retry-After is honoured, but no pause goes beyond that moment."""
-
-    until = -math.inf
-
-    @classmethod
-    def of(cls, seconds: float) -> "Patience":
-        """Tries for so many seconds from now; an attempt under way may still end."""
-        patience = cls(
-            total=None,
-            allowed_methods=None,  # POST too: asking a model twice changes nothing
-            status_forcelist=PASSING,
-            backoff_factor=0.1,
-            backoff_max=2,
-            backoff_jitter=0.1,
-            raise_on_status=False,
-        )
-        patience.until = time.monotonic() + seconds
-        return patience
-
-    def new(self, **changes: Any) -> "Patience":
-        """What urllib3 goes on with after an attempt."""
-        following = super().new(**changes)
-        following.until = self.until
-        return following
-
-    def is_exhausted(self) -> bool:
-        """Whether the moment has come."""
-        return time.monotonic() >= self.until
-
-    def sleep(self, response: urllib3.BaseHTTPResponse | None = None) -> None:
-        """Pause as long as the server asks, otherwise longer each time."""
-        asked = None if response is None else self.get_retry_after(response)
-        time.sleep(max(0.0, min(asked or self.get_backoff_time(), self.until - time.monotonic())))
+def retry_policy(wait: float) -> Retry:
+    """Retry transient errors for about `wait` seconds; the pauses grow from 0.2 to 2 seconds."""
+    return Retry(
+        total=4 + int(wait / 2) if wait else 0,
+        allowed_methods=None,  # POST too: predicting twice changes nothing
+        status_forcelist=TRANSIENT,
+        backoff_factor=0.1,
+        backoff_max=2,
+        retry_after_max=min(int(wait) + 1, 10),
+        raise_on_status=False,
+    )
 
 
-# Of connections, which are kept open from one request to the next; a thread needs one.
-CONNECTIONS: dict[str, Any] = {
-    "maxsize": 64,
-    "timeout": urllib3.Timeout(connect=CONNECT_SECONDS, read=ANSWER_SECONDS),
-}
-
-
-def _pool() -> urllib3.PoolManager:
-    return urllib3.PoolManager(**CONNECTIONS)
+def _local_session() -> requests.Session:
+    session = requests.Session()
+    session.trust_env = False  # no proxy for 127.0.0.1, and no passwords of .netrc
+    return session
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a model is asked.
-
-    Attributes:
-        address: such as http://127.0.0.1:8080.
-        route: the path that predictions are asked at.
-        wait: for how many seconds a server is asked again that is down or too busy.
-        sign: gives the headers that say who asks.
-    """
+    """The address and path of predictions; transient errors are retried for `wait` seconds."""
 
     address: str
     route: str = "/predict"
     wait: float = 0.0
-    pool: urllib3.PoolManager = field(default_factory=_pool, repr=False, compare=False)
-    sign: Callable[[], Mapping[str, str]] = field(default=dict, repr=False, compare=False)
+    session: requests.Session = field(default_factory=_local_session, repr=False, compare=False)
 
-    def get(self, path: str, **options: Any) -> Any:
-        """The JSON document at a path; `options` are urllib3's.
+    def __post_init__(self) -> None:
+        """Keep up to 64 connections open, one for each thread."""
+        adapter = HTTPAdapter(pool_maxsize=64, max_retries=retry_policy(self.wait))
+        self.session.mount(self.address, adapter)
 
-        Raises:
-            UserError: no server answers there, or not with JSON.
-        """
-        return self._request("GET", path, None, **options)
+    def get(self, path: str, read_seconds: float = READ_SECONDS) -> Any:
+        """Return the JSON document at a path."""
+        return self._request("GET", path, None, read_seconds)
 
-    def post(self, body: bytes, **options: Any) -> Any:
-        """The JSON document that answers a request for predictions; otherwise as `get`."""
-        return self._request("POST", self.route, body, **options)
+    def post(self, body: bytes) -> Any:
+        """Return the JSON document for a request for predictions."""
+        return self._request("POST", self.route, body)
 
-    def ask(self, instances: Sequence[Any], **parameters: Any) -> list[dict[str, Any]]:
-        """One prediction for each instance, in their order.
+    def predict(self, instances: Sequence[Any], **parameters: Any) -> list[dict[str, Any]]:
+        """Return one prediction for each instance, in their order."""
+        return self.predict_json([json.dumps(instance) for instance in instances], **parameters)
 
-        Raises:
-            Refused: the server says what is wrong with the instances.
-            UserError: it does not answer, or not as a predictor does.
-        """
-        return self.ask_texts([json.dumps(instance) for instance in instances], **parameters)
-
-    def ask_texts(self, instances: Iterable[str], **parameters: Any) -> list[dict[str, Any]]:
-        """`ask`, for instances that are written as JSON already."""
-        texts = list(instances)
-        body = f'{{"instances": [{", ".join(texts)}], "parameters": {json.dumps(parameters)}}}'
+    def predict_json(self, instances: Sequence[str], **parameters: Any) -> list[dict[str, Any]]:
+        """Return one prediction for each instance; the instances are JSON already."""
+        body = f'{{"instances": [{", ".join(instances)}], "parameters": {json.dumps(parameters)}}}'
         document = self.post(body.encode())
         predictions = document.get("predictions") if isinstance(document, dict) else None
-        if not isinstance(predictions, list) or len(predictions) != len(texts):
+        if not isinstance(predictions, list) or len(predictions) != len(instances):
             raise UserError(
-                f"{self.address}{self.route} answers, but not with one prediction for each of {len(texts)} row(s)."
+                f"{self.address}{self.route} does not return {len(instances)} prediction(s), "
+                "one for each row."
             )
         return predictions
 
-    def _request(self, method: str, path: str, body: bytes | None, **options: Any) -> Any:
-        options.setdefault("retries", Patience.of(self.wait))
-        options["headers"] = {"Content-Type": "application/json", **self.sign()}
-        try:
-            response = self.pool.request(
-                method, self.address + path, body=body, redirect=False, **options
+    def _request(
+        self, method: str, path: str, body: bytes | None, read_seconds: float = READ_SECONDS
+    ) -> Any:
+        def send() -> requests.Response:
+            return self.session.request(
+                method,
+                self.address + path,
+                data=body,
+                headers={"Content-Type": "application/json"},
+                allow_redirects=False,
+                timeout=(min(CONNECT_SECONDS, read_seconds), read_seconds),
             )
-        except urllib3.exceptions.HTTPError as error:
-            reason = str(getattr(error, "reason", None) or error).rsplit(": ", 1)[-1]
-            raise UserError(f"{self.address} does not answer: {reason}.") from None
+
         try:
-            document = json.loads(response.data)
-        except (ValueError, RecursionError):
-            document = None
-        if response.status == 200 and document is not None:
-            return document
-        told = document.get("error") if isinstance(document, dict) else None
-        if isinstance(told, dict):
-            told = cloud.refusal(response.status, told)
-        if response.status in REFUSING and told:
-            raise Refused(str(told))
-        raise UserError(
-            f"{self.address} answers {method} {path} with status {response.status}: {told or 'not as a predictor'}"
-        )
+            try:
+                response = send()
+            except requests.exceptions.ChunkedEncodingError:
+                if not self.wait:
+                    raise
+                response = send()  # Retry does not cover a response that breaks off in its body
+        except requests.RequestException as error:
+            cause = error.args[0] if error.args else error
+            reason = str(getattr(cause, "reason", None) or cause).rsplit(": ", 1)[-1]
+            raise UserError(f"{self.address} does not respond: {reason}.") from None
+        except Exception as error:  # google-auth's, which only endpoints in the cloud have
+            if not type(error).__module__.startswith("google.auth"):
+                raise
+            raise UserError(f"Google rejects the credentials: {error}. {cloud.LOGIN}") from None
+        return _read_response(response, f"{self.address} responds to {method} {path}")
+
+
+def _read_response(response: requests.Response, subject: str) -> Any:
+    try:
+        document = json.loads(response.content)
+    except (ValueError, RecursionError):
+        document = None
+    if response.status_code == 200 and document is not None:
+        return document
+    message = document.get("error") if isinstance(document, dict) else None
+    if isinstance(message, dict):
+        message = cloud.explain(response.status_code, message)
+    if response.status_code in REJECTED and message:
+        raise RequestRejected(str(message))
+    raise UserError(f"{subject} with status {response.status_code}: {message or 'not a predictor'}")
 
 
 @dataclass(frozen=True)
 class Server:
-    """A server, and what it says of its model.
-
-    Attributes:
-        version: its number in the registry, if it has one.
-    """
+    """A server with its model's schema, and the model's version in the registry, if any."""
 
     endpoint: Endpoint
     version: int | None
@@ -169,196 +147,156 @@ class Server:
 
     @property
     def address(self) -> str:
-        """Where it is."""
+        """The server's address."""
         return self.endpoint.address
 
     @classmethod
     def find(cls, port: int, registry: LocalRegistry) -> "Server | None":
-        """The server on this machine's port, if one answers and serves a version of this very registry."""
+        """Return the server on this machine's port if it serves a version of this registry."""
         endpoint = Endpoint(f"http://127.0.0.1:{port}")
         try:
-            health = endpoint.get("/health", timeout=HEALTH_SECONDS)
-            number, saved = (
-                health["version"],
-                registry.version(health["version"]).model / manifest.NAME,
-            )
-            if manifest.sha256(saved) != health["manifest_sha256"]:
+            health = endpoint.get("/health", HEALTH_SECONDS)
+            path = registry.version(health["version"]).model / manifest.NAME
+            if manifest.sha256(path) != health["manifest_sha256"]:
                 return None  # another project's
-            document = json.loads(saved.read_text(encoding="utf-8"))
+            document = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, KeyError, TypeError, UserError):
             return None
-        return cls(endpoint, number, Schema.from_json(document["schema"]))
+        return cls(endpoint, health["version"], Schema.from_json(document["schema"]))
 
     @classmethod
     def open(cls, address: str, wait: float) -> "Server":
-        """The server at an address, as it describes itself.
+        """Read the API of the server or Vertex AI endpoint at `address`.
 
         Args:
-            address: such as http://127.0.0.1:8080, which may end with the path of its predictions; or an endpoint in the
-                cloud, projects/PROJECT/locations/REGION/endpoints/ID.
-            wait: for how many seconds it is asked again when it is down or too busy.
-
-        Raises:
-            UserError: it is no address, nobody answers there, or no predictor does.
+            address: http://HOST:PORT, perhaps with the path of its predictions; or
+                projects/PROJECT/locations/REGION/endpoints/ID.
+            wait: for how many seconds transient errors are retried.
         """
-        in_cloud = cloud.parse(address)
-        if in_cloud:
-            return cls._open_cloud(*in_cloud, wait)
+        if name := cloud.parse(address):
+            return cls._open_cloud(*name, wait)
         try:
-            url = urllib3.util.parse_url(address)
-        except urllib3.exceptions.LocationParseError:
-            url = urllib3.util.Url()
-        if url.scheme not in ("http", "https") or not url.host:
+            url = urlsplit(address)
+        except ValueError:
+            url = urlsplit("")
+        if url.scheme not in ("http", "https") or not url.hostname:
             raise UserError(
-                f"--endpoint is {address!r}; it must be an address such as http://127.0.0.1:8080, or an endpoint's name: "
-                "projects/PROJECT/locations/REGION/endpoints/ID."
+                f"--endpoint is {address!r}; expected an address such as http://127.0.0.1:8080, "
+                "or an endpoint's name: projects/PROJECT/locations/REGION/endpoints/ID."
             )
-        base = Endpoint(f"{url.scheme}://{url.netloc}")
+        base = f"{url.scheme}://{url.netloc}"
         try:
-            document = base.get("/openapi.json", retries=Patience.of(min(wait, FIRST_SECONDS)))
+            document = Endpoint(base, wait=min(wait, FIRST_SECONDS)).get("/openapi.json")
             route, version, schema = read_description(document)
         except UserError as error:
             raise UserError(
-                f"{error} Is a server there? `make serve` starts one; --endpoint says where it is."
+                f"{error} Is a server running there? `make serve` starts one; "
+                "--endpoint gives its address."
             ) from None
         except (KeyError, TypeError, ValueError, AttributeError):
-            raise UserError(
-                f"{base.address} answers, but its /openapi.json is not a predictor's."
-            ) from None
+            raise UserError(f"{base}/openapi.json is not a predictor's.") from None
         if (url.path or "/") not in ("/", route):
             raise UserError(
-                f"--endpoint is {address!r}; the server there predicts at {base.address}{route}."
+                f"--endpoint is {address!r}; the server there predicts at {base}{route}."
             )
-        return cls(Endpoint(base.address, route, wait, base.pool), version, schema)
+        return cls(Endpoint(base, route, wait), version, schema)
 
     @classmethod
     def _open_cloud(cls, server: str, route: str, wait: float) -> "Server":
-        endpoint = Endpoint(server, route, wait, cloud.pool(server, **CONNECTIONS), cloud.Bearer())
+        endpoint = Endpoint(server, route, wait, cloud.open_session())
         try:
             _, version, schema = read_description(endpoint.post(DESCRIBE))
-        except Refused as error:
-            raise UserError(
-                f"{server}{route} answers, but not as this project's predictor: {error}"
-            ) from None
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise UserError(
-                f"{server}{route} answers, but not as this project's predictor."
-            ) from None
+        except (RequestRejected, KeyError, TypeError, ValueError, AttributeError) as error:
+            detail = f": {error}" if isinstance(error, RequestRejected) else "."
+            raise UserError(f"{server}{route} is not this project's predictor{detail}") from None
         return cls(endpoint, version, schema)
 
     def probabilities(self, table: Mapping[str, Sequence[Any] | np.ndarray]) -> np.ndarray:
-        """Probabilities, float64 (rows, classes), for columns of values.
+        """Return probabilities, float64 (rows, classes), for columns of values."""
+        predictions = self.predict(table, top=len(self.schema.classes))
+        names = [str(name) for name in self.schema.classes]
+        return np.array([[row["scores"][name] for name in names] for row in predictions])
 
-        Raises:
-            UserError: what the server says of a wrong row, or that it does not answer.
-        """
-        answers = self.ask(table, top=len(self.schema.classes))
-        return np.array(
-            [[answer["scores"][str(name)] for name in self.schema.classes] for answer in answers]
-        )
-
-    def ask(
+    def predict(
         self, table: Mapping[str, Sequence[Any] | np.ndarray], **parameters: Any
     ) -> list[dict[str, Any]]:
-        """The server's predictions for columns of values.
-
-        Raises:
-            UserError: what the server says of a wrong row, or that it does not answer.
-        """
+        """Return the server's predictions for columns of values."""
         require(self.schema.columns, table)
-        rows = (
-            len(next(iter(table.values()))) if table else 1
-        )  # an empty object is a row too, if all columns are optional
+        # An empty object is a row too, if all columns are optional.
+        rows = len(next(iter(table.values()))) if table else 1
         size = max(1, CELLS // len(self.schema.columns))
         predictions = []
         for start in range(0, rows, size):
             end = min(start + size, rows)
             instances = [self._instance(table, row) for row in range(start, end)]
             try:
-                predictions += self.endpoint.ask(instances, **parameters)
-            except Refused as error:
-                raise UserError(f"the server refuses rows {start + 1} to {end}: {error}") from None
+                predictions += self.endpoint.predict(instances, **parameters)
+            except RequestRejected as error:
+                raise UserError(f"the server rejects rows {start + 1} to {end}: {error}") from None
         return predictions
 
     def _instance(self, table: Mapping[str, Sequence[Any] | np.ndarray], row: int) -> list[Any]:
+        values = {name: column[row] for name, column in table.items()}
         try:
-            return json_values(
-                self.schema.columns, {name: values[row] for name, values in table.items()}
-            )
+            return json_values(self.schema.columns, values)
         except ValueError as error:
             raise UserError(f"row {row + 1}, {error}") from None
 
 
 def read_description(document: Mapping[str, Any]) -> tuple[str, int | None, Schema]:
-    """The path of the predictions, the model's version and its schema, from its server's OpenAPI document.
+    """Return the predictions' path, the model's version and schema from `contract.openapi`.
 
-    Raises:
-        KeyError, TypeError, ValueError, AttributeError: it is not a predictor's.
+    The schema's categories are examples only. Another document raises KeyError, TypeError,
+    ValueError or AttributeError.
     """
     (route,) = (path for path, methods in document["paths"].items() if "post" in methods)
     version = document["info"]["version"]
-    return route, int(version) if version.isdecimal() else None, read_schema(document, route)
-
-
-def read_schema(document: Mapping[str, Any], route: str) -> Schema:
-    """The model's columns and classes from its server's OpenAPI document: the reverse of `contract.openapi`.
-
-    Of a categorical column's categories it shows examples only.
-    """
     schemas = document["components"]["schemas"]
     instance = schemas["Instance"]
-    columns = []
-    for name, column in instance["properties"].items():
-        optional, examples = name not in instance["required"], tuple(column.get("examples", ()))
-        columns.append(
-            Column(
-                name, "categorical" if "string" in column["type"] else "numeric", optional, examples
-            )
+    columns = tuple(
+        Column(
+            name,
+            "categorical" if "string" in column["type"] else "numeric",
+            name not in instance["required"],
+            tuple(column.get("examples", ())),
         )
-    label = document["paths"][route]["post"]["summary"].removeprefix("Predict ")
-    return Schema(
-        label, tuple(columns), tuple(schemas["Prediction"]["properties"]["label"]["enum"])
+        for name, column in instance["properties"].items()
     )
+    label = document["paths"][route]["post"]["summary"].removeprefix("Predict ")
+    classes = tuple(schemas["Prediction"]["properties"]["label"]["enum"])
+    return route, int(version) if version.isdecimal() else None, Schema(label, columns, classes)
 
 
 def require(columns: Sequence[Column], names: Iterable[str]) -> None:
-    """Check that the data have every column that the model needs.
-
-    Raises:
-        UserError: names those that are not there.
-    """
-    there = set(names)
-    absent = [column.name for column in columns if column.name not in there and not column.optional]
-    if absent:
+    """Check that every required column is in the data."""
+    present = set(names)
+    missing = [
+        column.name for column in columns if not column.optional and column.name not in present
+    ]
+    if missing:
         raise UserError(
-            f"{len(absent)} column(s) of the model are not in the data: {', '.join(absent[:10])}."
+            f"{len(missing)} column(s) of the model are not in the data: {', '.join(missing[:10])}."
         )
 
 
 def json_values(columns: Sequence[Column], row: Mapping[str, Any]) -> list[Any]:
-    """A row as the server takes it, in the columns' order: a number for a cell's text, null for a missing one.
-
-    Raises:
-        ValueError: names the column and the value that is not allowed.
-    """
+    """Convert a row to JSON values in the columns' order; null for a missing one."""
     values = []
     for column in columns:
         value = row.get(column.name)
-        if column.kind == "numeric":
-            try:
-                number = parse_number(value)
-            except ValueError:
-                raise ValueError(
-                    f"column '{column.name}': {value!r} is not a finite number."
-                ) from None
-            values.append(None if math.isnan(number) else number)
-        else:
+        if column.kind == "categorical":
             values.append(None if value == "" else value)
+            continue
+        try:
+            number = parse_number(value)
+        except ValueError:
+            raise ValueError(f"column '{column.name}': {value!r} is not a finite number.") from None
+        values.append(None if math.isnan(number) else number)
     return values
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command line's options that say whom to ask."""
+    """Add the options --endpoint and --wait."""
     parser.add_argument(
         "--endpoint",
         default="http://127.0.0.1:8080",
@@ -366,23 +304,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--wait",
-        type=number_between(0, MOST_SECONDS),
+        type=number_between(0, MAX_WAIT_SECONDS),
         default=60.0,
         metavar="SECONDS",
-        help="for how long a server that is down or too busy is asked again (%(default)s)",
+        help="for how long a server that is down or too busy is retried (%(default)s)",
     )
 
 
 def number_between(least: float, most: float, kind: type[int] | type[float] = float) -> Any:
-    """An argument's type: a number, within bounds."""
+    """Return an argument type: a number within bounds."""
 
     def parse(text: str) -> float:
         try:
             number = kind(text)
         except ValueError:
             number = kind(least - 1)
-        if not least <= number <= most:
-            raise argparse.ArgumentTypeError(f"{text!r} is no number from {least:g} to {most:g}")
+        if not least <= number <= most:  # also for NaN
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least:g} to {most:g}")
         return number
 
     return parse
