@@ -625,12 +625,12 @@ def test_a_buckets_model_that_cannot_be_served_is_told(bucket):
     folder, uri = bucket.root / "models" / "runs" / "1" / "model", "gs://models/runs/1/model"
     with pytest.raises(UserError, match="bucket does not exist"):
         serve_once("gs://no-models/runs/1/model")
-    with pytest.raises(UserError, match=r"nothing at gs://models/runs/2/model/model\.json"):
+    with pytest.raises(UserError, match=r"gs://models/runs/2/model/model\.json not found"):
         serve_once("gs://models/runs/2/model")
     (folder / "model.onnx").write_bytes((folder / "model.onnx").read_bytes()[:-1])
     assert f"in {uri} is damaged: model.onnx has" in refused(AIP_STORAGE_URI=uri)
     (folder / "model.onnx").unlink()  # as while it is written
-    with pytest.raises(UserError, match=r"nothing at gs://models/runs/1/model/model\.onnx"):
+    with pytest.raises(UserError, match=r"gs://models/runs/1/model/model\.onnx not found"):
         serve_once(uri)
 
 

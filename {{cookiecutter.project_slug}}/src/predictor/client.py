@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,10 +35,29 @@ class RequestRejected(UserError):
     """The server rejects the rows and says why."""
 
 
+class RetryUntil(Retry):
+    """Retry until `wait` seconds after the first failure, however many attempts that takes."""
+
+    def __init__(self, wait: float, deadline: float | None = None, **options: Any) -> None:
+        """urllib3 passes its own state in `options`."""
+        super().__init__(**options)
+        self.wait, self.deadline = wait, deadline
+
+    def new(self, **options: Any) -> "RetryUntil":
+        """Return the state after an attempt; the first one sets the deadline."""
+        deadline = self.deadline or time.monotonic() + self.wait
+        return super().new(wait=self.wait, deadline=deadline, **options)
+
+    def is_exhausted(self) -> bool:
+        """Whether to give up."""
+        return bool(self.deadline and time.monotonic() >= self.deadline)
+
+
 def retry_policy(wait: float) -> Retry:
-    """Retry transient errors for about `wait` seconds; the pauses grow from 0.2 to 2 seconds."""
-    return Retry(
-        total=4 + int(wait / 2) if wait else 0,
+    """Retry transient errors for `wait` seconds; the pauses grow from 0.2 to 2 seconds."""
+    return RetryUntil(
+        wait,
+        total=None,
         allowed_methods=None,  # POST too: predicting twice changes nothing
         status_forcelist=TRANSIENT,
         backoff_factor=0.1,
