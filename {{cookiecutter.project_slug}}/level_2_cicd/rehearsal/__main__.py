@@ -1,4 +1,4 @@
-"""Command line: serve the fakes of Vertex AI and Cloud Storage until Ctrl-C. See README.md."""
+"""Serve the fakes of Vertex AI and Cloud Storage until Ctrl-C. See README.md."""
 
 import argparse
 import signal
@@ -26,13 +26,14 @@ def parse_options() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Serve; print the variables that lead to the fakes, and each call."""
+    """Serve, and print each call and the variables that select the fakes."""
     options = parse_options()
-    # SIGTERM ends it like Ctrl-C, so that containers are stopped.
+    # Handle SIGTERM like Ctrl-C, so that containers are stopped.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     port, root = options.port, options.buckets.resolve()
     with ExitStack() as stack:
         try:
+            # Storage first: model servers download their model from it.
             storage = stack.enter_context(FakeStorage(root, port and port + 1))
             containers = Containers(root, storage_address=storage.address) if options.run else None
             vertex = stack.enter_context(FakeVertex(port, containers))
@@ -44,6 +45,7 @@ def main() -> None:
             storage.create_bucket(name)
         for fake in (vertex, storage):
             fake.log = lambda line: print(line, flush=True)
+        # Print after the buckets exist: the output shows that the fakes are ready.
         print(exports(vertex, storage), flush=True)
         try:
             signal.pause()
@@ -52,7 +54,8 @@ def main() -> None:
 
 
 def exports(vertex: FakeServer, storage: FakeServer) -> str:
-    """Return the variables that lead Google's clients, gcloud and this project to the fakes."""
+    """Return shell exports that point Google's clients, gcloud and this project to the fakes."""
+    # The fakes accept any caller, so gcloud needs no login.
     variables = {
         "CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM": f"{vertex.address}/",
         "CLOUDSDK_API_ENDPOINT_OVERRIDES_STORAGE": f"{storage.address}/",

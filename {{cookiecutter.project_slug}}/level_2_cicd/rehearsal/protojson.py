@@ -1,4 +1,4 @@
-"""Vertex AI's REST format: bodies and queries as protobuf messages, names, lists in pages."""
+"""Vertex AI's REST format: protobuf messages as JSON, resource names, filters and pages."""
 
 import operator
 import re
@@ -11,19 +11,19 @@ from google.protobuf import json_format
 
 from level_2_cicd.rehearsal.transport import ApiError, Json, Request
 
-# gcloud sends v1beta1 and ui for some calls; the messages are the same.
+# gcloud uses v1beta1 and ui for some calls; the messages are the same.
 LOCATION = r"/(?:v1|v1beta1|ui)/(?P<parent>projects/[^/:]+/locations/[^/:]+)"
-# Every call of Google's APIs takes these.
+# Every call of Google's APIs accepts these parameters; they are no fields of a message.
 SYSTEM_PARAMETERS = {"alt", "$alt", "key", "fields", "prettyPrint", "quotaUser"}
 LABEL_KEY, LABEL_VALUE = r"[a-z][a-z0-9_-]{0,62}", r"[a-z0-9_-]{0,63}"
 PAGE = 100  # items per page by default
 
 
 def parse(kind: Any, body: bytes) -> Any:
-    """Parse a body strictly: an unknown field or an invalid value is an error that names it."""
+    """Parse a body strictly: reject unknown fields and invalid values."""
     message = kind()
     try:
-        # kind.pb() unwraps proto-plus: json_format knows plain messages only.
+        # kind.pb() unwraps proto-plus, because json_format accepts plain protobuf only.
         json_format.Parse(body or b"{}", kind.pb(message))
     except (json_format.ParseError, ValueError) as error:
         raise ApiError(400, f"Invalid JSON payload received. {error}") from None
@@ -31,7 +31,7 @@ def parse(kind: Any, body: bytes) -> Any:
 
 
 def parse_query(kind: Any, request: Request, **fields: Any) -> Any:
-    """Build a request message from the query, strictly, and from other fields."""
+    """Build a request message from other fields and the query, which is parsed strictly."""
     query: Json = {key: text for key, text in request.query.items() if key not in SYSTEM_PARAMETERS}
     if "updateMask" in query:
         query["updateMask"] = camel_case(query["updateMask"])  # clients send both forms
@@ -40,13 +40,14 @@ def parse_query(kind: Any, request: Request, **fields: Any) -> Any:
         json_format.ParseDict(query, kind.pb(message))
     except (json_format.ParseError, ValueError) as error:
         raise ApiError(400, f"Invalid query parameter. {error}") from None
+    # Last: fields of the path override the query.
     for name, value in fields.items():
         setattr(message, name, value)
     return message
 
 
 def camel_case(name: str) -> str:
-    """Return a field's name in JSON."""
+    """Convert a field's name to its form in JSON."""
     return re.sub(r"_([a-z])", lambda match: match[1].upper(), name)
 
 
@@ -84,7 +85,7 @@ def canonical(name: str) -> str:
 
     def number(match: re.Match[str]) -> str:
         project = match[1]
-        # Any number will do, but always the same.
+        # Any number is valid, but it must always be the same.
         crc = 100_000_000_000 + zlib.crc32(project.encode())
         return f"projects/{project if project.isdigit() else crc}/"
 
@@ -92,12 +93,12 @@ def canonical(name: str) -> str:
 
 
 def now() -> datetime:
-    """Return the time as messages store it."""
+    """Return the current time in UTC."""
     return datetime.now(UTC)
 
 
 def paginate(items: Sequence[Any], size: int, token: str) -> tuple[Sequence[Any], Json]:
-    """Return one page, and its nextPageToken unless it is the last."""
+    """Return one page, and its nextPageToken unless it is the last page."""
     if token and not token.isdigit():
         raise ApiError(400, f"page_token: invalid value {token!r}")
     start = int(token or 0)
@@ -106,7 +107,8 @@ def paginate(items: Sequence[Any], size: int, token: str) -> tuple[Sequence[Any]
 
 
 def list_page(messages: list[Any], query: Any, field: str) -> Json:
-    """Filter, sort (newest first) and cut a list, which is a field of the response."""
+    """Return one page of the messages that match a query's filter, newest first, as `field`."""
+    # Fail rather than ignore the order: a test must not pass with a wrong one.
     if getattr(query, "order_by", ""):
         raise ApiError(501, f"order_by: not supported here: {query.order_by!r}")
     messages = [message for message in messages if matches(message, query.filter)]
@@ -117,7 +119,7 @@ def list_page(messages: list[Any], query: Any, field: str) -> Json:
 
 def matches(message: Any, condition: str) -> bool:
     """Return whether a message matches a filter: `labels.run="a" AND display_name="b"`."""
-    # Google's filters can do more; this is what the project and gcloud send.
+    # A subset of Google's filters: what the project and gcloud send.
     for term in re.split(r"\s+AND\s+", condition) if condition else []:
         match = re.fullmatch(r"""\s*([\w.-]+)\s*=\s*("[^"]*"|'[^']*'|[^\s"'()]+)\s*""", term)
         if not match:

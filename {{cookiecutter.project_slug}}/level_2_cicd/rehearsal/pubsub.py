@@ -1,4 +1,4 @@
-"""Fake of Pub/Sub's topics: it logs what is published and delivers nothing.
+"""Fake of Pub/Sub's topics: store published messages without delivering them.
 
 PUBSUB_EMULATOR_HOST=`host` sends Google's client here. See pubsub_emulator.py for delivery.
 """
@@ -10,10 +10,10 @@ from level_2_cicd.rehearsal.server import ApiError, FakeServer, Json, Request, r
 
 
 class FakePubSub(FakeServer):
-    """The topics; the first message creates one.
+    """The topics; the first message to a topic creates it.
 
     Attributes:
-        messages: what was published, in order: (topic, data, attributes).
+        messages: published messages in order: (topic, data, attributes).
     """
 
     def __init__(self, port: int = 0) -> None:
@@ -32,6 +32,7 @@ class FakePubSub(FakeServer):
             ]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ApiError(400, f"Invalid JSON payload received. {error}") from None
+        # Pub/Sub rejects a message without data and attributes.
         unknown = ", ".join(fields - {"messages", "data", "attributes"})
         if unknown or not messages or not all(data or attributes for data, attributes in messages):
             raise ApiError(400, f"a message has data or attributes, nothing else; got {unknown}")

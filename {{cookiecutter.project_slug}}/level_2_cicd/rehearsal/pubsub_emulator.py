@@ -1,11 +1,11 @@
-"""Delivers events on this machine: the Cloud SDK's Pub/Sub emulator, and the trigger function.
+"""Deliver events on this machine with the Cloud SDK's Pub/Sub emulator and the trigger function.
 
     with PubSubEmulator() as pubsub, TriggerFunction(project, variables) as function:
         pubsub.create_topic("projects/my-project/topics/requests", schema)
         pubsub.subscribe("projects/my-project/topics/requests", function.address)
 
-The emulator pushes as Pub/Sub does, checks a topic's schema, and delivers again. It ignores a
-subscription's filter, sends no deliveryAttempt and no token, and loses messages with a retryPolicy.
+Like Pub/Sub, the emulator pushes, checks a topic's schema and redelivers. It ignores the filter of
+a subscription, sends no deliveryAttempt and no token, and loses messages with a retryPolicy.
 """
 
 import base64
@@ -45,7 +45,7 @@ class EmulatorError(Exception):
 
 
 class Process(ABC):
-    """A server in a session of its own, so that all its processes are killed together."""
+    """A server process in its own session, so that its children are killed with it."""
 
     def __init__(self, log: Path | None = None) -> None:
         self._folder = tempfile.TemporaryDirectory()
@@ -56,17 +56,17 @@ class Process(ABC):
 
     @property
     def host(self) -> str:
-        """Host and port, 127.0.0.1:PORT."""
+        """Return host and port, 127.0.0.1:PORT."""
         return f"127.0.0.1:{self.port}"
 
     @property
     def address(self) -> str:
-        """The base URL, http://127.0.0.1:PORT."""
+        """Return the base URL, http://127.0.0.1:PORT."""
         return f"http://{self.host}"
 
     @property
     def pid(self) -> int:
-        """The process id; 0 while it does not run."""
+        """Return the process ID; 0 while it does not run."""
         return self._process.pid if self._process else 0
 
     @abstractmethod
@@ -74,8 +74,9 @@ class Process(ABC):
         """Return the command line and its environment."""
 
     def start(self) -> None:
-        """Start it, and wait until it listens."""
+        """Start the process and wait until it listens."""
         words, variables = self.command()
+        # Append: a restarted server keeps the log of its earlier run.
         with self.log.open("ab") as out:
             self._process = subprocess.Popen(
                 words, env=variables, stdout=out, stderr=out, start_new_session=True
@@ -89,25 +90,26 @@ class Process(ABC):
             time.sleep(0.02)
 
     def kill(self) -> None:
-        """Kill it and everything that it started, as a failing machine does."""
+        """Kill the process and its children, as a machine failure does."""
         if self._process:
-            # gcloud starts Java and would leave it running.
+            # The whole process group: gcloud starts Java and would leave it running.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
 
     def terminate(self, seconds: float = 30) -> int:
-        """Send SIGTERM; return the exit code."""
+        """Send SIGTERM and return the exit code."""
         if self._process is None:
             raise RuntimeError("the process does not run")
         self._process.terminate()
         code = self._process.wait(seconds)
-        self.kill()
+        self.kill()  # children that SIGTERM has left
         return code
 
     def lines(self) -> list[Json]:
-        """Return the lines of its log that are JSON."""
+        """Return the JSON objects in the log, one per line."""
+        # Other lines are plain text, for example of the web server.
         lines = self.log.read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines if line.startswith("{")]
 
@@ -128,22 +130,23 @@ class PubSubEmulator(Process):
     """The emulator; PUBSUB_EMULATOR_HOST=`host` sends Google's clients to it."""
 
     def command(self) -> tuple[list[str], dict[str, str]]:
-        """Return gcloud's command, with a configuration of its own."""
+        """Return the gcloud command and its environment."""
         gcloud = shutil.which("gcloud")
         if not gcloud:
             raise EmulatorNotFound("the Cloud SDK is not installed")
         words = [gcloud, "beta", "emulators", "pubsub", "start", "--project=rehearsal"]
         words += [f"--host-port={self.host}", f"--data-dir={self.folder}"]
-        # The user's own configuration stays untouched.
+        # A separate configuration leaves the user's untouched; a prompt would block the start.
         config = {"CLOUDSDK_CONFIG": str(self.folder), "CLOUDSDK_CORE_DISABLE_PROMPTS": "1"}
         return words, {**os.environ, **config}
 
     def call(self, method: str, path: str, body: Json | None = None) -> Json:
-        """Send a request to its REST API."""
+        """Send a request to the emulator's REST API."""
         content = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"}
         uri = f"{self.address}/v1/{path}"
         request = urllib.request.Request(uri, content, headers, method=method)
+        # A proxy of the environment cannot reach loopback.
         no_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
             with no_proxy.open(request, timeout=60) as response:
@@ -155,9 +158,10 @@ class PubSubEmulator(Process):
                 raise EmulatorError(error.code, message) from None
 
     def create_topic(self, name: str, schema: str = "") -> None:
-        """Create projects/PROJECT/topics/NAME; with an Avro schema, messages must match it."""
+        """Create projects/PROJECT/topics/NAME, optionally with an Avro schema for its messages."""
         settings: Json = {}
         if schema:
+            # The schema must exist before the topic that refers to it.
             project, _, short = name.partition("/topics/")
             definition = {"type": "AVRO", "definition": schema}
             self.call("POST", f"{project}/schemas?schemaId={short}", definition)
@@ -168,10 +172,9 @@ class PubSubEmulator(Process):
     def subscribe(
         self, topic: str, endpoint: str = "", dead_letters: str = "", attempts: int = 5
     ) -> str:
-        """Create a subscription with the topic's name, for push or pull; return its name.
+        """Create a subscription with the topic's name and return the subscription's full name.
 
-        Args:
-            dead_letters: the topic for messages that were rejected so many times.
+        With `endpoint` it pushes. After `attempts` rejections a message goes to `dead_letters`.
         """
         name = topic.replace("/topics/", "/subscriptions/")
         settings: Json = {"topic": topic, "ackDeadlineSeconds": 60}
@@ -192,7 +195,8 @@ class PubSubEmulator(Process):
         self.call("POST", f"{topic}:publish", {"messages": [message]})
 
     def pull(self, subscription: str) -> list[Json]:
-        """Pull and acknowledge the messages that wait now."""
+        """Pull and acknowledge the pending messages."""
+        # Without returnImmediately, the call would wait for a message.
         limits = {"maxMessages": 1000, "returnImmediately": True}
         response = self.call("POST", f"{subscription}:pull", limits)
         received = response.get("receivedMessages", [])
@@ -207,7 +211,7 @@ class TriggerFunction(Process):
 
     Args:
         project: the project's folder.
-        variables: environment variables, as Terraform sets them, and those that lead to the fakes.
+        variables: environment variables, as set by Terraform, and those that select the fakes.
     """
 
     def __init__(
@@ -217,9 +221,10 @@ class TriggerFunction(Process):
         self.project, self.variables = project, dict(variables)
 
     def command(self) -> tuple[list[str], dict[str, str]]:
-        """Return the image's CMD, with this machine's paths."""
+        """Return the image's CMD with this machine's paths."""
         main = self.project / "level_2_cicd" / "trigger_function_container" / "main.py"
         words = [sys.executable, "-m", "functions_framework", "--target=handle"]
+        # Unbuffered, so that `lines` finds output while the process runs.
         server = {"PORT": str(self.port), "HOST": "127.0.0.1", "PYTHONUNBUFFERED": "1"}
         path = {"PYTHONPATH": str(self.project / "src")}
         return [*words, f"--source={main}"], {**os.environ, **path, **server, **self.variables}

@@ -1,4 +1,4 @@
-"""Base class of the fakes: routes calls to methods, logs them, and injects faults."""
+"""Base class of the fakes: route calls to methods, store them, and inject faults."""
 
 import re
 import threading
@@ -31,11 +31,12 @@ class Fault:
         call: a regular expression for the route's name.
         status: the HTTP status to return; 0: close the connection; None: only delay or cut the
             response.
-        done: the call is carried out, and only its response is lost.
+        done: execute the call and lose only its response.
         after: number of matching calls that succeed first.
         times: number of calls that fail.
         seconds: delay before the call.
-        fraction: with status None, the part of the body that is sent before the connection closes.
+        fraction: with status None, the fraction of the body that is sent before the connection
+            closes.
     """
 
     call: str = ""
@@ -49,12 +50,13 @@ class Fault:
 
 
 def route(method: str, path: str, call: str) -> Callable[[AnyHandler], AnyHandler]:
-    """Let a method handle a call, named as in Google's REST reference.
+    """Register a method as the handler of a call, named as in Google's REST reference.
 
-    `path` is a regular expression in which {name} stands for one segment and {name=**} for several.
+    `path` is a regular expression in which {name} matches one segment and {name=**} several.
     """
 
     def register(handler: AnyHandler) -> AnyHandler:
+        # Store the route on the function; add_routes collects it once there is an object.
         handler.__dict__["route"] = (method, path, call)
         return handler
 
@@ -64,15 +66,17 @@ def route(method: str, path: str, call: str) -> Callable[[AnyHandler], AnyHandle
 class FakeServer:
     """A server on a free port: `with FakeVertex() as vertex: … vertex.address … vertex.received`.
 
-    Methods with @route run one at a time, under `lock`. They return a Response or its body, or
-    raise ApiError, and set `request.message`.
+    Methods with @route run one at a time, under `lock`. They set `request.message`, and return a
+    Response or its body, or raise ApiError.
     """
 
     def __init__(self, port: int = 0) -> None:
         self.routes: list[tuple[str, str, str, Handler]] = []
         self.received: list[Request] = []
         self.faults: list[Fault] = []
-        self.lock = threading.RLock()  # one call at a time: each is atomic, as in the cloud
+        # One call at a time: each is atomic, as in the cloud. Reentrant, because handlers call
+        # methods that take the lock too.
+        self.lock = threading.RLock()
         self.log: Callable[[str], None] | None = None  # gets one line per call
         self.add_routes(self)
         self._http = HttpServer(port, self)
@@ -81,8 +85,8 @@ class FakeServer:
         self._thread = threading.Thread(target=self._http.serve_forever, kwargs=serve, daemon=True)
 
     def add_routes(self, owner: object, path: str = "", call: str = "") -> None:
-        """Serve an object's @route methods, with prefixes for their paths and call names."""
-        # Base classes first, in the order of the source: the first matching route wins.
+        """Serve an object's @route methods with prefixes for their paths and call names."""
+        # Base classes first, in source order: the first matching route wins.
         for cls in reversed(type(owner).__mro__):
             for name, attribute in vars(cls).items():
                 if spec := getattr(attribute, "route", None):
@@ -91,12 +95,12 @@ class FakeServer:
 
     @property
     def address(self) -> str:
-        """The base URL, http://127.0.0.1:PORT."""
+        """Return the base URL, http://127.0.0.1:PORT."""
         return f"http://{self.host}"
 
     @property
     def host(self) -> str:
-        """Host and port, 127.0.0.1:PORT."""
+        """Return host and port, 127.0.0.1:PORT."""
         return f"127.0.0.1:{self._http.server_address[1]}"
 
     def __enter__(self) -> Self:
@@ -109,7 +113,7 @@ class FakeServer:
         self._http.server_close()
 
     def fail(self, call: str = "", **fault: Any) -> None:
-        """Inject a fault into coming calls; see Fault."""
+        """Inject a fault into future calls; see Fault."""
         with self.lock:
             self.faults.append(Fault(call, **fault))
 
@@ -128,6 +132,7 @@ class FakeServer:
                 return self._log(f"{call} {request.path}", self._respond(request, handler))
         known = ", ".join(sorted({call for _, _, call, _ in self.routes}))
         what = f"{request.method} {request.path}"
+        # 501, not 404: a call that the fake lacks must not look like a missing resource.
         error = ApiError(501, f"{type(self).__name__} does not know {what}; it knows {known}")
         return self._log(f"unknown {what}", error.response())
 
@@ -135,27 +140,28 @@ class FakeServer:
         fault = self._fault(request.call)
         if fault is None:
             return self._run(request, handler)
-        time.sleep(fault.seconds)
+        time.sleep(fault.seconds)  # without the lock: other calls go on
         if fault.status is None:
             response = self._run(request, handler)
             response.fraction = fault.fraction
             return response
         if fault.done:
-            self._run(request, handler)  # the work is done; only its response is lost
+            self._run(request, handler)  # execute the call; only its response is lost
         return ApiError(fault.status, fault.message).response() if fault.status else None
 
     def _run(self, request: Request, handler: Handler) -> Response:
         try:
             with self.lock:
                 result = handler(request)
-                # Rejected requests are not logged, so that tests see what took effect.
+                # Store successful requests only, so that tests see what took effect.
                 self.received.append(request)
             response = result if isinstance(result, Response) else Response(result)
+            # Outside the lock: a prediction takes time, and others may run meanwhile.
             return response.body() if callable(response.body) else response
         except ApiError as error:
             return error.response()
         except Exception as error:
-            # A client would retry a closed connection and hide the bug.
+            # A client would retry after a closed connection, which would hide the bug.
             traceback.print_exc()
             return ApiError(500, f"bug in {type(self).__name__}: {error!r}").response()
 
@@ -165,7 +171,7 @@ class FakeServer:
         return response
 
     def _fault(self, call: str) -> Fault | None:
-        """Return the fault that this call meets."""
+        """Return the fault to inject into this call, if any."""
         with self.lock:
             for fault in self.faults:
                 if not re.search(fault.call, call) or fault.times <= 0:
@@ -179,6 +185,7 @@ class FakeServer:
 
 
 def to_regex(path: str) -> str:
-    """Replace {name} and {name=**} in a route's path by groups."""
+    """Replace {name} and {name=**} in a route's path by named groups."""
+    # A segment ends at a colon too, which separates custom verbs such as :cancel.
     path = re.sub(r"\{(\w+)=\*\*\}", r"(?P<\1>.+)", path)
     return re.sub(r"\{([a-z_]+)\}", r"(?P<\1>[^/:]+)", path)

@@ -16,7 +16,7 @@ from level_2_cicd.rehearsal.storage_uploads import Uploads
 
 BUCKET = "/storage/v1/b/{bucket}"
 OBJECT = f"{BUCKET}/o/{{object=**}}"
-# A path of the XML API, with which Go's client reads.
+# A path of the XML API, which Go's client (Terraform) uses to read objects.
 XML_OBJECT = r"/(?!storage/|download/|upload/|resumable/){bucket}/{object=**}"
 PAGE = 1000  # objects in a list's page
 
@@ -25,8 +25,8 @@ class FakeStorage(FakeServer):
     """Cloud Storage.
 
     Args:
-        root: the folder of the buckets; existing ones are served.
-        pubsub: where notifications are published, such as http://127.0.0.1:8085.
+        root: the folder of the buckets; existing buckets are served.
+        pubsub: base URL of Pub/Sub for notifications, such as http://127.0.0.1:8085.
     """
 
     def __init__(self, root: Path, port: int = 0, pubsub: str = "") -> None:
@@ -40,7 +40,7 @@ class FakeStorage(FakeServer):
         self.add_routes(self.notifications)
 
     def create_bucket(self, bucket: str, **settings: Any) -> Path:
-        """Create a bucket, with settings as the API names them; return its folder."""
+        """Create a bucket with settings, named as in the API, and return its folder."""
         with self.lock:
             (self.root / bucket).mkdir(exist_ok=True)
             self._settings[bucket] = {**self._settings.get(bucket, {}), **settings}
@@ -53,7 +53,7 @@ class FakeStorage(FakeServer):
 
     def bucket(self, name: str) -> Json:
         """Return a bucket's resource."""
-        # .uploads has files that are not objects yet.
+        # .uploads contains files that are not objects yet.
         if name.startswith(".") or not (self.root / name).is_dir():
             raise ApiError(404, "The specified bucket does not exist.", "notFound")
         return {
@@ -82,7 +82,7 @@ class FakeStorage(FakeServer):
     def _get_bucket(self, request: Request) -> Json:
         return self.bucket(request["bucket"])
 
-    # gcloud asks for it before it lists or copies.
+    # gcloud requests the layout before it lists or copies.
     @route("GET", f"{BUCKET}/storageLayout", "buckets.getStorageLayout")
     def _get_layout(self, request: Request) -> Json:
         bucket = self.bucket(request["bucket"])
@@ -100,9 +100,9 @@ class FakeStorage(FakeServer):
             if not name.startswith(prefix) or name < query.get("startOffset", ""):
                 continue
             end = name.find(delimiter, len(prefix)) if delimiter else -1
-            # All names below a common prefix are one entry.
+            # All names below a common prefix collapse into one entry.
             is_object[name if end < 0 else name[: end + len(delimiter)]] = end < 0
-        # The token is the last name, so that the next page is right after deletions too.
+        # The token is the last name, not an index: the next page is correct even after deletions.
         last = base64.urlsafe_b64decode(query.get("pageToken", "")).decode()
         size = min(PAGE, int(query.get("maxResults") or PAGE))
         names = sorted(name for name in is_object if name > last)
@@ -119,8 +119,10 @@ class FakeStorage(FakeServer):
     def _get(self, request: Request) -> Any:
         resource = self.files.find(request["bucket"], request["object"], request.query)
         check_preconditions(resource, request.query)
+        # Without alt=media, the API returns the metadata.
         if request.query.get("alt") != "media":
             return resource
+        # Clients verify a download with the hash in these headers.
         headers = {
             "ETag": resource["etag"],
             "X-Goog-Generation": resource["generation"],
@@ -146,13 +148,15 @@ class FakeStorage(FakeServer):
         return Response(b"", 204)
 
     def end_event(self, bucket: str) -> str:
-        """Return the event of a deleted or overwritten object."""
+        """Return the event type of a deleted or overwritten object."""
+        # With versioning, Cloud Storage archives an object instead of deleting it.
         versioning = self._settings.get(bucket, {}).get("versioning", {})
         return "OBJECT_ARCHIVE" if versioning.get("enabled") else "OBJECT_DELETE"
 
 
 def byte_range(content: bytes, header: str, headers: dict[str, str]) -> Response:
     """Return the content, or the range that a header names: bytes=A-B, bytes=A- or bytes=-N."""
+    # As HTTP requires, an invalid header is ignored and a range outside the content rejected.
     match = re.fullmatch(r"bytes=(\d*)-(\d*)", header)
     if not match or match[0] == "bytes=-":
         return Response(content, headers=headers)

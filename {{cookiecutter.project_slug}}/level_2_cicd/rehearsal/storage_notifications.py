@@ -1,4 +1,4 @@
-"""Notifications of the fake of Cloud Storage: what happens to objects is published to Pub/Sub."""
+"""Notifications of the fake of Cloud Storage: publish object events to Pub/Sub."""
 
 import base64
 import json
@@ -29,6 +29,7 @@ class Notifications:
         if config.get("payload_format") not in ("JSON_API_V1", "NONE"):
             raise ApiError(400, "Invalid payload format: use JSON_API_V1 or NONE.", "invalid")
         configs = self.configs.setdefault(request["bucket"], {})
+        # One above the largest ID: a number in use must not be assigned twice.
         number = str(max(map(int, configs), default=0) + 1)
         configs[number] = {**config, "kind": "storage#notification", "id": number, "etag": number}
         return configs[number]
@@ -48,6 +49,7 @@ class Notifications:
     def send(self, event: str, resource: Json, **attributes: str) -> None:
         """Publish an event about an object: OBJECT_FINALIZE, OBJECT_DELETE or OBJECT_ARCHIVE."""
         for number, config in self.configs.get(resource["bucket"], {}).items():
+            # A configuration without event types gets all events.
             if event not in config.get("event_types", [event]):
                 continue
             if not resource["name"].startswith(config.get("object_name_prefix", "")):
@@ -63,7 +65,7 @@ class Notifications:
                 ),
                 "payloadFormat": config["payload_format"],
             }
-            # Custom attributes first: they cannot replace the standard ones.
+            # Custom attributes first, so that they cannot replace the standard ones.
             has_payload = config["payload_format"] == "JSON_API_V1"
             payload = json.dumps(resource).encode() if has_payload else b""
             all_attributes = {**config.get("custom_attributes", {}), **standard, **attributes}
@@ -71,7 +73,7 @@ class Notifications:
             self.publish(config["topic"], message)
 
     def publish(self, topic: str, message: Json) -> None:
-        """Publish a message, if there is a Pub/Sub."""
+        """Publish a message unless no Pub/Sub is configured."""
         if not self.pubsub:
             return
         uri = f"{self.pubsub}/v1/{topic.removeprefix('//pubsub.googleapis.com/')}:publish"
@@ -82,5 +84,6 @@ class Notifications:
             no_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
             no_proxy.open(request, timeout=10).close()
         except OSError as error:
+            # The object is stored: report the lost event instead of hiding it.
             message_text = f"the object is stored, but the notification to {uri} failed: {error}"
             raise ApiError(500, message_text) from None

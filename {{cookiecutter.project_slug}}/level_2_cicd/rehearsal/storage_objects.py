@@ -1,7 +1,7 @@
 """Objects of the fake of Cloud Storage, as files that containers can mount at /gcs.
 
-gs://BUCKET/NAME is the file ROOT/BUCKET/NAME. Its modification time in microseconds is the object's
-generation, so a file that a container writes is an object too.
+gs://BUCKET/NAME is the file ROOT/BUCKET/NAME. Its modification time in microseconds is the
+generation of the object, so a file that a container writes is an object too.
 """
 
 import base64
@@ -19,7 +19,7 @@ import google_crc32c
 
 from level_2_cicd.rehearsal.transport import ApiError, Json, timestamp
 
-# The metadata that a client may set; the service sets the rest.
+# Metadata that a client may set; the service sets the rest.
 SETTABLE = {"contentType", "contentEncoding", "cacheControl", "metadata", "customTime"}
 
 
@@ -29,17 +29,19 @@ class Objects:
     def __init__(self, storage: Any) -> None:
         self.storage = storage
         self._metadata: dict[tuple[str, str, int], Json] = {}  # by bucket, name, generation
-        self._hashes: dict[tuple[str, str, int, int], Json] = {}  # and by size
+        self._hashes: dict[tuple[str, str, int, int], Json] = {}  # by the same, and size
         self._last_generation = 0
 
     def names(self, bucket: str) -> list[str]:
         """Return the names of a bucket's objects, sorted."""
+        # Walk the folder instead of keeping a list: containers add files at any time.
         root = self.storage.root / bucket
         files = (Path(folder) / name for folder, _, names in os.walk(root) for name in names)
         return sorted(file.relative_to(root).as_posix() for file in files)
 
     def path(self, bucket: str, name: str) -> Path:
-        """Return an object's file; reject names that no file can have."""
+        """Return an object's file; reject names that are not valid paths."""
+        # ".." would leave the bucket's folder.
         invalid = {"", ".", ".."} & set(name.split("/")) or "\0" in name
         if invalid or len(name.encode()) > 1024:
             message = f"objects are files here, and '{name}' is not a valid file name"
@@ -48,7 +50,7 @@ class Objects:
         return root / bucket / name
 
     def find(self, bucket: str, name: str, query: dict[str, str]) -> Json:
-        """Return an object, in the generation that the query names."""
+        """Return an object's resource in the generation of the query, by default the current."""
         self.storage.bucket(bucket)
         if not name.endswith("/") and self.path(bucket, name).is_file():
             resource = self.resource(bucket, name)
@@ -57,11 +59,11 @@ class Objects:
         raise ApiError(404, f"No such object: {bucket}/{name}", "notFound")
 
     def resource(self, bucket: str, name: str) -> Json:
-        """Return an existing object's resource."""
+        """Return the resource of an existing object."""
         path = self.path(bucket, name)
         status = path.stat()
         generation = status.st_mtime_ns // 1000
-        # Hashing large files at each call would be slow.
+        # Cache the hashes: hashing large files at each call would be slow.
         key = (bucket, name, generation, status.st_size)
         if key not in self._hashes:
             self._hashes[key] = hashes(path.read_bytes())
@@ -87,7 +89,7 @@ class Objects:
         }
 
     def check_write(self, bucket: str, name: str, query: dict[str, str]) -> Json | None:
-        """Return the object that a write would overwrite; reject a write that is not allowed."""
+        """Return the object that a write would overwrite; reject an invalid write."""
         path = self.path(bucket, name)
         old = self.resource(bucket, name) if path.is_file() else None
         check_preconditions(old, query)
@@ -98,13 +100,14 @@ class Objects:
     def write(
         self, bucket: str, name: str, content: bytes, metadata: Json, query: dict[str, str]
     ) -> Json:
-        """Write an object atomically and publish what happened."""
+        """Write an object atomically and publish the events."""
         old = self.check_write(bucket, name, query)
+        # Before writing: content damaged on the way must not become an object.
         for kind, value in hashes(content).items():
             if metadata.get(kind, value) != value:
                 message = f"Provided {kind} {metadata[kind]} doesn't match calculated {value}."
                 raise ApiError(400, message, "invalid")
-        # Generations must grow, even if two writes share a microsecond or the clock goes back.
+        # Generations must grow even if two writes share a microsecond or the clock goes back.
         generation = max(time.time_ns() // 1000, self._last_generation + 1)
         if old:
             generation = max(generation, int(old["generation"]) + 1)
@@ -123,11 +126,12 @@ class Objects:
 
     def _replace(self, path: Path, content: bytes, generation: int) -> None:
         if path.is_dir():
-            shutil.rmtree(path)  # check_write found only folders in it
-        # Readers see the old content or the new one, never a part.
+            shutil.rmtree(path)  # it has only empty folders: see check_write
+        # Write elsewhere and rename: readers see the old or the new content, never a part.
         temporary = self.storage.root / ".uploads" / uuid.uuid4().hex
         temporary.parent.mkdir(exist_ok=True)
         temporary.write_bytes(content)
+        # Before the rename, so that the object never has another generation.
         os.utime(temporary, ns=(generation * 1000, generation * 1000))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +142,7 @@ class Objects:
 
 
 def check_preconditions(resource: Json | None, query: dict[str, str]) -> None:
-    """Check an object, or its absence, against ifGenerationMatch and the like."""
+    """Check an object, or its absence, against ifGenerationMatch and similar parameters."""
     for name in ("generation", "metageneration"):
         # An absent object has generation 0: ifGenerationMatch=0 means "create only".
         current, parameter = resource[name] if resource else "0", f"if{name.capitalize()}"

@@ -9,7 +9,7 @@ from level_2_cicd.rehearsal.server import ApiError, Json, Request, Response, rou
 from level_2_cicd.rehearsal.transport import parse_json
 
 PATH = "/(?:resumable/)?upload/storage/v1/b/{bucket}/o"
-CHUNK = 256 * 1024  # all chunks of a resumable upload but the last are multiples of it
+CHUNK = 256 * 1024  # chunks of a resumable upload are multiples of this, except the last
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Session:
 
 
 class Uploads:
-    """Handles uploads."""
+    """Handlers of uploads."""
 
     def __init__(self, storage: Any) -> None:
         self.storage = storage
@@ -42,6 +42,7 @@ class Uploads:
             metadata, content = parse_multipart(request)
         else:
             metadata, content = {"contentType": content_type}, request.body
+        # Clients send the name in the query or in the metadata.
         name = query.get("name") or metadata.get("name", "")
         request.message = {**metadata, "name": name}
         return self.storage.files.write(bucket, name, content, metadata, query)
@@ -52,7 +53,7 @@ class Uploads:
             metadata.setdefault("contentType", request.headers["x-upload-content-type"])
         name = request.query.get("name") or metadata.get("name", "")
         request.message = {**metadata, "name": name}
-        # Preconditions are checked now and again at the end, as the object may change meanwhile.
+        # Check preconditions now and again at the end, because the object may change meanwhile.
         self.storage.files.check_write(request["bucket"], name, request.query)
         session = uuid.uuid4().hex
         self.sessions[session] = Session(request["bucket"], name, metadata, request.query)
@@ -66,7 +67,7 @@ class Uploads:
         if session is None or session.bucket != request["bucket"]:
             raise ApiError(404, "Upload session not found; start a new one.", "notFound")
         request.message = request.body
-        # The client repeats a chunk whose response was lost.
+        # The client repeats the last chunk if its response was lost: do not write again.
         if session.result is not None:
             return session.result
         total = self._add_chunk(session, request)
@@ -76,18 +77,20 @@ class Uploads:
                 session.bucket, session.name, content, session.metadata, session.query
             )
             return session.result
-        # 308: the client goes on after this range.
+        # 308: the client continues after this range.
         received = {"Range": f"bytes=0-{len(content) - 1}"} if content else {}
         return Response(b"", 308, received)
 
     def _add_chunk(self, session: Session, request: Request) -> str:
-        """Add a chunk; return the upload's size, or * if the client does not know it yet."""
+        """Add a chunk; return the upload's total size, or * if it is still unknown."""
         body = request.body
+        # Without a Content-Range, the request has the whole content.
         whole = f"bytes 0-{len(body) - 1}/{len(body)}" if body else "bytes */0"
         header = request.headers.get("content-range", whole)
         match = re.fullmatch(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)", header)
         if not match:
             raise ApiError(400, f"Invalid Content-Range: {header}", "badRequest")
+        # "bytes */…" has no content: the client requests the received range only.
         if match[1]:
             start, end = int(match[1]), int(match[2]) + 1
             if end - start != len(body) or start > len(session.content):
@@ -101,7 +104,7 @@ class Uploads:
 
 def parse_multipart(request: Request) -> tuple[Json, bytes]:
     """Parse metadata and content of a multipart/related body."""
-    # gcloud writes the boundary in single quotes.
+    # gcloud puts the boundary in single quotes.
     boundary = re.search(r"""boundary=["']?([^"';]+)""", request.headers.get("content-type", ""))
     line = re.escape(boundary[1].encode()) if boundary else b""
     parts = re.fullmatch(
@@ -112,6 +115,7 @@ def parse_multipart(request: Request) -> tuple[Json, bytes]:
     )
     if not boundary or not parts:
         raise ApiError(400, "Malformed multipart body.", "badRequest")
+    # The line break before the last boundary is not part of the content.
     newline, metadata, headers, content = parts.groups()
     match = re.search(rb"content-type:\s*([^\r\n]+)", headers, re.IGNORECASE)
     content_type = {"contentType": match[1].decode()} if match else {}

@@ -11,7 +11,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 Json = dict[str, Any]
 
-# google.rpc code names, as Google's errors carry them, by HTTP status.
+# Names of google.rpc codes in Google's errors, by HTTP status.
 STATUS_NAMES = {
     400: "INVALID_ARGUMENT",
     401: "UNAUTHENTICATED",
@@ -33,8 +33,8 @@ class Request:
 
     Attributes:
         path: decoded, without the query.
-        query: the last value of each parameter; `repeated` has all of them.
-        headers: with names in lower case.
+        query: the last value of each parameter; `repeated` has all values.
+        headers: by name in lower case.
         call: the route's name, such as "customJobs.create".
         message: the body as the handler parsed it: a protobuf message, a dict, bytes or None.
     """
@@ -59,7 +59,7 @@ class Request:
 
 @dataclass
 class Response:
-    """A response; a callable body is called after the lock is released, and returns it."""
+    """A response; a callable body is called without the lock and returns the response."""
 
     body: Any = field(default_factory=dict)
     status: int = 200
@@ -71,8 +71,8 @@ class ApiError(Exception):
     """An error response in the format of Google's APIs.
 
     Args:
-        reason: Cloud Storage's word for the error.
-        name: the google.rpc code, if it is not the usual one of this HTTP status.
+        reason: Cloud Storage's reason code.
+        name: the google.rpc code, if not the usual one of this HTTP status.
     """
 
     def __init__(self, status: int, message: str, reason: str = "", name: str = "") -> None:
@@ -80,7 +80,7 @@ class ApiError(Exception):
         self.status, self.message, self.reason, self.name = status, message, reason, name
 
     def response(self) -> Response:
-        """Format it."""
+        """Convert the error to a response."""
         name = self.name or STATUS_NAMES.get(self.status, "UNKNOWN")
         error: Json = {"code": self.status, "message": self.message, "status": name}
         if self.reason:
@@ -100,7 +100,7 @@ def parse_json(body: bytes) -> Json:
 
 
 def timestamp(time: datetime | None = None) -> str:
-    """Format a time, or the present one, as JSON."""
+    """Format a time, by default the current time, as in Google's JSON."""
     return (time or datetime.now(UTC)).isoformat().replace("+00:00", "Z")
 
 
@@ -110,9 +110,9 @@ def failed_precondition(message: str) -> ApiError:
 
 
 class HttpServer(ThreadingHTTPServer):
-    """Passes requests to `fake.handle`, in a thread per connection; None closes the connection."""
+    """Pass requests to `fake.handle`, in a thread per connection; None closes the connection."""
 
-    daemon_threads = True
+    daemon_threads = True  # open connections of clients do not keep the program alive
     # Tests send a hundred requests at once; the default of 5 would refuse connections.
     request_queue_size = 256
 
@@ -121,21 +121,21 @@ class HttpServer(ThreadingHTTPServer):
         self.fake = fake
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Report errors, but not clients that closed the connection."""
-        # Clients are killed in tests; that is no error here.
+        """Report errors except connections closed by clients."""
+        # Tests kill clients, which is not an error of the server.
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
 
 
 class _Connection(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"  # with connections that stay open, as Google's
+    protocol_version = "HTTP/1.1"  # persistent connections, as Google's servers have
     server: HttpServer
     # Otherwise each response waits 40 ms for the client's delayed ACK.
     disable_nagle_algorithm: ClassVar[bool] = True
 
     def _handle(self) -> None:
         url = urlsplit(self.path)
-        # Blank values count: `prefix=` is not an error.
+        # Keep blank values: `prefix=` is valid.
         repeated = parse_qs(url.query, keep_blank_values=True)
         query = {name: values[-1] for name, values in repeated.items()}
         headers = {name.lower(): value for name, value in self.headers.items()}
@@ -159,13 +159,14 @@ class _Connection(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
+        # A response to HEAD has the headers of GET and no body.
         if self.command != "HEAD":
             self.wfile.write(content[: int(len(content) * response.fraction)])
-        # Less than Content-Length promises: the client sees a broken connection.
+        # The body is shorter than Content-Length: the client sees a broken connection.
         self.close_connection |= response.fraction < 1
 
     def _read_body(self) -> bytes:
-        # Python's server does not decode chunks, which Go's clients (Terraform) send.
+        # Python's server does not decode chunked bodies, which Go's clients (Terraform) send.
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
             return self.rfile.read(int(self.headers.get("Content-Length") or 0))
         body = b""
@@ -176,4 +177,4 @@ class _Connection(BaseHTTPRequestHandler):
         return body
 
     def log_message(self, *_: object) -> None:
-        """Print nothing: fakes keep the requests."""
+        """Print nothing, because the fakes store the requests."""

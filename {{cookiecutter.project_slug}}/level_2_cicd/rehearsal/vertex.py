@@ -29,10 +29,9 @@ OPERATION = rf"{LOCATION}/(?:\w+/[^/:]+/)?operations/{{id}}"
 
 @dataclass
 class Operation:
-    """A long-running operation: `apply` runs after `polls` polls, when `server` is ready.
+    """A long-running operation: `apply` runs after `polls` polls, once `server` is ready.
 
-    Attributes:
-        key: of what it creates, so that the same is not created twice at a time.
+    `key` identifies the resource to create, so that two operations do not create the same one.
     """
 
     name: str
@@ -45,7 +44,7 @@ class Operation:
     result: Json | None = None
 
     def poll(self) -> None:
-        """Apply it if it is due."""
+        """Apply the operation if it is due."""
         if self.result is not None:
             return
         if self.polls > 0:
@@ -56,11 +55,11 @@ class Operation:
                 return
             self.finish(self.apply())
         except ApiError as error:
-            # 9 is FAILED_PRECONDITION: what was right when it began no longer is.
+            # 9 is FAILED_PRECONDITION: the state has changed since the operation began.
             self.result = {"error": {"code": 9, "message": error.message}}
 
     def finish(self, message: Any) -> None:
-        """Set the response; None is an empty one."""
+        """Set the response; None is an empty response."""
         if message is None:
             self.result = {"response": {"@type": EMPTY}}
         else:
@@ -68,7 +67,7 @@ class Operation:
             self.result = {"response": {"@type": kind, **as_json(message)}}
 
     def cancel(self) -> None:
-        """End it without applying it."""
+        """End the operation without applying it."""
         if self.result is None:
             if self.server is not None:
                 self.server.stop()
@@ -76,7 +75,7 @@ class Operation:
             self.result = {"error": {"code": 1, "message": "The operation was cancelled"}}
 
     def as_json(self) -> Json:
-        """Convert it to JSON."""
+        """Convert the operation to JSON."""
         metadata = {
             "@type": f"{TYPES}{self.verb}OperationMetadata",
             "genericMetadata": {"createTime": timestamp(self.create_time)},
@@ -89,11 +88,11 @@ class FakeVertex(FakeServer):
     """Vertex AI; see README.md.
 
     Attributes:
-        job_states: the states of a job before its last; each get of a job advances it.
+        job_states: the states of a job before its final one; each get of a job advances it.
         slow_operations: number of polls of an operation (or gets of any resource) until it is done.
-        task_outputs: the metadata of pipeline tasks' outputs: {task: {output: metadata}}.
+        task_outputs: metadata of the outputs of pipeline tasks: {task: {output: metadata}}.
         skipped_tasks: tasks that never run.
-        predictor: predicts where no containers run: (deployed model, body) → Response.
+        predictor: predicts if there are no containers: (deployed model, body) → Response.
         jobs, runs, models, endpoints: the resources.
     """
 
@@ -108,11 +107,12 @@ class FakeVertex(FakeServer):
         self.operations: dict[str, Operation] = {}
         self.jobs, self.runs = CustomJobs(self), PipelineJobs(self)
         self.models, self.endpoints = Models(self), Endpoints(self)
-        self._ids = itertools.count(1_000_000_001)  # 10 digits, as a deployed model's id may have
+        self._ids = itertools.count(1_000_000_001)  # 10 digits, the most of a deployed model's ID
         for part in (self.jobs, self.runs, self.models, self.endpoints):
             self.add_routes(part, f"{LOCATION}/{part.plural}", f"{part.plural}.")
 
     def __exit__(self, *exception: object) -> None:
+        # Stop the server first, so that no request starts another container.
         try:
             super().__exit__(*exception)
         finally:
@@ -120,11 +120,11 @@ class FakeVertex(FakeServer):
                 self.containers.close()
 
     def set_outcome(self, name: str = "", state: str = "FAILED", **outcome: Any) -> None:
-        """Set how jobs end that are created from now on; the newest matching rule wins.
+        """Set the outcome of future jobs; the newest matching rule wins.
 
         Args:
             name: a regular expression for display names.
-            state: SUCCEEDED, FAILED …, with or without the prefix of its kind.
+            state: SUCCEEDED, FAILED …, with or without the prefix JOB_STATE_ or PIPELINE_STATE_.
             outcome: the other fields of Outcome.
         """
         with self.lock:
@@ -133,7 +133,8 @@ class FakeVertex(FakeServer):
                 jobs.outcomes.insert(0, Outcome(name, short, **outcome))
 
     def new_id(self, digits: int = 19) -> str:
-        """Return a new number."""
+        """Return a new ID of so many digits."""
+        # Padding with zeros keeps IDs of all lengths unique.
         return str(next(self._ids) * 10 ** (digits - 10))
 
     def start_operation(
@@ -144,18 +145,18 @@ class FakeVertex(FakeServer):
         server: Any = None,
         key: Any = None,
     ) -> Json:
-        """Start an operation; one that is not slow is applied now, and fails with the call."""
+        """Start an operation; if it is not slow, apply it now, and fail with the call."""
         identity = self.new_id()
         name = f"{resource}/operations/{identity}"
         operation = Operation(name, verb, apply, self.slow_operations, server, key)
-        # A server needs time to become healthy, so that a deployment with one is never immediate.
+        # A server needs time to become healthy, so a deployment with a server is never immediate.
         if self.slow_operations == 0 and server is None:
             operation.finish(apply())
         self.operations[identity] = operation
         return operation.as_json()
 
     def tick(self) -> None:
-        """Let time pass for all operations."""
+        """Poll all operations."""
         for operation in self.operations.values():
             operation.poll()
 
@@ -181,6 +182,7 @@ class FakeVertex(FakeServer):
 
     @route("GET", rf"{LOCATION}(?P<resource>(?:/\w+/[^/:]+)?)/operations", "operations.list")
     def _list_operations(self, request: Request) -> Json:
+        # An exact match: a list for a location excludes the operations of its resources.
         parent = f"{canonical(request['parent'])}{request['resource']}/operations/"
         operations = [
             operation.as_json()

@@ -1,4 +1,4 @@
-"""Vertex AI's endpoints: deployed models, the traffic between them, and predictions."""
+"""Fake of Vertex AI's endpoints: deployed models, traffic split, and predictions."""
 
 import json
 from collections import Counter
@@ -42,7 +42,7 @@ class Endpoints(Collection):
         self._shares: dict[str, Counter[str]] = {}
 
     def deployments(self, model: str, version: str) -> list[Any]:
-        """Return where a version is deployed."""
+        """Return the deployments of a model version."""
         return [
             types.DeployedModelRef(endpoint=endpoint.name, deployed_model_id=deployed.id)
             for endpoint in self.by_name.values()
@@ -78,7 +78,7 @@ class Endpoints(Collection):
         message.endpoint.name = endpoint.name
         request.message, paths = message, message.update_mask.paths
         check_mask(paths)
-        # Without an etag, nothing is compared.
+        # The etag detects concurrent changes; without one, the last update wins.
         if changes.etag and changes.etag != endpoint.etag:
             state = f"{endpoint.name} has changed since and has {endpoint.etag!r}"
             raise ApiError(409, f"etag is {changes.etag!r}, but {state}", name="ABORTED")
@@ -91,7 +91,7 @@ class Endpoints(Collection):
 
     @route("POST", f"{ONE}:deployModel", "deployModel")
     def deploy(self, request: Request) -> Any:
-        """Deploy a version, and set the traffic if it is given."""
+        """Deploy a model version, and set the traffic split if given."""
         message = request.message = parse(types.DeployModelRequest, request.body)
         endpoint = self.find(request)
         message.endpoint = endpoint.name
@@ -105,13 +105,14 @@ class Endpoints(Collection):
         server = containers.start_server(model, deployed) if containers else None
 
         def apply() -> Any:
+            # Check again: the endpoint may have changed since the operation started.
             traffic = traffic_after_deploy(endpoint, deployed.id, split)
             deployed.create_time = now()
             endpoint.deployed_models.append(deployed)
             if traffic:
                 endpoint.traffic_split = traffic
             self.touch(endpoint)
-            # From now on it gets predictions; before, it was not healthy yet.
+            # The server gets predictions only from now on: it was not healthy before.
             if server is not None:
                 self.servers[key] = server
             return types.DeployModelResponse(deployed_model=deployed)
@@ -119,10 +120,11 @@ class Endpoints(Collection):
         return self.vertex.start_operation(endpoint.name, "DeployModel", apply, server, key)
 
     def _new_deployed_model(self, message: Any) -> tuple[Any, Any]:
-        """Complete and check a deployed model; return its model, too."""
+        """Complete and check a deployed model; return it and its model."""
         deployed = types.DeployedModel(message.deployed_model)
         require(deployed, "model")
         model = self.vertex.models.find_version(deployed.model)
+        # Store the version's number, because an alias may move later.
         deployed.model, deployed.model_version_id = model.name, model.version_id
         deployed.display_name = deployed.display_name or model.display_name
         check_resources(deployed)
@@ -133,7 +135,7 @@ class Endpoints(Collection):
 
     @route("POST", f"{ONE}:undeployModel", "undeployModel")
     def undeploy(self, request: Request) -> Any:
-        """Undeploy a model without traffic, or the last one."""
+        """Undeploy a model that has no traffic, or the last model."""
         message = request.message = parse(types.UndeployModelRequest, request.body)
         endpoint = self.find(request)
         message.endpoint = endpoint.name
@@ -153,12 +155,12 @@ class Endpoints(Collection):
         return self.vertex.start_operation(endpoint.name, "UndeployModel", apply)
 
     def choose(self, endpoint: Any) -> Any:
-        """Return the next deployed model: each gets its share of every hundred predictions."""
+        """Return the next deployed model; of 100 predictions each model gets exactly its share."""
         split = {key: share for key, share in endpoint.traffic_split.items() if share}
         if not split:
             problem = "has no deployed model with traffic"
             raise failed_precondition(f"The Endpoint {endpoint.name} {problem}")
-        # Smooth weighted round-robin: each turn adds the shares; the largest wins and pays for all.
+        # Smooth weighted round-robin: add the shares, select the largest sum, subtract the total.
         shares = self._shares.setdefault(endpoint.name, Counter())
         for key in set(shares) - set(split):
             del shares[key]
@@ -169,7 +171,7 @@ class Endpoints(Collection):
 
     @route("POST", f"{ONE}:predict", "predict")
     def predict(self, request: Request) -> Response:
-        """Predict with the next deployed model."""
+        """Predict with the next deployed model and add its identity to the response."""
         request.message = parse(types.PredictRequest, request.body)
         deployed, response = self._predict(request)
         model = self.vertex.models.find_version(f"{deployed.model}@{deployed.model_version_id}")
@@ -179,7 +181,7 @@ class Endpoints(Collection):
             content = result.body
             if result.status != 200:
                 text = content.decode(errors="replace") if isinstance(content, bytes) else content
-                # Other statuses of a container are a 500 of Vertex AI.
+                # Vertex AI returns 500 for all other statuses of a container.
                 status = result.status if result.status in {400, 429, 503, 504} else 500
                 raise ApiError(status, text if isinstance(text, str) else json.dumps(text))
             source = {
@@ -195,7 +197,7 @@ class Endpoints(Collection):
 
     @route("POST", f"{ONE}:rawPredict", "rawPredict")
     def raw_predict(self, request: Request) -> Response:
-        """Pass the body to the next deployed model, and return its response."""
+        """Pass the body to the next deployed model and return its response unchanged."""
         request.message = request.body
         deployed, response = self._predict(request)
 
@@ -207,7 +209,7 @@ class Endpoints(Collection):
         return Response(complete)
 
     def _predict(self, request: Request) -> tuple[Any, Any]:
-        """Return the next deployed model, and a function that returns its response."""
+        """Return the next deployed model and a function that returns its response."""
         # The function runs without the lock, because a prediction takes time.
         endpoint = self.find(request)
         deployed = self.choose(endpoint)
@@ -221,7 +223,7 @@ class Endpoints(Collection):
 
 
 def check_mask(paths: Any) -> None:
-    """Reject an update of fields that cannot be changed."""
+    """Reject an update of immutable fields."""
     if not paths:
         raise ApiError(400, "update_mask is required")
     if fixed := ", ".join(sorted(set(paths) - MUTABLE)):
@@ -230,12 +232,12 @@ def check_mask(paths: Any) -> None:
 
 
 def deployed_ids(endpoint: Any) -> set[str]:
-    """Return the ids of the deployed models."""
+    """Return the IDs of the deployed models."""
     return {deployed.id for deployed in endpoint.deployed_models}
 
 
 def traffic_after_deploy(endpoint: Any, identity: str, split: dict[str, int]) -> dict[str, int]:
-    """Check a deployment against the endpoint as it is now; return the new traffic."""
+    """Check a deployment against the endpoint's current state; return the new traffic split."""
     ids = deployed_ids(endpoint)
     if identity in ids:
         raise ApiError(409, f"The DeployedModel {identity} already exists on {endpoint.name}")
@@ -245,7 +247,7 @@ def traffic_after_deploy(endpoint: Any, identity: str, split: dict[str, int]) ->
 
 
 def traffic_after_undeploy(endpoint: Any, identity: str, split: dict[str, int]) -> dict[str, int]:
-    """Check an undeployment against the endpoint as it is now; return the new traffic."""
+    """Check an undeployment against the endpoint's current state; return the new traffic split."""
     ids = deployed_ids(endpoint)
     if identity not in ids:
         raise ApiError(404, f"The DeployedModel {identity} does not exist on {endpoint.name}")
@@ -253,7 +255,7 @@ def traffic_after_undeploy(endpoint: Any, identity: str, split: dict[str, int]) 
         check_traffic(split, ids)
     traffic = split or dict(endpoint.traffic_split)
     if ids == {identity}:
-        return {}  # the last model takes its traffic with it
+        return {}  # without models, an endpoint has no traffic split
     if share := traffic.get(identity):
         message = f"The DeployedModel {identity} still has {share} % of the traffic"
         raise failed_precondition(message)
@@ -261,7 +263,7 @@ def traffic_after_undeploy(endpoint: Any, identity: str, split: dict[str, int]) 
 
 
 def check_traffic(split: dict[str, int], ids: set[str]) -> None:
-    """Reject shares that do not sum up to 100, or that name models that are not deployed."""
+    """Reject a traffic split with unknown models, or with shares that do not add up to 100."""
     if unknown := ", ".join(sorted(set(split) - ids)):
         raise ApiError(400, f"traffic_split: there is no DeployedModel {unknown}")
     total = sum(split.values())
@@ -270,7 +272,7 @@ def check_traffic(split: dict[str, int], ids: set[str]) -> None:
 
 
 def check_resources(deployed: Any) -> None:
-    """Reject invalid resources, and complete them."""
+    """Check the dedicated resources and set the default of max_replica_count."""
     require(deployed, "dedicated_resources.machine_spec.machine_type")
     resources = deployed.dedicated_resources
     least, most = resources.min_replica_count, resources.max_replica_count

@@ -1,4 +1,4 @@
-"""Vertex AI's custom jobs and pipeline jobs: each look advances their state, up to an outcome."""
+"""Fake of Vertex AI's custom jobs and pipeline jobs: each get advances the state of a job."""
 
 import re
 from dataclasses import dataclass, field
@@ -28,11 +28,11 @@ FOLDER = r"gs://[^/]+(/.*)?"
 
 @dataclass
 class Outcome:
-    """How jobs with a matching display name end.
+    """Outcome of jobs with a matching display name.
 
     Attributes:
-        code: google.rpc's code (8: RESOURCE_EXHAUSTED).
-        through: the states before; () ends a job at once.
+        code: the google.rpc code of the error, such as 8 (RESOURCE_EXHAUSTED).
+        through: the states before the final one; () ends a job at once.
         times: number of jobs; None: all.
     """
 
@@ -46,7 +46,7 @@ class Outcome:
 
 @dataclass
 class Job:
-    """A job's message, its coming states, and the container that runs it."""
+    """A job's message, its remaining states, and the container that runs it."""
 
     message: Any
     outcome: Outcome
@@ -71,6 +71,7 @@ class Jobs(Collection):
         job = Job(message, self._outcome(message))
         job.coming_states = [*job.outcome.through, job.outcome.state]
         self.by_name[name] = job
+        # A job has a state from the start; gets advance it.
         self.enter(job, job.coming_states.pop(0))
         return job
 
@@ -94,7 +95,7 @@ class Jobs(Collection):
         return str(job.message.state.name).removeprefix(self.prefix)
 
     def enter(self, job: Job, state: str) -> None:
-        """Set a job's state."""
+        """Set a job's state and the times and error that belong to it."""
         message = job.message
         # The states of both kinds differ in their prefix only.
         message.state = self.states[f"{self.prefix}{state}"]
@@ -104,7 +105,7 @@ class Jobs(Collection):
         if state in FINAL_STATES:
             message.end_time = now()
         if state == "FAILED":
-            message.error.code = job.outcome.code or 3  # INVALID_ARGUMENT, as for a bad program
+            message.error.code = job.outcome.code or 3  # INVALID_ARGUMENT, as when a program fails
             message.error.message = job.outcome.message or "injected failure"
 
     def advance(self, job: Job) -> None:
@@ -124,7 +125,7 @@ class Jobs(Collection):
         if self.state(job) in FINAL_STATES:
             problem = f"cannot be cancelled: its state is {job.message.state.name}"
             raise failed_precondition(f"The {self.kind.__name__} {message.name} {problem}")
-        # Cancelling is asynchronous: the next look finds the job cancelled.
+        # Cancelling is asynchronous: the next get returns the job as cancelled.
         job.coming_states = ["CANCELLED"]
         self.enter(job, "CANCELLING")
         if job.container is not None:
@@ -145,13 +146,13 @@ class CustomJobs(Jobs):
         check_job_spec(message.job_spec)
         check_labels(message.labels)
         job = self.add(types.CustomJob(message), self.name(request, self.vertex.new_id()))
-        # A job that is to fail does so without a container.
+        # A job with an injected failure needs no container.
         if self.vertex.containers is not None and job.outcome.state == "SUCCEEDED":
             job.container = self.vertex.containers.start_job(job.message)
         return self.view(job.message)
 
     def advance(self, job: Job) -> None:
-        """Enter the next state; with a container, RUNNING is the last one until it exits."""
+        """Enter the next state; with a container, stay in RUNNING until it exits."""
         if job.container is None:
             super().advance(job)
             return
@@ -165,6 +166,7 @@ class CustomJobs(Jobs):
             if self.state(job) == "CANCELLING":
                 state = "CANCELLED"
             error = f"The replica workerpool0-0 exited with a non-zero status of {code}."
+            # The container's exit replaces the planned outcome.
             job.outcome = Outcome(state=state, code=3, message=f"{error} {last_lines}")
             job.coming_states = []
             self.enter(job, state)
@@ -183,7 +185,7 @@ def check_job_spec(spec: Any) -> None:
 
 
 def worker_pool_problem(index: int, pool: Any) -> str:
-    """Return what is wrong with a worker pool, or an empty text."""
+    """Return the problem of a worker pool, or an empty string."""
     if "container_spec" not in pool and "python_package_spec" not in pool:
         # Only pools after the first may be empty.
         empty = index > 0 and not pool.replica_count
@@ -200,7 +202,7 @@ def worker_pool_problem(index: int, pool: Any) -> str:
 
 
 class PipelineJobs(Jobs):
-    """Pipeline jobs. Their tasks are not run: `FakeVertex.task_outputs` has their outputs."""
+    """Pipeline jobs. Tasks do not run: `FakeVertex.task_outputs` has their outputs."""
 
     plural, kind, states = "pipelineJobs", types.PipelineJob, types.PipelineState
     prefix = "PIPELINE_STATE_"
@@ -214,11 +216,11 @@ class PipelineJobs(Jobs):
         check_pipeline_job(message)
         check_labels(message.labels)
         message.name = self.name(request, identity)
-        self.check_new(message.name)  # callers rely on this 409 to start a run once
+        self.check_new(message.name)  # callers rely on this 409 to start a run only once
         return self.view(self.add(types.PipelineJob(message), message.name).message)
 
     def enter(self, job: Job, state: str) -> None:
-        """Set the state, and the tasks': the first task runs; the second fails with its job."""
+        """Set the states of a job and its tasks; in a failed job, the second task fails."""
         super().enter(job, state)
         spec = as_json(job.message).get("pipelineSpec", {})
         names = [
@@ -253,7 +255,7 @@ class PipelineJobs(Jobs):
 
 
 def task_names(graph: Json, components: Json) -> list[str]:
-    """Return a graph's tasks in an order in which they can run, with those of inner graphs."""
+    """Return the tasks of a graph and its inner graphs in an order in which they can run."""
     tasks = graph.get("dag", {}).get("tasks", {})
     needs = {name: task.get("dependentTasks", []) for name, task in tasks.items()}
     names: list[str] = []
@@ -264,7 +266,7 @@ def task_names(graph: Json, components: Json) -> list[str]:
 
 
 def check_pipeline_job(message: Any) -> None:
-    """Reject a pipeline job whose parameters are not those of its pipeline."""
+    """Reject a pipeline job whose parameters do not match its pipeline."""
     if not message.pipeline_spec and not message.template_uri:
         raise ApiError(400, "pipeline_spec or template_uri is required")
     config = message.runtime_config
@@ -276,6 +278,7 @@ def check_pipeline_job(message: Any) -> None:
     values = set(config.parameter_values)
     if unknown := ", ".join(sorted(values - set(known))):
         raise ApiError(400, f"parameter_values: the pipeline has no parameter {unknown}")
+    # A parameter with a default value or isOptional may be left out.
     optional = {name for name in known if {"defaultValue", "isOptional"} & set(known[name])}
     if missing := ", ".join(sorted(set(known) - optional - values)):
         raise ApiError(400, f"runtime_config.parameter_values: {missing} is required")

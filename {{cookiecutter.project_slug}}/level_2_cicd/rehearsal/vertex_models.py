@@ -1,4 +1,4 @@
-"""Vertex AI's Model Registry: versions, numbered from 1, and aliases, each on one version."""
+"""Fake of Vertex AI's Model Registry: numbered versions, and aliases, each on one version."""
 
 from collections import Counter
 from typing import Any
@@ -24,13 +24,13 @@ MODEL_ID = r"[a-z_][a-z0-9_-]{0,62}"
 
 
 class Models(Collection):
-    """Models: {name: {version: message}}; the messages have the aliases, `default` among them."""
+    """Models: {name: {version: message}}; messages have their aliases, including `default`."""
 
     plural, kind = "models", types.Model
 
     def __init__(self, vertex: Any) -> None:
         super().__init__(vertex)
-        self._last_version: Counter[str] = Counter()  # numbers are not used again
+        self._last_version: Counter[str] = Counter()  # version numbers are never reused
 
     @route("POST", ":upload", "upload")
     def upload(self, request: Request) -> Any:
@@ -46,6 +46,7 @@ class Models(Collection):
         check_labels(model.labels)
         for alias in model.version_aliases:
             check_id("version_aliases", alias, ALIAS)
+        # Find the name now, so that an unknown parent fails in the call, not in the operation.
         name = self._upload_name(request)
 
         def apply() -> Any:
@@ -72,27 +73,28 @@ class Models(Collection):
         self._last_version[name] += 1
         model.name, model.version_id = name, str(self._last_version[name])
         aliases, model.version_aliases = list(model.version_aliases), []
+        # All versions share the creation time of the model.
         first = next(iter(versions.values())) if versions else None
         model.create_time = first.create_time if first else now()
         model.version_create_time = model.version_update_time = now()
         dedicated = types.Model.DeploymentResourcesType.DEDICATED_RESOURCES
         model.supported_deployment_resources_types = [dedicated]
         versions[model.version_id] = self.touch(model)
-        # Some version must be the default one, so the first is.
+        # A model always has a default version, so the first version becomes it.
         if model.version_id == "1" and "default" not in aliases:
             aliases.append("default")
         self._move_aliases(model, aliases)
         return str(model.version_id)
 
     def _move_aliases(self, model: Any, aliases: list[str]) -> None:
-        """Point aliases to this version, and to no other."""
-        # Vertex AI takes an alias away from the other versions itself.
+        """Move aliases to this version."""
+        # An alias names one version, so Vertex AI removes it from the others.
         for version in self.by_name[model.name].values():
             others = [alias for alias in version.version_aliases if alias not in aliases]
             version.version_aliases = [*others, *aliases] if version is model else others
 
     def find_version(self, name: str) -> Any:
-        """Return the version that NAME (the default one), NAME@VERSION or NAME@ALIAS means."""
+        """Return the version named NAME (the default one), NAME@VERSION or NAME@ALIAS."""
         base, _, version = canonical(name).partition("@")
         for model in self.by_name.get(base, {}).values():
             if model.version_id == version or (version or "default") in model.version_aliases:
@@ -100,16 +102,16 @@ class Models(Collection):
         raise self.not_found(name)
 
     def find(self, request: Request) -> Any:
-        """Return the version of a path."""
+        """Return the version named by a request's path."""
         return self.find_version(self.name(request))
 
     def in_location(self, request: Request) -> list[Any]:
-        """Return the default versions of a location's models."""
+        """Return the default version of each model in a location."""
         models = [next(iter(versions.values())) for versions in super().in_location(request)]
         return [self._with_deployments(self.find_version(model.name)) for model in models]
 
     def view(self, message: Any) -> Json:
-        """Add where the version is deployed."""
+        """Convert a version with its deployments to JSON."""
         return as_json(self._with_deployments(message))
 
     def _with_deployments(self, model: Any) -> Any:
@@ -126,10 +128,11 @@ class Models(Collection):
 
     @route("POST", f"{ONE}:mergeVersionAliases", "mergeVersionAliases")
     def merge_aliases(self, request: Request) -> Json:
-        """Move aliases to a version; "-alias" removes one."""
+        """Move aliases to a version; "-ALIAS" removes an alias."""
         message = request.message = parse(types.MergeVersionAliasesRequest, request.body)
         message.name = self.name(request)
         require(message, "version_aliases")
+        # Aliases move to an explicit version, never to "the default one".
         if "@" not in message.name:
             rule = f"a version is required, as in {message.name}@1"
             raise ApiError(400, f"name is {message.name}: {rule}")

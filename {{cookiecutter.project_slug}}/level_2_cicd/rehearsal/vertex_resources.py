@@ -1,4 +1,4 @@
-"""What the collections of Vertex AI's resources have in common: names, get and list."""
+"""Base class of the collections of Vertex AI's resources: names, get and list."""
 
 from typing import Any, ClassVar
 
@@ -21,7 +21,8 @@ class Collection:
         self.by_name: dict[str, Any] = {}
 
     def name(self, request: Request, identity: str = "") -> str:
-        """Return the resource name that a path means, or a new one in its location."""
+        """Return the resource name of a request's path, or with `identity` of a new resource."""
+        # With the project's number, so that a project's ID and number mean the same resource.
         return f"{canonical(request['parent'])}/{self.plural}/{identity or request['id']}"
 
     def not_found(self, name: str) -> ApiError:
@@ -29,19 +30,19 @@ class Collection:
         return ApiError(404, f"The {self.kind.__name__} does not exist: {name}")
 
     def check_new(self, name: str, hint: str = "") -> None:
-        """Reject a name that exists."""
+        """Reject an existing name."""
         if name in self.by_name:
             raise ApiError(409, f"The {self.kind.__name__} {name} already exists{hint}")
 
     def find(self, request: Request) -> Any:
-        """Return the message of a path's resource."""
+        """Return the message of the resource named by a request's path."""
         name = self.name(request)
         if name not in self.by_name:
             raise self.not_found(name)
         return self.by_name[name]
 
     def in_location(self, request: Request) -> list[Any]:
-        """Return the messages of a path's location."""
+        """Return the messages in the location of a request's path."""
         prefix = f"{canonical(request['parent'])}/"
         return [message for name, message in self.by_name.items() if name.startswith(prefix)]
 
@@ -59,7 +60,8 @@ class Collection:
         return message
 
     def look(self, request: Request) -> None:
-        """Let time pass."""
+        """Advance time: poll all operations."""
+        # Clients that poll the resource, not its operation, must see it progress too.
         self.vertex.tick()
 
     @route("GET", "", "list")
@@ -71,6 +73,6 @@ class Collection:
     @route("GET", ONE, "get")
     def get(self, request: Request) -> Json:
         self.look(request)
-        name = self.name(request)  # of a model, with the version that the path names
+        name = self.name(request)  # a model's name includes the version in the path
         request.message = parse_query(self.request_type("Get"), request, name=name)
         return self.view(self.find(request))
