@@ -1,8 +1,7 @@
 """Build the images that the registry lacks, each in a child build, in parallel.
 
-python -m level_2_cicd.builds [NAME …]      make images: writes digests to build/images.json
-python -m level_2_cicd.builds NAME --image IMAGE --tag TAG
-                                            make image: builds one image, inside its child build
+python -m level_2_cicd.builds [NAME …]                      make images: write build/images.json
+python -m level_2_cicd.builds NAME --image IMAGE --tag TAG  make image: in its child build
 
 An environment with `promote_from` copies the images that passed there instead of building.
 """
@@ -49,10 +48,7 @@ CHUNK = 8 * 1024 * 1024
 def provide_images(
     selection: Sequence[Container], settings: Settings, environment: Environment
 ) -> dict[str, str]:
-    """Build or copy the missing images and return container → image by digest.
-
-    One failure does not stop the others.
-    """
+    """Build or copy missing images in parallel; return container → image by digest."""
     submit_build.require_level_2(environment)
     source = environment.promote_from and resolve_environment(settings, environment.promote_from)
 
@@ -68,6 +64,7 @@ def provide_images(
             digest = build(container, environment, name)
         return f"{environment.images}/{container.name}@{digest}"
 
+    # One failure does not stop the other images.
     return containers.run_parallel({one.name: partial(provide, one) for one in selection})
 
 

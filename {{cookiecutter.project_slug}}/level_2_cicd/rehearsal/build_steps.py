@@ -153,7 +153,7 @@ class Outcome:
 def as_process(
     machine: Mapping[str, str], instead: Mapping[str, list[str]] | None = None
 ) -> StepCommand:
-    """Run steps as processes of this machine, with its programs in place of the toolbox's.
+    """Run steps as local processes, with local programs instead of those of the toolbox image.
 
     Args:
         machine: environment variables that override the build's.
@@ -194,13 +194,9 @@ def environment(build: Json, step: Json) -> dict[str, str]:
 def run(
     build: Json, workspace: Path, command: StepCommand, kill_after: int | None = None
 ) -> Outcome:
-    """Run a build's steps.
+    """Run the steps of a build whose substitutions are filled in.
 
-    Args:
-        build: with its substitutions filled in.
-        command: what runs a step; see as_process.
-        kill_after: number of successful steps after which all processes are killed, as if the
-            machine had failed.
+    After `kill_after` successful steps all processes are killed, as if the machine had failed.
     """
     return _Run(build, workspace, command, kill_after).run()
 

@@ -29,12 +29,10 @@ class BuildFailed(Exception):
 
 
 class FakeCloudBuild(FakeServer):
-    """Cloud Build.
+    """Fake of Cloud Build; builds run in threads.
 
-    Args:
-        work: does a build, given as JSON with its substitutions filled in; returns the digests of
-            its images by name, or raises BuildFailed. Builds run in threads. Without `work`, they
-            succeed at once.
+    `work` runs a build (JSON, with its substitutions filled in) and returns the digests of its
+    images by name, or raises BuildFailed. Without `work`, builds succeed at once.
     """
 
     def __init__(self, work: Worker | None = None, port: int = 0) -> None:

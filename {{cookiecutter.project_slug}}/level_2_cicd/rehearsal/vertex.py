@@ -47,6 +47,7 @@ class Operation:
         """Apply the operation if it is due."""
         if self.result is not None:
             return
+        # Each poll is a unit of time: tests need no clock.
         if self.polls > 0:
             self.polls -= 1
             return
@@ -130,6 +131,7 @@ class FakeVertex(FakeServer):
         with self.lock:
             short = re.sub(r"^(JOB|PIPELINE)_STATE_", "", state)
             for jobs in (self.jobs, self.runs):
+                # First in the list, because the first match wins.
                 jobs.outcomes.insert(0, Outcome(name, short, **outcome))
 
     def new_id(self, digits: int = 19) -> str:

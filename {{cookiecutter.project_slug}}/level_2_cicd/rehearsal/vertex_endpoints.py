@@ -101,6 +101,7 @@ class Endpoints(Collection):
         if self.vertex.is_pending(key):
             problem = f"is being deployed to {endpoint.name} already"
             raise ApiError(409, f"The DeployedModel {deployed.id} {problem}")
+        # Start the server only after all checks: a rejected call must leave no container.
         containers = self.vertex.containers
         server = containers.start_server(model, deployed) if containers else None
 
@@ -162,6 +163,7 @@ class Endpoints(Collection):
             raise failed_precondition(f"The Endpoint {endpoint.name} {problem}")
         # Smooth weighted round-robin: add the shares, select the largest sum, subtract the total.
         shares = self._shares.setdefault(endpoint.name, Counter())
+        # Forget models without traffic, so that they start fresh when they get traffic again.
         for key in set(shares) - set(split):
             del shares[key]
         shares.update(split)

@@ -77,6 +77,7 @@ class Jobs(Collection):
 
     def _outcome(self, message: Any) -> Outcome:
         for outcome in self.outcomes:
+            # Count down, so that a retried job can succeed after some failures.
             if outcome.times != 0 and re.search(outcome.name, message.display_name):
                 outcome.times = None if outcome.times is None else outcome.times - 1
                 return outcome
@@ -126,7 +127,7 @@ class Jobs(Collection):
             problem = f"cannot be cancelled: its state is {job.message.state.name}"
             raise failed_precondition(f"The {self.kind.__name__} {message.name} {problem}")
         # Cancelling is asynchronous: the next get returns the job as cancelled.
-        job.coming_states = ["CANCELLED"]
+        job.coming_states = ["CANCELLED"]  # replaces the planned outcome
         self.enter(job, "CANCELLING")
         if job.container is not None:
             job.container.stop()
@@ -141,7 +142,7 @@ class CustomJobs(Jobs):
     @route("POST", "", "create")
     def create(self, request: Request) -> Json:
         message = request.message = parse(types.CustomJob, request.body)
-        parse_query(types.CreateCustomJobRequest, request)
+        parse_query(types.CreateCustomJobRequest, request)  # rejects unknown parameters
         require(message, "display_name", "job_spec")
         check_job_spec(message.job_spec)
         check_labels(message.labels)
@@ -233,6 +234,7 @@ class PipelineJobs(Jobs):
             "SUCCEEDED": ["SUCCEEDED"] * len(names),
             "FAILED": ["SUCCEEDED", "FAILED"],
         }.get(state, [])
+        # QUEUED and PENDING jobs have no task details yet; cancelled jobs keep theirs.
         if details := [
             self._task_detail(name, state, job.message)
             for name, state in zip(names, states, strict=False)
@@ -271,6 +273,7 @@ def check_pipeline_job(message: Any) -> None:
         raise ApiError(400, "pipeline_spec or template_uri is required")
     config = message.runtime_config
     check_id("runtime_config.gcs_output_directory", config.gcs_output_directory, FOLDER)
+    # With a template URI only, the parameters are unknown here.
     if not message.pipeline_spec:
         return
     root = as_json(message)["pipelineSpec"].get("root", {})
