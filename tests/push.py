@@ -32,7 +32,6 @@ from level_2_cicd.rehearsal.vertex import FakeVertex
 from level_2_cicd.trigger_function_container import events
 from project.settings import load_settings
 
-REQUEST = "level_2_cicd/trigger_function_container/request.avsc"
 COMMIT = "1a2b3c4d"
 SCHEMA = {
     "label": "digit",
@@ -156,7 +155,7 @@ class Cloud:
 
     def deliver(self) -> list[int]:
         """Bring every message to the trigger function, as Pub/Sub does: at least once. Its answers."""
-        environment = events.Place(
+        environment = events.TriggerConfig(
             events.Target(
                 "my-project",
                 "europe-west4",
@@ -166,9 +165,7 @@ class Cloud:
             "gs://my-project-digit-reader-storage/templates/train-and-register",
             "gs://my-project-digit-reader-data/incoming",
         )
-        with within(self.project):
-            fields = events.request_message.read_fields(Path(REQUEST))
-        function = events.Function(environment, fields)
+        function = events.Function(environment)
         answers = []
         for number, (_, data, _) in enumerate(self.topics.messages):
             sent = {
@@ -177,7 +174,7 @@ class Cloud:
                 "data": base64.b64encode(data).decode(),
             }
             push = {"message": sent}
-            answers.append(function.answer("POST", json.dumps(push).encode())[1])
+            answers.append(function.handle("POST", json.dumps(push).encode())[1])
         return answers
 
     def have_images(self) -> None:

@@ -144,7 +144,7 @@ def make_events(
             function.start()
             started.append(function)
             emulator.create_topic(
-                topics["requests"], (project / request_run.SCHEMA).read_text(encoding="utf-8")
+                topics["requests"], (project / "level_2_cicd/trigger_function_container/request.avsc").read_text(encoding="utf-8")
             )
             emulator.create_topic(topics["data"])
             emulator.create_topic(topics["dead-letters"])
@@ -249,7 +249,7 @@ def test_poison_is_told_and_ends_in_the_dead_letter_topic(
     subscription = events.topic("dead-letters").replace("/topics/", "/subscriptions/")
     eventually(lambda: dead.extend(events.pubsub.pull(subscription)) or len(dead) == 2)
     assert events.runs() == {}
-    refused = events.said("refused: ")
+    refused = events.said("invalid message: ")
     assert {line["severity"] for line in refused} == {"ERROR"}
     assert len(refused) == len(events.function.lines()) >= 10
     time.sleep(4)  # longer than the emulator waits between two attempts
@@ -313,7 +313,7 @@ def test_files_of_a_window_start_one_run_at_its_end(make_events: Callable[..., E
     start = datetime.now(UTC).replace(second=0, microsecond=0)
     for name in ("a", "b", "c"):
         bucket.blob(f"incoming/{name}.csv").upload_from_string("a,b\n")
-    eventually(lambda: len(events.said("files are gathered until")) >= 3)
+    eventually(lambda: len(events.said("files are batched until")) >= 3)
     assert events.runs() == {}
     eventually(lambda: len(events.said("started")) >= 3)
     assert datetime.now(UTC) >= start + timedelta(minutes=1)
@@ -354,7 +354,7 @@ def test_a_wrong_environment_is_told_in_one_message(
         function.start()
     told = str(caught.value)
     assert (
-        "error: the function's environment variables are wrong:\n  TEMPLATES='': wants a gs:// address"
+        "error: invalid environment variables of the function:\n  TEMPLATES='': expected a gs:// address"
         in told
     )
     assert "BATCH_WINDOW_MINUTES='soon'" in told

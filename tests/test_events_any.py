@@ -16,8 +16,8 @@ import functions_framework
 import pytest
 from core.errors import UserError
 from gcp import pipeline_run, pipeline_template, pipeline_version
-from gcp.pipeline_run import Started
-from gcp.pipeline_version import NotPublished, Published
+from gcp.pipeline_run import SubmittedRun
+from gcp.pipeline_version import NotPublished, PipelineVersion
 from google.cloud.aiplatform_v1 import types
 from google.protobuf import json_format
 from hypothesis import given, settings
@@ -185,18 +185,18 @@ class Judge:
         main = project / "level_2_cicd/trigger_function_container/main.py"
         self.client = functions_framework.create_app("handle", str(main)).test_client()
 
-    def read(self, _: str, version: str = "") -> Published:
+    def read(self, _: str, version: str = "") -> PipelineVersion:
         """In the place of the bucket: one version is there."""
         if version not in ("", VERSION):
             raise NotPublished("there is none")
         values = {
             name: value for name, value in self.published.items() if self.csv or name != "csv"
         }
-        return Published(
+        return PipelineVersion(
             VERSION, "gs://x", self.spec, json.loads(json.dumps(values)), {"commit": "1a2b"}
         )
 
-    def submit(self, sent: dict[str, Any], _: float | None = None) -> Started:
+    def submit(self, sent: dict[str, Any], _: float | None = None) -> SubmittedRun:
         """In the place of Vertex AI: what arrives is parsed as there, and judged by rules that are written here anew."""
         message = types.CreatePipelineJobRequest(
             parent=sent["parent"], pipeline_job_id=sent["pipelineJobId"]
@@ -215,7 +215,7 @@ class Judge:
         assert job["serviceAccount"] == self.cloud.variables["SERVICE_ACCOUNT"]
         assert job["runtimeConfig"]["gcsOutputDirectory"] == self.cloud.variables["PIPELINE_ROOT"]
         self.runs.append(values)
-        return Started(f"{sent['parent']}/pipelineJobs/{sent['pipelineJobId']}", new=True)
+        return SubmittedRun(f"{sent['parent']}/pipelineJobs/{sent['pipelineJobId']}", new=True)
 
     def judge(self, values: dict[str, Any]) -> None:
         """Every parameter is there, and of its kind; what nobody may choose is what was published."""

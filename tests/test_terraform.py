@@ -20,10 +20,9 @@ from gcp import pipeline_version, storage
 from gcp.environment import Environment, resolve_environment
 from level_1_pipeline import compile as pipeline_compiler
 from level_2_cicd import infra
-from level_2_cicd import request as request_run
 from level_2_cicd.rehearsal.storage import FakeStorage
 from level_2_cicd.trigger_function_container import events
-from level_2_cicd.trigger_function_container import request as request_message
+from level_2_cicd.trigger_function_container.request import RunMessage, parse
 from project.settings import load_settings
 
 from tests.terraform import (
@@ -562,7 +561,7 @@ def test_terraform_and_python_derive_the_same_names(
         "BATCH_WINDOW_MINUTES": "30" if planned.case["more"] else "0",
     }
     assert environment.keys() == events.RULES.keys()
-    events.read_place(environment)
+    events.read_config(environment)
     [notification] = stack.of("google_storage_notification")
     assert set(notification["event_types"]) == {events.FINALIZE, events.ARCHIVE, events.DELETE}
     assert notification["payload_format"] == "JSON_API_V1"
@@ -579,7 +578,9 @@ def test_terraform_and_python_derive_the_same_names(
 def test_topic_and_schedule_use_the_functions_request_schema(
     planned: Planned, default_project: Path
 ) -> None:
-    definition = (default_project / request_run.SCHEMA).read_text(encoding="utf-8")
+    definition = (
+        default_project / "level_2_cicd/trigger_function_container/request.avsc"
+    ).read_text(encoding="utf-8")
     [schema] = planned.foundation.of("google_pubsub_schema")
     assert (schema["type"], schema["definition"]) == ("AVRO", definition)
     topics = {
@@ -588,13 +589,11 @@ def test_topic_and_schedule_use_the_functions_request_schema(
     }
     assert [block["encoding"] for block in topics.pop("digit-reader-requests")] == ["JSON"]
     assert not any(topics.values())
-    fields = request_message.read_fields(default_project / request_run.SCHEMA)
     for schedule in planned.stack.of("google_cloud_scheduler_job"):
         if schedule["name"] == "digit-reader-schedule":
-            message = request_message.decode(
-                base64.b64decode(schedule["pubsub_target"][0]["data"]), fields
-            )
-            assert (message["event"], message["parameters"]) == (events.SCHEDULE, "{}")
+            content = base64.b64decode(schedule["pubsub_target"][0]["data"])
+            message = parse(RunMessage, content, "request")
+            assert (message.event, message.parameters) == (events.SCHEDULE, "{}")
 
 
 def test_the_pipeline_is_published_under_its_name(

@@ -295,6 +295,6 @@ def test_a_refusal_of_the_registry_is_one_line(storage, templates, publish):
     templates.fail("templates.upload", status=403, message="Permission denied on resource")
     with pytest.raises(
         UserError,
-        match=r"publishing the template to .* failed: .*Permission denied.*You lack a right",
+        match=r"publishing the template to .* failed: .*Permission denied.*A permission is missing",
     ):
         publish()

@@ -14,7 +14,7 @@ import yaml
 from core.errors import UserError
 from core.paths import project_root
 from gcp import client as api
-from gcp import pipeline_follow, pipeline_run, pipeline_template
+from gcp import pipeline_run, pipeline_template
 from gcp.environment import resolve_environment
 from gcp.storage import write
 from level_1_pipeline import compile as pipeline_compiler
@@ -180,7 +180,7 @@ def test_what_was_published_beside_the_parameters_labels_the_run(vertex, submit,
 
 
 def test_many_at_once_start_one_run(vertex, template):
-    asked = pipeline_run.Submission(pipeline_template.read(str(template)), VALUES, EVENT)
+    asked = pipeline_run.RunRequest(pipeline_template.read(str(template)), VALUES, EVENT)
     sent = pipeline_run.request(
         asked, pipeline_run.Target("my-project", "europe-west4", "gs://root")
     )
@@ -192,16 +192,16 @@ def test_many_at_once_start_one_run(vertex, template):
 
 
 WRONG = [
-    ({"treshold": 0.9}, ["treshold: there is no such parameter; did you mean 'threshold'?"]),
-    ({"colour": 1}, ["colour: there is no such parameter; there are categorical, csv, "]),
-    ({"csv": None}, ["csv: wants a text; it is null."]),
-    ({"split_seed": 3.5}, ["split_seed: wants a whole number; it is 3.5."]),
-    ({"split_seed": True}, ["split_seed: wants a whole number; it is true."]),
-    ({"threshold": "0.9"}, ['threshold: wants a number; it is "0.9".']),
-    ({"ignore": "id"}, ['ignore: wants a list, such as [1, 2]; it is "id".']),
+    ({"treshold": 0.9}, ["treshold: unknown parameter; did you mean 'threshold'?"]),
+    ({"colour": 1}, ["colour: unknown parameter; known: categorical, csv, "]),
+    ({"csv": None}, ["csv: expected text; got null."]),
+    ({"split_seed": 3.5}, ["split_seed: expected an integer; got 3.5."]),
+    ({"split_seed": True}, ["split_seed: expected an integer; got true."]),
+    ({"threshold": "0.9"}, ['threshold: expected a number; got "0.9".']),
+    ({"ignore": "id"}, ['ignore: expected a list, such as [1, 2]; got "id".']),
     (
         {"hyperparameters": [], "jobs": {}},
-        ["hyperparameters: wants a mapping", "jobs: wants a list"],
+        ["hyperparameters: expected a mapping", "jobs: expected a list"],
     ),
 ]
 
@@ -224,8 +224,8 @@ def test_all_that_is_missing_is_told_at_once(vertex, submit):
         submit(
             values={name: value for name, value in VALUES.items() if name not in ("csv", "jobs")}
         )
-    assert "csv: is missing; it wants a text." in str(caught.value)
-    assert "jobs: is missing; it wants a list" in str(caught.value)
+    assert "csv: missing; expected text." in str(caught.value)
+    assert "jobs: missing; expected a list" in str(caught.value)
     assert vertex.received == []
 
 
@@ -250,26 +250,29 @@ def test_single_parameters_are_set_over_the_others(vertex, submit):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--set", "threshold"], "is not KEY=VALUE"),
-        (["--set", "threshold=high"], "the value is no JSON"),
-        (["--set", "threshold=NaN"], "the value is no JSON"),
-        (["--set", "csv.x=1"], "'csv' is no mapping"),
-        (["--labels", "commit"], "--labels commit: is not KEY=VALUE"),
-        (["--region", "Europe"], "--region 'Europe': wants a region"),
+        (["--set", "threshold"], "expected KEY=VALUE"),
+        (["--set", "threshold=high"], "the value is not valid JSON"),
+        (["--set", "threshold=NaN"], "the value is not valid JSON"),
+        (["--set", "csv.x=1"], "'csv' is not a mapping"),
+        (["--labels", "commit"], "--labels commit: expected KEY=VALUE"),
+        (["--region", "Europe"], "--region 'Europe': expected a region"),
         (
             ["--pipeline-root", "root/runs"],
-            "--pipeline-root 'root/runs': wants a folder in a bucket",
+            "--pipeline-root 'root/runs': expected a folder",
         ),
-        (["--key", "mine"], "--key 'mine': wants projects/"),
+        (["--key", "mine"], "--key 'mine': expected projects/"),
         (
             ["--parameters", "nowhere.json"],
             "--parameters nowhere.json: cannot be read: No such file",
         ),
-        (["--parameters", "{"], "--parameters: wants JSON, or a file or gs:// address with JSON"),
-        (["--parameters", "[]"], "--parameters: wants a JSON object"),
+        (
+            ["--parameters", "{"],
+            "--parameters: expected JSON, or a file or gs:// address with JSON",
+        ),
+        (["--parameters", "[]"], "--parameters: expected a JSON object"),
         (["--template", "nowhere.json"], "--template nowhere.json: cannot be read: No such file"),
-        (["--template", "project.yaml"], "project.yaml is no compiled pipeline"),
-        (["--event", " "], "--event ' ': wants some words"),
+        (["--template", "project.yaml"], "project.yaml is not a compiled pipeline"),
+        (["--event", " "], "--event ' ': expected text"),
     ],
 )
 def test_a_wrong_option_is_told_before_anything_is_sent(vertex, submit, options, told):
@@ -284,7 +287,7 @@ def test_an_attempt_that_is_none_is_told_in_words(vertex, submit, capsys, attemp
     with pytest.raises(SystemExit) as ended:
         submit(f"--attempt={attempt}")
     assert ended.value.code == 2
-    assert f"argument --attempt: wants 1, 2, 3 …; it is '{attempt}'\n" in capsys.readouterr().err
+    assert f"argument --attempt: expected 1, 2, 3 …; got '{attempt}'\n" in capsys.readouterr().err
     assert vertex.received == []
 
 
@@ -341,9 +344,7 @@ def test_an_outage_while_a_run_is_followed_is_survived(vertex, submit, monkeypat
     submit()
     monkeypatch.setattr(api, "RETRY_TIMEOUT", 0.001)  # another call's patience would end at once
     vertex.fail("pipelineJobs.get", times=5)
-    assert (
-        pipeline_follow.follow(vertex.calls("pipelineJobs.create")[0].name, 0).state == "SUCCEEDED"
-    )
+    assert pipeline_run.follow(vertex.calls("pipelineJobs.create")[0].name, 0).state == "SUCCEEDED"
 
 
 @pytest.mark.parametrize(
@@ -385,22 +386,20 @@ def test_stopped_where_no_run_could_be_started(vertex, submit, monkeypatch, caps
     monkeypatch.setattr(vertex, "handle", handle)
     with pytest.raises(SystemExit):
         submit("--wait", "--cancel-on-exit")
-    assert capsys.readouterr().out == "stopped; no run goes on\n"
+    assert capsys.readouterr().out == "stopped; no run is active\n"
 
 
 @pytest.mark.parametrize("code", [400, 404, 409])
 def test_what_has_ended_or_is_not_there_need_not_be_cancelled(vertex, code):
     vertex.fail("pipelineJobs.cancel", status=code)
-    assert not pipeline_follow.cancel_run(
-        "projects/my-project/locations/europe-west4/pipelineJobs/x"
-    )
+    assert not pipeline_run.cancel_run("projects/my-project/locations/europe-west4/pipelineJobs/x")
 
 
 def test_what_steps_wrote_about_their_outputs_is_seen(vertex, submit):
     decision = {"passed": True, "reason": "0.97 is enough"}
     vertex.task_outputs = {"gate": {"decision": decision}, "register": {"version": {"version": 4}}}
     submit("--wait", "--poll", "0")
-    seen = pipeline_follow.look(vertex.calls("pipelineJobs.create")[0].name)
+    seen = pipeline_run.look(vertex.calls("pipelineJobs.create")[0].name)
     assert seen.facts == {
         ("gate", "decision"): decision,
         ("register", "version"): {"version": 4},
@@ -478,7 +477,7 @@ def test_an_environments_runs_take_place_in_its_network_with_its_key(template):
         target.network_attachment
         == f"projects/my-project/regions/{where.region}/networkAttachments/{where.name}"
     )
-    asked = pipeline_run.Submission(pipeline_template.read(str(template)), VALUES, EVENT)
+    asked = pipeline_run.RunRequest(pipeline_template.read(str(template)), VALUES, EVENT)
     sent = pipeline_run.request(asked, target)["pipelineJob"]
     assert sent["pscInterfaceConfig"] == {"networkAttachment": target.network_attachment}
     assert sent["encryptionSpec"] == {"kmsKeyName": where.key}

@@ -80,7 +80,7 @@ class Cloud:
             target = pipeline_run.Target("my-project", "europe-west4", "gs://root/runs")
             pipeline_run.submit(
                 pipeline_run.request(
-                    pipeline_run.Submission(
+                    pipeline_run.RunRequest(
                         found.spec, found.values, asked["event"], attempt=asked["attempt"]
                     ),
                     target,

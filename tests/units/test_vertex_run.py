@@ -197,7 +197,7 @@ def test_a_run_that_is_no_longer_followed_goes_on_and_status_asks_for_it(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(vertex_run.pipeline_follow, "follow", interrupt)
+        patch.setattr(vertex_run.pipeline_run, "follow", interrupt)
         with pytest.raises(KeyboardInterrupt):
             pipeline_runner.main()
     (run,) = runs.all_runs()
@@ -218,7 +218,7 @@ def test_status_knows_a_run_that_was_started_elsewhere(vertex, pushed):
     identity = vertex.calls("pipelineJobs.create")[0].name.split("/")[-1]
     text = status.story(runs.Run(runs.runs_folder() / identity), registry())
     assert f"run      {identity}: succeeded" in text
-    with pytest.raises(UserError, match=r"looking at the run failed: .*does not exist"):
+    with pytest.raises(UserError, match=r"reading the run's state failed: .*does not exist"):
         status.story(runs.Run(runs.runs_folder() / "nobody"), registry())
 
 

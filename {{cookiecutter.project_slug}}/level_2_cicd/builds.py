@@ -21,7 +21,7 @@ from core import manifest
 from core.errors import UserError, run_command
 from core.paths import project_root
 from gcp import client as api
-from gcp import command_line, storage
+from gcp import pipeline_template, storage
 from gcp.environment import Environment, resolve_environment
 from gcp.pipeline_template import ask_registry
 from level_1_pipeline import containers
@@ -155,7 +155,7 @@ def read_digests() -> dict[str, str]:
     """Read build/images.json: container → image by digest."""
     if not DIGESTS.is_file():
         raise UserError(f"{DIGESTS} not found. Run first: make images")
-    images = command_line.read_json(str(DIGESTS), str(DIGESTS))
+    images = pipeline_template.read_json(str(DIGESTS), str(DIGESTS))
     return {name: str(image) for name, image in images.items()}
 
 

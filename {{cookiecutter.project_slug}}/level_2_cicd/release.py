@@ -23,9 +23,7 @@ from core.paths import PROJECT_FILE, project_root
 from core.registry import MANUAL
 from gcp import client as api
 from gcp import (
-    command_line,
     deployment,
-    pipeline_follow,
     pipeline_run,
     pipeline_template,
     pipeline_version,
@@ -33,8 +31,8 @@ from gcp import (
 )
 from gcp.environment import Environment, resolve_environment
 from gcp.model_registry import open_registry
-from gcp.pipeline_run import Submission
-from gcp.pipeline_version import Published
+from gcp.pipeline_run import RunRequest
+from gcp.pipeline_version import PipelineVersion
 from level_1_pipeline.vertex import gpu_jobs, machines
 from level_1_pipeline.vertex import train as vertex_train
 from level_2_cicd import builds, submit_build
@@ -54,7 +52,7 @@ POLL = 10.0  # seconds
 # ── identity of a push ────────────────────────────────────────────────────────────────────────
 # Inputs, not git commits, identify a push: the compiled pipeline with its images' digests, the
 # parameters and the data. Unchanged inputs give the same event, and one event starts one run.
-def hash_inputs(inputs: Published) -> str:
+def hash_inputs(inputs: PipelineVersion) -> str:
     """Return a hash of the pipeline and its parameters, without the data."""
     # Exclude the server image: a new one serves the champion without another training.
     serving = {key: value for key, value in inputs.values["serving"].items() if key != "image"}
@@ -71,7 +69,7 @@ def data_version(csv: str) -> str:
     return f"{csv}#{generation}"
 
 
-def push_event_id(inputs: Published) -> str:
+def push_event_id(inputs: PipelineVersion) -> str:
     """Return the deduplication key of a push."""
     return f"push {hash_inputs(inputs)} {data_version(inputs.values['csv'])}"
 
@@ -101,16 +99,16 @@ def publish(settings: Settings, environment: Environment) -> dict[str, Any]:
     return {**result, "commit": commit, "began": began}
 
 
-def read_version(environment: Environment, version: str) -> Published:
+def read_version(environment: Environment, version: str) -> PipelineVersion:
     """Read a published version."""
     return pipeline_version.read(pipeline_version.templates_folder(environment), version)
 
 
-def read_publication(environment: Environment) -> tuple[dict[str, Any], Published]:
+def read_publication(environment: Environment) -> tuple[dict[str, Any], PipelineVersion]:
     """Return the content of build/publication.json and the version that it names."""
     if not PUBLICATION.is_file():
         raise UserError(f"{PUBLICATION} not found. Run first: make images publish")
-    publication = command_line.read_json(str(PUBLICATION), str(PUBLICATION))
+    publication = pipeline_template.read_json(str(PUBLICATION), str(PUBLICATION))
     return publication, read_version(environment, publication["version"])
 
 
@@ -160,31 +158,31 @@ def test(settings: Settings, environment: Environment) -> str:
     event = f"functional test {hash_inputs(inputs)} {version} {' '.join(jobs)}"
     run = start_test(inputs, {**inputs.values, **changes}, event, environment)
     print(f"functional test: {'started' if run.new else 'resumed'} {run.link}", flush=True)
-    status = pipeline_follow.follow(run.name, float(os.environ.get("POLL") or POLL))
-    pipeline_follow.require_success(status)
+    status = pipeline_run.follow(run.name, float(os.environ.get("POLL") or POLL))
+    pipeline_run.require_success(status)
     require_tested(inputs.spec, status)
     reason = status.facts.get(("gate", "decision"), {}).get("reason", "no reason given")
     return f"the functional test succeeded. Gate: {reason}"
 
 
 def start_test(
-    inputs: Published, values: Mapping[str, Any], event: str, environment: Environment
-) -> pipeline_run.Started:
+    inputs: PipelineVersion, values: Mapping[str, Any], event: str, environment: Environment
+) -> pipeline_run.SubmittedRun:
     """Start the functional test, or return an earlier build's run that has not failed."""
     name = f"{environment.name} functional test"
     labels = {**inputs.labels, "purpose": "functional-test"}
     # The run's ID follows from event and attempt, so a repeated submission finds the same run.
     for attempt in range(1, MAX_ATTEMPTS + 1):
-        submission = Submission(inputs.spec, values, event, inputs.address, attempt, name, labels)
+        submission = RunRequest(inputs.spec, values, event, inputs.address, attempt, name, labels)
         run = pipeline_run.submit(
             pipeline_run.request(submission, pipeline_run.target_of(environment))
         )
-        if run.new or pipeline_follow.look(run.name).state not in RETRIED:
+        if run.new or pipeline_run.look(run.name).state not in RETRIED:
             return run
     raise UserError(f"{MAX_ATTEMPTS} attempts of this functional test failed: fix and push again.")
 
 
-def require_tested(spec: Mapping[str, Any], status: pipeline_follow.Seen) -> None:
+def require_tested(spec: Mapping[str, Any], status: pipeline_run.RunStatus) -> None:
     """Fail unless exactly the steps before the gate ran."""
     tasks = spec["root"]["dag"]["tasks"]
     before = [name for name in pipeline_template.steps(spec) if name in tasks]
@@ -248,7 +246,7 @@ def describe_later_build(current: Mapping[str, Any] | None) -> str:
     )
 
 
-def redeploy_champion(inputs: Published, environment: Environment) -> list[str]:
+def redeploy_champion(inputs: PipelineVersion, environment: Environment) -> list[str]:
     """Serve the champion with the current server image; return what was done."""
     outcome = deployment.redeploy(environment.registry, inputs.values["serving"])
     if outcome is None:
@@ -262,20 +260,20 @@ def redeploy_champion(inputs: Published, environment: Environment) -> list[str]:
 
 
 def run_of(
-    inputs: Published, event: str, environment: Environment, attempt: int = 1
-) -> pipeline_run.Started:
+    inputs: PipelineVersion, event: str, environment: Environment, attempt: int = 1
+) -> pipeline_run.SubmittedRun:
     """Return the run of an event without checking that it exists."""
     # The ID is derived from pipeline, event and attempt, so no lookup is needed.
-    identity = Submission(inputs.spec, {}, event, attempt=attempt).identity
-    return pipeline_run.Started(f"{environment.parent}/pipelineJobs/{identity}", new=False)
+    identity = RunRequest(inputs.spec, {}, event, attempt=attempt).identity
+    return pipeline_run.SubmittedRun(f"{environment.parent}/pipelineJobs/{identity}", new=False)
 
 
-def next_attempt(inputs: Published, event: str, environment: Environment) -> int:
+def next_attempt(inputs: PipelineVersion, event: str, environment: Environment) -> int:
     """Return the number of the attempt to start; 0 if one is running or has succeeded."""
     for attempt in range(1, MAX_ATTEMPTS + 1):
         try:
             run = run_of(inputs, event, environment, attempt)
-            state = pipeline_follow.look(run.name).state
+            state = pipeline_run.look(run.name).state
         except api.ApiError as error:
             if error.code == 404:
                 return attempt
@@ -285,7 +283,7 @@ def next_attempt(inputs: Published, event: str, environment: Environment) -> int
     raise UserError(f"{MAX_ATTEMPTS} runs of this push failed: fix and push again.")
 
 
-def made_champion(inputs: Published, event: str, environment: Environment) -> bool:
+def made_champion(inputs: PipelineVersion, event: str, environment: Environment) -> bool:
     """Return whether a run of this event made the champion; False after a manual change."""
     registry = open_registry(environment.registry)
     change = registry.last_change()
@@ -298,7 +296,7 @@ def made_champion(inputs: Published, event: str, environment: Environment) -> bo
 
 
 def has_new_server(
-    inputs: Published, current: Mapping[str, Any] | None, environment: Environment
+    inputs: PipelineVersion, current: Mapping[str, Any] | None, environment: Environment
 ) -> bool:
     """Return whether the server image differs from the current version's."""
     if current is None:

@@ -1,9 +1,10 @@
-"""Asks for a run of the published pipeline, through Pub/Sub: the trigger function starts it, as its own service account.
+"""Requests a run of the published pipeline through Pub/Sub (make request).
 
-python -m level_2_cicd.request [--event WORDS] [--set hyperparameters.epochs=50]            make request does it
+python -m level_2_cicd.request [--event TEXT] [--set hyperparameters.epochs=50]
 
-The parameters are compared with what is published before anything is sent. SET may hold several KEY=VALUE, as in every command.
-PUBSUB_EMULATOR_HOST names another server than Google's; no credentials are looked for then.
+The parameters are checked against the published version before anything is sent; the trigger
+function starts the run. SET may hold several KEY=VALUE. With PUBSUB_EMULATOR_HOST, requests go to
+the emulator, without credentials.
 """
 
 import argparse
@@ -12,23 +13,14 @@ import os
 import shlex
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from core.errors import UserError, run_command
-from core.paths import project_root
 from gcp import pipeline_template, pipeline_version
 from gcp.client import NO_CREDENTIALS
 from gcp.environment import Environment, resolve_environment
-from level_2_cicd.trigger_function_container import request as request_message
+from level_2_cicd.trigger_function_container.request import RunMessage, merge_parameters, parse
 from project.settings import load_settings
-
-SCHEMA = Path("level_2_cicd/trigger_function_container/request.avsc")
-
-
-def fields() -> dict[str, type]:
-    """The fields of a request; see request_message."""
-    return request_message.read_fields(project_root() / SCHEMA)
 
 
 def compose(
@@ -38,57 +30,40 @@ def compose(
     actor: str = "",
     attempt: int = 1,
 ) -> dict[str, Any]:
-    """A request.
-
-    Args:
-        event: what happened; the same words never start two runs.
-        parameters: put over the published ones; a key may go into a mapping: hyperparameters.epochs.
-        version: a published version; otherwise the one that is current when the request arrives.
-        actor: who asks; otherwise this process's user.
-    """
+    """Compose a request; see RunMessage. The default actor is this process's user."""
     return {
         "event": event,
         "version": version,
         "parameters": json.dumps(parameters or {}, ensure_ascii=False),
-        "actor": actor or os.environ.get("USER") or "somebody",
+        "actor": actor or os.environ.get("USER") or "unknown",
         "attempt": attempt,
     }
 
 
 def publish(environment: Environment, message: Mapping[str, Any]) -> str:
-    """Send a request; returns the id that Pub/Sub gave it.
-
-    It may be repeated: what was sent twice starts one run.
-
-    Raises:
-        ApiError: it was refused, or nobody answers.
-        UserError: a field is wrong, or there are no credentials.
-    """
-    data = request_message.encode(message, fields())
+    """Send a request; returns its Pub/Sub id. Idempotent: one event starts one run."""
     from gcp import client as api
 
+    parse(RunMessage, message, "request")
+    data = json.dumps(message, ensure_ascii=False).encode()
     topic = environment.topic("requests")
     try:
-        answered = api.call(
+        response = api.call(
             _client().publish,
             {"topic": topic, "messages": [{"data": data}]},
-            f"asking for a run, at {topic}",
+            f"requesting a run at {topic}",
         )
     except api.ApiError as error:
         if error.code != 404:
             raise
         raise UserError(
-            f"there is no topic {topic}. Terraform makes it: make foundation ENVIRONMENT={environment.environment}"
+            f"topic {topic} not found. Terraform creates it: "
+            f"`make foundation ENVIRONMENT={environment.environment}`"
         ) from None
-    return str(answered.message_ids[0])
+    return str(response.message_ids[0])
 
 
 def _client() -> Any:
-    """A client of Pub/Sub.
-
-    Raises:
-        UserError: there are no credentials.
-    """
     from google.auth.credentials import AnonymousCredentials
     from google.auth.exceptions import DefaultCredentialsError
     from google.pubsub_v1 import PublisherClient
@@ -107,37 +82,17 @@ def _client() -> Any:
         raise UserError(NO_CREDENTIALS) from None
 
 
-def by_hand() -> str:
-    """An event that nobody else has: who asks, and when."""
-    return (
-        f"by hand {os.environ.get('USER') or 'somebody'} {datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"
-    )
-
-
-def assignments() -> list[str]:
-    """KEY=VALUE of the SET variable.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    text = os.environ.get("SET", "")
-    try:
-        return shlex.split(text)  # as in project.settings, which would put them over project.yaml
-    except ValueError as error:
-        raise UserError(f"SET: {text!r} cannot be read: {error}.") from None
-
-
 def options() -> argparse.ArgumentParser:
-    """What can be asked."""
+    """Define the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m level_2_cicd.request",
-        description="Ask for a run of the published pipeline.",
+        description="Request a run of the published pipeline.",
     )
     add = parser.add_argument
     add(
         "--event",
         default="",
-        help="what happened; the same words never start two runs; otherwise you, now",
+        help="what happened; the same event never starts two runs; otherwise user and time",
     )
     add("--version", default="", help="a published version; otherwise the current one")
     add(
@@ -145,39 +100,45 @@ def options() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="a parameter, over the published ones; after SET's",
+        help="override a published parameter; after SET's",
     )
-    add("--actor", default="", help="who asks; otherwise you")
-    add("--attempt", type=int, default=1, help="2 and more: run the same event once again")
+    add("--actor", default="", help="who requests it; otherwise the user")
+    add("--attempt", type=int, default=1, help="2 and more: rerun the same event")
     add("--environment", help="of project.yaml; otherwise the first one")
-    add("--dry-run", action="store_true", help="check, print what would be sent, and send nothing")
+    add("--dry-run", action="store_true", help="check and print the message without sending it")
     return parser
 
 
 def main() -> None:
-    """Check, and ask."""
-    asked = options().parse_args()
-    environment = resolve_environment(
-        load_settings(""), asked.environment
-    )  # SET is for the run, and not for project.yaml
+    """Check and send a request."""
+    args = options().parse_args()
+    # SET is for the run, and not for project.yaml.
+    environment = resolve_environment(load_settings(""), args.environment)
     if environment.by_hand:
         raise UserError(
-            f"environment {environment.environment} is one that you made by hand (bucket in project.yaml): no function listens there. "
-            "`make level1 RUNNER=vertex` starts a run."
+            f"environment {environment.environment} was created manually (bucket in project.yaml) "
+            "and has no trigger function. `make level1 RUNNER=vertex` starts a run."
         )
-    found = pipeline_version.read(pipeline_version.templates_folder(environment), asked.version)
+    try:
+        assignments = shlex.split(os.environ.get("SET", ""))
+    except ValueError as error:
+        raise UserError(f"SET: {os.environ['SET']!r} cannot be read: {error}.") from None
+    version = pipeline_version.read(pipeline_version.templates_folder(environment), args.version)
     changes = dict(
-        pipeline_template.assigned(found.spec, text) for text in [*assignments(), *asked.set]
+        pipeline_template.assigned(version.spec, text) for text in [*assignments, *args.set]
     )
-    request_message.values(found, changes)
-    message = compose(asked.event or by_hand(), changes, asked.version, asked.actor, asked.attempt)
-    request_message.check(message, fields())
-    if asked.dry_run:
+    merge_parameters(version, changes)
+    user = os.environ.get("USER") or "unknown"
+    event = args.event or f"request {user} {datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"
+    message = compose(event, changes, args.version, args.actor, args.attempt)
+    parse(RunMessage, message, "request")
+    if args.dry_run:
         print(json.dumps(message, indent=2, ensure_ascii=False))
         return
     identity = publish(environment, message)
     print(
-        f"asked for a run of version {found.version}: message {identity} on {environment.topic('requests')}, event '{message['event']}'"
+        f"requested a run of version {version.version}: message {identity} on "
+        f"{environment.topic('requests')}, event '{event}'"
     )
 
 

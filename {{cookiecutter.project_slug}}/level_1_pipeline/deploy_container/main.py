@@ -13,10 +13,10 @@ from typing import Any
 from core import manifest
 from core.errors import UserError, run_command
 from gcp import storage
-from gcp.command_line import read_json
 from gcp.deployment import deploy, rollback
 from gcp.endpoint import deploy_request, split_traffic
 from gcp.model_registry import Serving, open_registry, upload_request
+from gcp.pipeline_template import read_json
 
 
 def preview(serving: Serving, model: Path, run: str, address: str | None) -> str:

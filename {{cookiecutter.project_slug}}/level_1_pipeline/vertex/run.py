@@ -13,10 +13,10 @@ from typing import Any
 from core import run_record
 from core.paths import project_root
 from core.run_record import Story
-from gcp import pipeline_follow, pipeline_run, pipeline_template
+from gcp import pipeline_run, pipeline_template
 from gcp.environment import Environment, resolve_environment
 from gcp.model_registry import open_registry
-from gcp.pipeline_run import Started, Submission
+from gcp.pipeline_run import RunRequest, SubmittedRun
 from level_1_pipeline import compile as pipeline_compiler
 from level_1_pipeline import containers, parameters
 from level_1_pipeline.parameters import IMAGES
@@ -61,9 +61,9 @@ def run(settings: Settings, dry_run: bool) -> None:
             f"{environment.project}: {started.link}",
             flush=True,
         )
-        status = pipeline_follow.follow(started.name, POLL)
+        status = pipeline_run.follow(started.name, POLL)
         record(story, status)
-        pipeline_follow.require_success(status)
+        pipeline_run.require_success(status)
     except KeyboardInterrupt:
         if story.job:
             print(f"\nThe run continues. `make status RUN={this.name}` shows it.", flush=True)
@@ -94,7 +94,7 @@ def make_request(
         spec = pipeline_template.read(str(path))
     actor = os.environ.get("USER") or "somebody"
     labels = {"commit": git.version(), "actor": actor, "project": settings.name}
-    submission = Submission(
+    submission = RunRequest(
         spec,
         values,
         event=f"by hand {this.name}",
@@ -104,20 +104,20 @@ def make_request(
     return pipeline_run.request(submission, pipeline_run.target_of(environment))
 
 
-def record(story: Story, status: pipeline_follow.Seen) -> None:
+def record(story: Story, status: pipeline_run.RunStatus) -> None:
     """Copy a run's status on Vertex AI into its record."""
     story.steps = status.steps
     story.gate = status.facts.get(("gate", "decision"))
     story.registered = status.facts.get(("register", "version"))
     story.problem = status.problem or None
-    if status.state in pipeline_follow.ENDED:
+    if status.state in pipeline_run.ENDED:
         story.state = status.state.lower()
 
 
 def refresh(folder: Path, document: dict[str, Any]) -> dict[str, Any]:
     """Update the stored record of a running run from Vertex AI; return it."""
     story = Story(**{**document, "steps": []})
-    record(story, pipeline_follow.look(str(story.job)))
+    record(story, pipeline_run.look(str(story.job)))
     story.write(folder)
     return runs.read_json(folder / "story.json")
 
@@ -125,7 +125,7 @@ def refresh(folder: Path, document: dict[str, Any]) -> dict[str, Any]:
 def record_of(identity: str) -> dict[str, Any]:
     """Return the record of a run started elsewhere, by its id on Vertex AI."""
     name = f"{resolve_environment(load_settings()).parent}/pipelineJobs/{identity}"
-    status = pipeline_follow.look(name)
+    status = pipeline_run.look(name)
     story = Story(identity, status.event, status.began, job=name)
     record(story, status)
     return asdict(story)
@@ -133,4 +133,4 @@ def record_of(identity: str) -> dict[str, Any]:
 
 def page(job: str) -> str:
     """Return the URL of a run's page in the console."""
-    return Started(job, new=False).link
+    return SubmittedRun(job, new=False).link

@@ -21,7 +21,7 @@ import yaml
 
 from core import manifest
 from core.errors import UserError, run_command
-from gcp import command_line, pipeline_template, pipeline_version, storage
+from gcp import pipeline_template, pipeline_version, storage
 from gcp.environment import Environment, resolve_environment
 from level_1_pipeline import parameters
 from level_1_pipeline.parameters import IMAGES
@@ -30,7 +30,7 @@ from project.settings import Settings, load_settings
 
 
 @dataclass(frozen=True)
-class Publication:
+class PipelineRelease:
     """What is published.
 
     Attributes:
@@ -52,7 +52,7 @@ class Publication:
 
 def make(
     settings: Settings, environment: Environment, images: Mapping[str, str], csv: str, commit: str
-) -> Publication:
+) -> PipelineRelease:
     """Compile the pipeline, and put its parameters beside it.
 
     Args:
@@ -86,7 +86,7 @@ def make(
         spec, {"csv": "given by the event", **values, "run": "given at the start"}
     )
     document = {"labels": {"commit": commit} if commit else {}, "parameters": values}
-    return Publication(spec["pipelineInfo"]["name"], template, _json(spec), _json(document))
+    return PipelineRelease(spec["pipelineInfo"]["name"], template, _json(spec), _json(document))
 
 
 def _json(document: Any) -> bytes:
@@ -94,7 +94,7 @@ def _json(document: Any) -> bytes:
 
 
 def publish(
-    made: Publication, environment: Environment, templates: str, tag: str
+    made: PipelineRelease, environment: Environment, templates: str, tag: str
 ) -> dict[str, str | None]:
     """Send it to the template registry and to the bucket; may be repeated.
 
@@ -122,7 +122,7 @@ def publish(
     return {**told, "version": made.version}
 
 
-def upload(made: Publication, templates: str, tag: str) -> str:
+def upload(made: PipelineRelease, templates: str, tag: str) -> str:
     """Send the template to its registry, as kfp's own client does; returns the version that it has there: sha256:….
 
     Raises:
@@ -185,7 +185,7 @@ def read_images(text: str) -> dict[str, str]:
     Raises:
         UserError: it is something else.
     """
-    images = command_line.read_json(text, "--images")
+    images = pipeline_template.read_json(text, "--images")
     if not isinstance(images, dict):
         raise UserError('--images: wants a JSON object, such as {"train": "ADDRESS@sha256:…"}.')
     wrong = [name for name, image in images.items() if not isinstance(image, str)]

@@ -1,20 +1,18 @@
-"""The trigger function: a message of Pub/Sub comes in, and a run of the published pipeline is started, once for each event.
+"""The trigger function: receives a Pub/Sub message and starts a run of the published pipeline.
 
-Messages are requests (from a build, a person, the scheduler; see level_2_cicd.trigger_function_container.request) and notifications of Cloud
-Storage about the rows below `incoming`. Pub/Sub delivers each at least once, in any order, and again after every answer that
-is no success; so nothing is kept here. What happened is in the run's id, and Vertex AI refuses a second run of that id.
+Messages are requests (from a build, a person or the scheduler) and notifications of Cloud Storage
+about files below `incoming`. Pub/Sub delivers at least once, in any order, and again after each
+response that is not a success. The function keeps no state: the event is in the run's id, and
+Vertex AI refuses a second run with the same id.
 
-    200  a run was started, or was already; or there is nothing to start, and the log says why
-    429  not yet: the window that files are gathered in is still open
-    400  this can never be a run; Pub/Sub moves it to the dead-letter topic after its last attempt
-    503  something else failed; the same message may succeed later
+    200  a run was started, now or before; or nothing is to be started, and the log says why
+    429  not yet: the batch window is still open
+    400  invalid message; after its last attempt Pub/Sub moves it to the dead-letter topic
+    503  another failure; the same message may succeed later
 
-`decide` says what a message means; it asks nobody but `find`, which knows what is published. `Function` does the rest.
-level_2_cicd/trigger_function_container/main.py hands it to functions-framework.
+`decide` derives the run from the message; `Function` starts it.
 """
 
-import base64
-import binascii
 import json
 import re
 import sys
@@ -22,33 +20,41 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
 from gcp import pipeline_run, pipeline_version
-from gcp.pipeline_run import Submission, Target
-from gcp.pipeline_version import NotPublished, Published
-from level_2_cicd.trigger_function_container import request as request_message
+from gcp.pipeline_run import RunRequest, Target
+from gcp.pipeline_version import NotPublished, PipelineVersion
+from level_2_cicd.trigger_function_container.request import (
+    DeletedObject,
+    InvalidMessage,
+    Notification,
+    PubsubMessage,
+    Push,
+    RunMessage,
+    is_object_address,
+    merge_parameters,
+    parse,
+    parse_parameters,
+)
 
-PATIENCE = 20.0  # seconds for a call of Vertex AI with its repetitions: after that Pub/Sub brings the message again
-SCHEDULE = "schedule"  # the words of a request of Cloud Scheduler, whose messages are all the same
+TIMEOUT = 20.0  # seconds for a Vertex AI call with its retries; then Pub/Sub redelivers
+SCHEDULE = "schedule"  # the event in every message of Cloud Scheduler
 FINALIZE, ARCHIVE, DELETE = "OBJECT_FINALIZE", "OBJECT_ARCHIVE", "OBJECT_DELETE"
-LONGEST = 500  # characters of a message's own text that are logged
-
-
-class Poison(UserError):
-    """A message that can never be a run."""
+MAX_LOGGED = 500  # characters of a message's own text
+MINUTE = "%Y-%m-%dT%H:%MZ"
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where runs are started, and by what.
+class TriggerConfig:
+    """What Terraform sets in the environment variables.
 
     Attributes:
-        templates: the gs:// folder of the published versions; incoming: that of the rows whose arrival starts a run.
-        batch_window_minutes: files that arrive within so many minutes start one run together; 0: one each.
-        source: the rows of every run, which project.yaml names in a bucket; empty: each file that comes is trained on.
+        templates: gs:// folder of the published versions.
+        incoming: gs:// folder whose new files start a run.
+        batch_window_minutes: files that arrive within this time start one run; 0: one run per file.
+        source: data.source if it is in a bucket, used by every run; empty: train on each new file.
     """
 
     target: Target
@@ -59,363 +65,235 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Message:
-    """A message, as Pub/Sub pushed it."""
-
-    identity: str
-    published: datetime
-    data: bytes
-    attributes: Mapping[str, str]
-
-
-@dataclass(frozen=True)
 class Decision:
-    """What becomes of a message.
+    """The outcome for a message.
 
     Attributes:
-        event: what happened.
-        run: what is started; None: nothing, because of `why`.
-        wait: not now, but later.
+        run: the run to start; None: none, because of `why`.
+        wait: redeliver later.
     """
 
     event: str
-    run: Submission | None = None
+    run: RunRequest | None = None
     why: str = ""
     wait: bool = False
 
 
-Find = Callable[[str], Published]
-
-
-# ── what it is told by its environment ──────────────────────────────────────────────────────────────────────────────
+Find = Callable[[str], PipelineVersion]
+FOLDER = (r"gs://[a-z0-9][^\s]+[^\s/]", "a gs:// address without a trailing slash")
 RULES = {
-    "PROJECT": (r"[a-z][a-z0-9:.-]{4,60}[a-z0-9]", "a project's id"),
+    "PROJECT": (r"[a-z][a-z0-9:.-]{4,60}[a-z0-9]", "a project id"),
     "REGION": (r"[a-z]+-[a-z]+\d+", "a region, such as europe-west4"),
-    "PIPELINE_ROOT": (r"gs://[a-z0-9][^\s]+[^\s/]", "a gs:// address without a slash at the end"),
-    "TEMPLATES": (r"gs://[a-z0-9][^\s]+[^\s/]", "a gs:// address without a slash at the end"),
-    "SERVICE_ACCOUNT": (
-        r"([^@\s]+@[^@\s]+)?",
-        "an address such as NAME@PROJECT.iam.gserviceaccount.com",
-    ),
+    "PIPELINE_ROOT": FOLDER,
+    "TEMPLATES": FOLDER,
+    "SERVICE_ACCOUNT": (r"([^@\s]+@[^@\s]+)?", "NAME@PROJECT.iam.gserviceaccount.com"),
     "KMS_KEY": (
         r"(projects/[^/]+/locations/[^/]+/keyRings/[^/]+/cryptoKeys/[^/]+)?",
-        "projects/…/cryptoKeys/NAME, or nothing",
+        "projects/…/cryptoKeys/NAME, or empty",
     ),
-    "INCOMING": (
-        r"gs://[a-z0-9][^\s/]+/[^\s]*[^\s/]",
-        "a folder in a bucket, without a slash at the end",
-    ),
+    "INCOMING": (r"gs://[a-z0-9][^\s/]+/[^\s]*[^\s/]", "a folder in a bucket"),
     "NETWORK_ATTACHMENT": (
         r"(projects/[^/]+/regions/[^/]+/networkAttachments/[^/]+)?",
-        "projects/…/networkAttachments/NAME, or nothing",
+        "projects/…/networkAttachments/NAME, or empty",
     ),
-    "DATA_SOURCE": (
-        r"(gs://[a-z0-9][^\s/]+/[^\s]+)?",
-        "the address of rows in a bucket, or nothing",
-    ),
-    "BATCH_WINDOW_MINUTES": (r"\d{1,3}", "a number of minutes; 0: none are gathered"),
+    "DATA_SOURCE": (r"(gs://[a-z0-9][^\s/]+/[^\s]+)?", "a gs:// address, or empty"),
+    "BATCH_WINDOW_MINUTES": (r"\d{1,3}", "a number of minutes; 0: no batching"),
 }
 
 
-def read_place(variables: Mapping[str, str]) -> Place:
-    """The place that the environment variables name; Terraform sets them.
-
-    Raises:
-        UserError: names each that is missing or wrong.
-    """
-    wrong = [
-        f"{name}='{variables.get(name, '')}': wants {wanted}."
-        for name, (pattern, wanted) in RULES.items()
-        if not re.fullmatch(pattern, variables.get(name, ""))
+def read_config(variables: Mapping[str, str]) -> TriggerConfig:
+    """Read the environment variables; the error names each invalid one."""
+    values = {name: variables.get(name, "") for name in RULES}
+    problems = [
+        f"{name}='{values[name]}': expected {expected}."
+        for name, (pattern, expected) in RULES.items()
+        if not re.fullmatch(pattern, values[name])
     ]
-    if wrong:
-        raise UserError("the function's environment variables are wrong:\n  " + "\n  ".join(wrong))
-    names = (
-        "PROJECT",
-        "REGION",
-        "PIPELINE_ROOT",
-        "SERVICE_ACCOUNT",
-        "KMS_KEY",
-        "NETWORK_ATTACHMENT",
+    if problems:
+        raise UserError(
+            "invalid environment variables of the function:\n  " + "\n  ".join(problems)
+        )
+    target = Target(
+        project=values["PROJECT"],
+        region=values["REGION"],
+        root=values["PIPELINE_ROOT"],
+        service_account=values["SERVICE_ACCOUNT"],
+        key=values["KMS_KEY"],
+        network_attachment=values["NETWORK_ATTACHMENT"],
     )
-    target = Target(*(variables[name] for name in names))
-    folders = variables["TEMPLATES"], variables["INCOMING"]
-    return Place(target, *folders, int(variables["BATCH_WINDOW_MINUTES"]), variables["DATA_SOURCE"])
-
-
-# ── what a message means ────────────────────────────────────────────────────────────────────────────────────────────
-def unwrap(body: bytes) -> Message:
-    """The message in the body of a push.
-
-    Raises:
-        Poison: there is none.
-    """
-    try:
-        message = request_message.parse(body, "the push").get("message")
-    except UserError as error:
-        raise Poison(str(error)) from None
-    if not isinstance(message, dict):
-        raise Poison("the push holds no message.")
-    identity, data, attributes = (
-        message.get("messageId", ""),
-        message.get("data", ""),
-        message.get("attributes") or {},
-    )
-    texts = [identity, data, *attributes.values()] if isinstance(attributes, dict) else [None]
-    if not all(isinstance(text, str) for text in texts):
-        raise Poison("the push's message has fields of another kind than Pub/Sub's.")
-    try:
-        content = base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError):
-        raise Poison("the message's data are no base64.") from None
-    return Message(
-        identity, read_time(message.get("publishTime"), "publishTime"), content, attributes
+    return TriggerConfig(
+        target=target,
+        templates=values["TEMPLATES"],
+        incoming=values["INCOMING"],
+        batch_window_minutes=int(values["BATCH_WINDOW_MINUTES"]),
+        source=values["DATA_SOURCE"],
     )
 
 
-def read_time(text: Any, name: str) -> datetime:
-    """A time as Google writes it: 2026-11-30T04:00:00.123Z.
-
-    Raises:
-        Poison: it is none.
-    """
-    # Google may write nine decimals; Python reads six.
-    seconds = re.sub(r"\.\d{1,9}(?=Z|[+-])", "", text, count=1) if isinstance(text, str) else ""
-    try:
-        if not re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(Z|[+-]\d\d:\d\d)", seconds, re.ASCII):
-            raise ValueError
-        return datetime.fromisoformat(seconds.replace("Z", "+00:00")).astimezone(UTC)
-    except (ValueError, OverflowError):
-        raise Poison(f"{name} is no time: {str(text)[:40]!r}.") from None
-
-
-def decide(
-    message: Message, place: Place, fields: Mapping[str, type], now: datetime, find: Find
-) -> Decision:
-    """What a message means.
+def decide(message: PubsubMessage, config: TriggerConfig, now: datetime, find: Find) -> Decision:
+    """Derive the run from a message.
 
     Args:
-        fields: of a request; see request_message.read_fields.
-        find: a published version, by its name; "" for the current one.
-
-    Raises:
-        Poison: it can never be a run; says why.
-        NotPublished: nothing is published yet.
-        UserError: what is published cannot be read.
+        find: returns a published version; "" for the current one.
     """
     if "eventType" in message.attributes:
-        return decide_data(message, place, now, find)
-    return decide_request(message, fields, find)
-
-
-def decide_request(message: Message, fields: Mapping[str, type], find: Find) -> Decision:
-    """What a request means."""
-    try:
-        asked = request_message.decode(message.data, fields)
-        changes = request_message.parse(asked["parameters"], "parameters")
-    except UserError as error:
-        raise Poison(str(error)) from None
-    event = asked["event"]
+        return decide_notification(message, config, now, find)
+    request = parse(RunMessage, message.data, "request")
+    changes = parse_parameters(request.parameters)
+    event = request.event
     if event == SCHEDULE:
-        event = f"{SCHEDULE} {message.published:%Y-%m-%dT%H:%MZ}"
+        # Scheduled messages are all the same: the minute tells them apart.
+        event = f"{SCHEDULE} {message.published:{MINUTE}}"
     try:
-        found = find(asked["version"])
+        version = find(request.version)
     except NotPublished as error:
-        if asked["version"]:
-            raise Poison(str(error)) from None
+        if request.version:
+            raise InvalidMessage(str(error)) from None
         raise
-    return Decision(event, submission(found, event, changes, asked["actor"], asked["attempt"]))
+    return Decision(event, run_request(version, event, changes, request.actor, request.attempt))
 
 
-def decide_data(message: Message, place: Place, now: datetime, find: Find) -> Decision:
-    """What a notification of Cloud Storage means."""
-    kind, bucket, name, generation = (
-        message.attributes.get(key, "")
-        for key in ("eventType", "bucketId", "objectId", "objectGeneration")
-    )
-    if (
-        not re.fullmatch(r"OBJECT_[A-Z_]{1,40}", kind)
-        or not bucket
-        or not name
-        or not re.fullmatch(r"[0-9]{1,20}", generation)
-    ):
-        raise Poison(
-            "the notification has no eventType, bucketId, objectId or objectGeneration of Cloud Storage's."
-        )
-    address = f"gs://{bucket}/{name}"
-    event = f"data {bucket}/{name}#{generation} {kind}"
-    if why := reason_to_ignore(kind, address, place, message.attributes):
+def decide_notification(
+    message: PubsubMessage, config: TriggerConfig, now: datetime, find: Find
+) -> Decision:
+    """Derive the run from a notification of Cloud Storage."""
+    notification = parse(Notification, message.attributes, "notification of Cloud Storage")
+    address = f"gs://{notification.bucket}/{notification.name}"
+    event = f"data {address.removeprefix('gs://')}#{notification.generation} {notification.kind}"
+    # Cloud Storage may notify late and twice: the time of the event counts.
+    happened = notification.happened or message.published
+    if why := reason_to_ignore(notification, address, config.incoming):
         return Decision(event, why=why)
-    if kind == DELETE and was_gone(message):
-        return Decision(
-            event, why="an old generation was cleared away, and the rows are what they were"
-        )
-    found = find("")
-    if place.batch_window_minutes:
-        return decide_window(message, place, now, found)
-    if not place.source and kind != FINALIZE:
-        return Decision(
-            event, why=f"{address} is gone, and without it there is nothing to train on"
-        )
-    return Decision(event, submission(found, event, {"csv": place.source or address}, "data"))
+    if notification.kind == DELETE and was_noncurrent(message.data, happened):
+        return Decision(event, why="a noncurrent version was deleted; the dataset is unchanged")
+    if config.batch_window_minutes:
+        if not config.source:
+            raise InvalidMessage(
+                "cloud.events.batch_window_minutes needs one dataset: set data.source in project.yaml "
+                "to a gs:// address, or batch_window_minutes to 0."
+            )
+        start, end = batch_window(happened, config.batch_window_minutes)
+        event = f"data window {start:{MINUTE}}"
+        if start > now + timedelta(days=1):
+            raise InvalidMessage(f"eventTime is in the future: {start:{MINUTE}}.")
+        if now < end:
+            return Decision(event, why=f"files are batched until {end:{MINUTE}}", wait=True)
+    elif not config.source and notification.kind != FINALIZE:
+        return Decision(event, why=f"{address} was deleted: nothing to train on")
+    return Decision(event, run_request(find(""), event, {"csv": config.source or address}, "data"))
 
 
-def reason_to_ignore(kind: str, address: str, place: Place, attributes: Mapping[str, str]) -> str:
-    """Why a notification starts nothing; empty if it may."""
-    if kind not in (FINALIZE, ARCHIVE, DELETE):
-        return f"{kind} changes no rows"
-    if kind != FINALIZE and "overwrittenByGeneration" in attributes:
-        return "it was overwritten, and the new object's own notification starts the run"
-    if not address.startswith(f"{place.incoming}/"):
-        return f"{address} is not below {place.incoming}"
+def reason_to_ignore(notification: Notification, address: str, incoming: str) -> str:
+    """Say why a notification starts nothing; empty if it may."""
+    if notification.kind not in (FINALIZE, ARCHIVE, DELETE):
+        return f"{notification.kind} changes no data"
+    if notification.kind != FINALIZE and notification.overwritten_by:
+        return "it was overwritten; the new object's own notification starts the run"
+    if not address.startswith(f"{incoming}/"):
+        return f"{address} is not below {incoming}"
     if not address.endswith(".csv"):
         return f"{address} does not end in .csv"
+    return "" if is_object_address(address) else f"{address} is not a valid file name"
+
+
+def was_noncurrent(data: bytes, happened: datetime) -> bool:
+    """Whether a deleted version had been overwritten or deleted before, in a versioned bucket."""
     try:
-        request_message.check_rows(address)
+        deleted = parse(DeletedObject, data, "object").deleted
     except UserError:
-        return f"{address} is a name that no folder can show"
-    return ""
+        return False
+    # Both times are the same for an object that was current until now.
+    return happened - deleted > timedelta(minutes=1)
 
 
-def was_gone(message: Message) -> bool:
-    """Whether what was deleted for good had been overwritten or deleted before, in a bucket that keeps old generations."""
-    try:
-        gone = read_time(
-            request_message.parse(message.data, "the notification").get("timeDeleted"),
-            "timeDeleted",
-        )
-        return happened_at(message) - gone > timedelta(
-            minutes=1
-        )  # of one that was there until now, both are the same moment
-    except UserError:
-        return False  # nobody told
-
-
-def happened_at(message: Message) -> datetime:
-    """When it happened, and not when it was told: Cloud Storage may tell the same twice."""
-    time = message.attributes.get("eventTime")
-    return message.published if time is None else read_time(time, "eventTime")
-
-
-def decide_window(message: Message, place: Place, now: datetime, found: Published) -> Decision:
-    """Files that arrive within one window start one run, when it is closed. It is known by its beginning."""
-    if not place.source:
-        raise Poison(
-            "cloud.events.batch_window_minutes is for rows in one place: set data.source in project.yaml to a gs:// address, or "
-            "batch_window_minutes to 0."
-        )
-    happened = happened_at(message)
-    length = timedelta(minutes=place.batch_window_minutes)
+def batch_window(happened: datetime, minutes: int) -> tuple[datetime, datetime]:
+    """Start and end of the window that contains a time."""
+    length = timedelta(minutes=minutes)
     start = happened - (happened - datetime(1970, 1, 1, tzinfo=UTC)) % length
-    event = f"data window {start:%Y-%m-%dT%H:%MZ}"
-    if start > now + timedelta(days=1):
-        raise Poison(
-            f"the notification is about something that has not happened yet: {start:%Y-%m-%dT%H:%MZ}."
-        )
-    if now < start + length:
-        return Decision(
-            event, why=f"files are gathered until {start + length:%Y-%m-%dT%H:%MZ}", wait=True
-        )
-    return Decision(event, submission(found, event, {"csv": place.source}, "data"))
-
-
-def submission(
-    found: Published, event: str, changes: Mapping[str, Any], actor: str, attempt: int = 1
-) -> Submission:
-    """The run that is asked for.
-
-    Raises:
-        Poison: its parameters do not fit.
-    """
     try:
-        values = request_message.values(found, changes)
+        return start, start + length
+    except OverflowError:
+        raise InvalidMessage(f"eventTime is in the future: {start:{MINUTE}}.") from None
+
+
+def run_request(
+    version: PipelineVersion, event: str, changes: Mapping[str, Any], actor: str, attempt: int = 1
+) -> RunRequest:
+    """Request a run of a version with changed parameters."""
+    try:
+        values = merge_parameters(version, changes)
     except UserError as error:
-        raise Poison(str(error)) from None
-    labels = {**found.labels, "actor": actor}
-    return Submission(
-        found.spec, values, event, template=found.address, attempt=attempt, labels=labels
-    )
+        raise InvalidMessage(str(error)) from None
+    labels = {**version.labels, "actor": actor}
+    return RunRequest(version.spec, values, event, version.address, attempt, labels=labels)
 
 
-# ── what is done about it ───────────────────────────────────────────────────────────────────────────────────────────
 @dataclass(frozen=True)
 class Function:
-    """What functions-framework calls; see the module's text for its answers."""
+    """Handles deliveries; see the module's text for its responses."""
 
-    place: Place
-    fields: Mapping[str, type]
+    config: TriggerConfig
 
     @classmethod
-    def make(cls, variables: Mapping[str, str], schema: Path) -> "Function":
-        """Read the environment and the schema, and load Google's packages now, while nobody waits.
-
-        Raises:
-            UserError: a variable is missing or wrong.
-        """
-        function = cls(read_place(variables), request_message.read_fields(schema))
+    def from_environment(cls, variables: Mapping[str, str]) -> "Function":
+        """Read the configuration, and import Google's packages before the first request."""
+        function = cls(read_config(variables))
         import google.cloud.aiplatform_v1
         import google.cloud.storage  # noqa: F401
 
-        from gcp import client as api  # noqa: F401
+        from gcp import client  # noqa: F401
 
         return function
 
-    def answer(self, method: str, body: bytes) -> tuple[str, int]:
-        """Answer a delivery, and say in one line of the log what became of it."""
-        told: dict[str, Any] = {}
+    def handle(self, method: str, body: bytes) -> tuple[str, int]:
+        """Handle a delivery and log the outcome as one line."""
+        record: dict[str, Any] = {}
         if method != "POST":
-            return tell("WARNING", f"{method[:10]} is no delivery of Pub/Sub's", 405, told)
+            return log("WARNING", f"{method[:10]} is not a Pub/Sub delivery", 405, record)
         try:
-            return self._deliver(body, told)
-        except Poison as error:
-            return tell("ERROR", f"refused: {error}", 400, told)
+            return self._deliver(body, record)
+        except InvalidMessage as error:
+            return log("ERROR", f"invalid message: {error}", 400, record)
         except UserError as error:
-            # What Vertex AI calls an invalid argument stays one; every other refusal may be mended, and be tried again.
+            # An invalid argument stays invalid; permissions and quota may be granted meanwhile.
             invalid = getattr(error, "code", 0) == 400 and not getattr(error, "transient", False)
-            return tell(
-                "ERROR" if invalid else "WARNING", str(error), 400 if invalid else 503, told
-            )
+            severity, status = ("ERROR", 400) if invalid else ("WARNING", 503)
+            return log(severity, str(error), status, record)
         except Exception as error:
-            return tell(
-                "CRITICAL",
-                f"a mistake of the function's own: {error!r}\n{traceback.format_exc()}",
-                500,
-                told,
-            )
+            message = f"internal error: {error!r}\n{traceback.format_exc()}"
+            return log("CRITICAL", message, 500, record)
 
-    def _deliver(self, body: bytes, told: dict[str, Any]) -> tuple[str, int]:
-        message = unwrap(body)
-        told["messageId"] = message.identity
-        decision = decide(message, self.place, self.fields, datetime.now(UTC), self._find)
-        told["event"] = decision.event
+    def _deliver(self, body: bytes, record: dict[str, Any]) -> tuple[str, int]:
+        message = parse(Push, body, "push").message
+        record["messageId"] = message.id
+        decision = decide(message, self.config, datetime.now(UTC), self._find)
+        record["event"] = decision.event
         if decision.run is None:
-            return tell("INFO", decision.why, 429 if decision.wait else 200, told)
+            return log("INFO", decision.why, 429 if decision.wait else 200, record)
         try:
-            sent = pipeline_run.request(decision.run, self.place.target)
+            job = pipeline_run.request(decision.run, self.config.target)
         except UserError as error:
-            raise Poison(str(error)) from None
-        told["run"] = sent["pipelineJobId"]
-        started = pipeline_run.submit(sent, PATIENCE)
-        told["run"] = started.name
-        if started.new:
-            return tell("NOTICE", f"started {started.link}", 200, told)
-        other = (
-            ""
-            if started.same
-            else ", with another template or other parameters; attempt 2 would be a rerun"
-        )
-        return tell("INFO", f"was started already{other}: {started.link}", 200, told)
+            raise InvalidMessage(str(error)) from None
+        record["run"] = job["pipelineJobId"]
+        run = pipeline_run.submit(job, TIMEOUT)
+        record["run"] = run.name
+        if run.new:
+            return log("NOTICE", f"started {run.link}", 200, record)
+        note = "" if run.same else " with another template or other parameters; a rerun: attempt 2"
+        return log("INFO", f"already started{note}: {run.link}", 200, record)
 
-    def _find(self, version: str) -> Published:
-        return pipeline_version.read(self.place.templates, version)
+    def _find(self, version: str) -> PipelineVersion:
+        return pipeline_version.read(self.config.templates, version)
 
 
-def tell(severity: str, message: str, status: int, told: Mapping[str, Any]) -> tuple[str, int]:
-    """Log one line, as Cloud Logging reads it; returns the answer."""
-    limited = {
-        key: value[:LONGEST] if isinstance(value, str) else value for key, value in told.items()
+def log(severity: str, message: str, status: int, record: Mapping[str, Any]) -> tuple[str, int]:
+    """Write one line for Cloud Logging; returns the response."""
+    fields = {
+        key: value[:MAX_LOGGED] if isinstance(value, str) else value
+        for key, value in record.items()
     }
-    line = {"severity": severity, "message": message[: 20 * LONGEST], "status": status, **limited}
+    line = {"severity": severity, "message": message[: 20 * MAX_LOGGED], "status": status, **fields}
+    # One write call, so that lines of several threads do not mix.
     sys.stdout.write(json.dumps(line) + "\n")
     sys.stdout.flush()
-    return f"{message[:LONGEST]}\n", status
+    return f"{message[:MAX_LOGGED]}\n", status

@@ -1,8 +1,7 @@
-"""What functions-framework serves: each message that Pub/Sub delivers comes to `handle`. The code is level_2_cicd.trigger_function_container.events."""
+"""The entry point of functions-framework: each delivery of Pub/Sub calls `handle`; see events.py."""
 
 import os
 import sys
-from pathlib import Path
 
 import flask
 import functions_framework
@@ -11,12 +10,12 @@ from core.errors import UserError
 from level_2_cicd.trigger_function_container import events
 
 try:
-    FUNCTION = events.Function.make(os.environ, Path(__file__).with_name("request.avsc"))
+    FUNCTION = events.Function.from_environment(os.environ)
 except UserError as error:
     sys.exit(f"error: {error}")
 
 
 @functions_framework.http
 def handle(request: flask.Request) -> tuple[str, int]:
-    """Answer one delivery."""
-    return FUNCTION.answer(request.method, request.get_data())
+    """Handle one delivery."""
+    return FUNCTION.handle(request.method, request.get_data())

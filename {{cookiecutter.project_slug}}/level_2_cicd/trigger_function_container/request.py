@@ -1,190 +1,189 @@
-"""A request for a run, as it travels through Pub/Sub, and whether what it asks for fits what is published.
+"""The messages of Pub/Sub as pydantic models, and the parameters of a requested run.
 
-Its fields have one home, level_2_cicd/trigger_function_container/request.avsc: Pub/Sub's topic refuses other messages, whoever
-asks writes these fields, and the trigger function reads them.
+request.avsc has the same fields as `RunMessage`: the topic refuses messages that do not match it.
 """
 
+import base64
 import json
 import math
 import re
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from datetime import UTC, datetime
+from typing import Annotated, Any, TypeVar
+
+import pydantic_core
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import ValidationError as PydanticError
 
 from core.errors import UserError
-from gcp import command_line, pipeline_template
-from gcp.pipeline_version import Published
+from gcp import pipeline_template
+from gcp.pipeline_version import PipelineVersion
 
-KINDS: dict[str, type] = {"string": str, "int": int}  # Avro's names for them
-# What a request cannot change: it follows from what was built and published, or is the run's own.
+# What a request cannot change: it follows from the build, or from the run itself.
 FIXED = ("jobs", "registry", "run", "serving")
-ROWS = r"gs://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]/[^\x00-\x1f\x7f]+"
-LONGEST_EVENT = 1000
-LONGEST_PARAMETERS = 100_000
-DEEPEST = 20
-LARGEST = 2**53  # numbers become doubles on their way, which hold no larger whole number exactly
+OBJECT = r"gs://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]/[^\x00-\x1f\x7f]+"
+TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d\d)"
+MAX_DEPTH = 20
+MAX_INTEGER = 2**53  # parameters travel as doubles, which hold no larger integer exactly
 
 
-def read_fields(schema: Path) -> dict[str, type]:
-    """The fields of a request, and what each holds.
+class InvalidMessage(UserError):
+    """The message can never start a run."""
 
-    Raises:
-        UserError: the schema cannot be read, or has a type that is not known here.
-    """
-    document = command_line.read_json(str(schema), "the schema")
+
+def _decode(text: Any) -> bytes:
+    if not isinstance(text, str):
+        raise ValueError("expected base64 text")
+    return base64.b64decode(text, validate=True)
+
+
+def _utc(text: Any) -> datetime:
+    if not isinstance(text, str) or not re.fullmatch(TIME, text, re.ASCII):
+        raise ValueError("expected a time, such as 2026-11-30T04:00:00Z")
     try:
-        return {field["name"]: KINDS[field["type"]] for field in document["fields"]}
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{schema} is no Avro record of {' and '.join(KINDS)}: {error}.") from None
+        return datetime.fromisoformat(text).astimezone(UTC)
+    except OverflowError:
+        raise ValueError("expected a time between the years 1 and 9999") from None
 
 
-# ── on its way ──────────────────────────────────────────────────────────────────────────────────────────────────────
-def encode(message: Mapping[str, Any], fields: Mapping[str, type]) -> bytes:
-    """A request as Pub/Sub takes it.
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("expected text that identifies what happened")
+    return text
 
-    Raises:
-        UserError: a field is wrong; names it.
+
+Model = TypeVar("Model", bound=BaseModel)
+Time = Annotated[datetime, BeforeValidator(_utc)]
+
+
+class PubsubMessage(BaseModel):
+    """A message as Pub/Sub pushes it."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+    id: str = Field("", alias="messageId")
+    published: Time = Field(alias="publishTime")
+    data: Annotated[bytes, BeforeValidator(_decode)] = b""
+    attributes: dict[str, str] = {}
+
+
+class Push(BaseModel):
+    """The body of a push."""
+
+    message: PubsubMessage
+
+
+class Notification(BaseModel):
+    """The attributes of a Cloud Storage notification."""
+
+    model_config = ConfigDict(frozen=True)
+    kind: str = Field(alias="eventType", pattern=r"^OBJECT_[A-Z_]{1,40}$")
+    bucket: str = Field(alias="bucketId", min_length=1)
+    name: str = Field(alias="objectId", min_length=1)
+    generation: str = Field(alias="objectGeneration", pattern=r"^[0-9]{1,20}$")
+    happened: Time | None = Field(None, alias="eventTime")
+    overwritten_by: str = Field("", alias="overwrittenByGeneration")
+
+
+class DeletedObject(BaseModel):
+    """The data of a notification, as far as it is read."""
+
+    deleted: Time = Field(alias="timeDeleted")
+
+
+class RunMessage(BaseModel):
+    """A request for a run of the published pipeline.
+
+    Attributes:
+        event: what happened; the same event never starts two runs.
+        version: a published version; empty for the current one.
+        parameters: a JSON object of changes to the published parameters.
+        actor: who requests it; a label of the run.
+        attempt: 2 and more for a deliberate rerun of the same event.
     """
-    check(message, fields)
-    return json.dumps(message, ensure_ascii=False).encode()
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    event: Annotated[str, AfterValidator(_not_blank)] = Field(max_length=1000)
+    version: str
+    parameters: str = Field(max_length=100_000)
+    actor: str
+    attempt: int = Field(ge=1, lt=1_000_000)
 
 
-def decode(data: bytes, fields: Mapping[str, type]) -> dict[str, Any]:
-    """A request that came.
-
-    Raises:
-        UserError: it is none; names each field that is wrong.
-    """
-    message = parse(data, "the message")
-    check(message, fields)
-    return message
-
-
-def parse(text: str | bytes, what: str) -> dict[str, Any]:
-    """A JSON object of which everything can be sent on.
-
-    Raises:
-        UserError: it is none; or holds what is no text, or too large a number, or is nested too deep.
-    """
+def parse(model: type[Model], content: Any, what: str) -> Model:
+    """Validate JSON (text or bytes) or a mapping; the error names each invalid field."""
     try:
-        document = command_line.parse(text.decode() if isinstance(text, bytes) else text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{what} is no JSON: {str(error)[:100]}.") from None
-    if not isinstance(document, dict):
-        raise UserError(f"{what} wants a JSON object, such as {{}}.")
-    check_sendable(document, what)
-    return document
+        if isinstance(content, str | bytes):
+            return model.model_validate_json(content)
+        return model.model_validate(content)
+    except PydanticError as error:
+        problems = [
+            ": ".join(filter(None, [".".join(map(str, e["loc"]))[:80], e["msg"]]))
+            for e in error.errors(include_input=False, include_url=False, include_context=False)
+        ]
+        raise InvalidMessage(f"invalid {what}:\n  " + "\n  ".join(problems[:10])) from None
 
 
-def check_sendable(value: Any, what: str, depth: int = 0) -> None:
-    """Refuse what JSON in general can hold, and a run's parameters cannot.
-
-    Raises:
-        UserError: says what.
-    """
-    if depth > DEEPEST:
-        raise UserError(f"{what} is nested more than {DEEPEST} times.")
-    if isinstance(value, str) and not _is_text(value):
-        raise UserError(f"{what} holds a text with half a character.")
-    if isinstance(value, (int, float)) and not (
-        math.isfinite(value) if isinstance(value, float) else abs(value) <= LARGEST
-    ):
-        raise UserError(f"{what} holds a number that is too large.")
-    inside = (
-        [*value, *value.values()]
-        if isinstance(value, dict)
-        else value
-        if isinstance(value, list)
-        else []
-    )
-    for one in inside:
-        check_sendable(one, what, depth + 1)
-
-
-def _is_text(value: str) -> bool:
+def parse_parameters(text: str) -> dict[str, Any]:
+    """Parse a JSON object whose values can be sent to Vertex AI."""
     try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        values = pydantic_core.from_json(text, allow_inf_nan=False)
+    except ValueError as error:
+        raise InvalidMessage(f"parameters: not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise InvalidMessage("parameters: expected a JSON object, such as {}.")
+    _check_values(values)
+    return values
 
 
-def check(message: Mapping[str, Any], fields: Mapping[str, type]) -> None:
-    """Compare a request with the schema, and look at those of its values that need nothing else to be judged.
-
-    Raises:
-        UserError: names each field that is missing, unknown or wrong.
-    """
-    problems = [f"{name}: is missing." for name in fields if name not in message]
-    problems += [
-        f"{name[:40]}: there is no such field; there are {', '.join(fields)}."
-        for name in message
-        if name not in fields
-    ]
-    for name, kind in fields.items():
-        if name in message and type(message[name]) is not kind:
-            problems.append(f"{name}: wants {'a text' if kind is str else 'a whole number'}.")
-    if not problems:
-        rules = {
-            "event: wants some words that name what happened.": message["event"].strip(),
-            f"event: is longer than {LONGEST_EVENT} characters.": len(message["event"])
-            <= LONGEST_EVENT,
-            f"parameters: are longer than {LONGEST_PARAMETERS} characters.": len(
-                message["parameters"]
-            )
-            <= LONGEST_PARAMETERS,
-            "attempt: wants 1, 2, 3 …": 1 <= message["attempt"] < 1_000_000,
-        }
-        problems = [rule for rule, holds in rules.items() if not holds]
-    if problems:
-        raise UserError("the request is none:\n  " + "\n  ".join(problems[:10]))
+def _check_values(value: Any, depth: int = 0) -> None:
+    if depth > MAX_DEPTH:
+        raise InvalidMessage(f"parameters: nested deeper than {MAX_DEPTH} levels.")
+    too_large = isinstance(value, int) and abs(value) > MAX_INTEGER
+    if too_large or (isinstance(value, float) and not math.isfinite(value)):
+        raise InvalidMessage("parameters: a number is too large.")
+    children = value.values() if isinstance(value, dict) else value
+    for child in children if isinstance(value, dict | list) else ():
+        _check_values(child, depth + 1)
 
 
-# ── what it asks for ────────────────────────────────────────────────────────────────────────────────────────────────
-def values(found: Published, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The published parameters with the changes put over them, all checked: all that a run needs but its own name.
+def merge_parameters(version: PipelineVersion, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Apply changes to the published parameters and check the result.
 
     Args:
-        changes: key → value; a key may go into a mapping: hyperparameters.epochs.
+        changes: key → value; a key may be a path into a mapping: hyperparameters.epochs.
 
-    Raises:
-        UserError: a change is not allowed, or the parameters do not fit the template; names each.
+    Returns:
+        All parameters of the run but its own name, `run`.
     """
     fixed = sorted({key.split(".")[0] for key in changes} & set(FIXED))
     if fixed:
         raise UserError(
-            f"parameters: {', '.join(fixed)} cannot be asked for: that follows from what was built and published."
+            f"parameters: {', '.join(fixed)} cannot be changed: the build determines it."
         )
-    changed: dict[str, Any] = json.loads(json.dumps(found.values))
+    values: dict[str, Any] = json.loads(json.dumps(version.values))
     for key, value in changes.items():
-        pipeline_template.put(changed, key, value, "parameters")
-    declared = pipeline_template.signature(found.spec)
-    if "csv" in declared and "csv" not in changed and "defaultValue" not in declared["csv"]:
+        pipeline_template.put(values, key, value, "parameters")
+    declared = pipeline_template.signature(version.spec)
+    if "csv" in declared and "csv" not in values and "defaultValue" not in declared["csv"]:
         raise UserError(
-            "parameters: csv is missing, and none was published: set data.source in project.yaml to a gs:// address, or ask "
-            "with csv=gs://BUCKET/rows.csv."
+            "parameters: csv is missing: set data.source in project.yaml to a gs:// address, "
+            "or request the run with csv=gs://BUCKET/rows.csv."
         )
-    pipeline_template.check_parameters(
-        found.spec, {**changed, "run": "given at the start"} if "run" in declared else changed
-    )
-    if "csv" in changed:
-        check_rows(changed["csv"])
-    if "hyperparameters" in changed:
+    run = {"run": "set at the start"} if "run" in declared else {}
+    pipeline_template.check_parameters(version.spec, {**values, **run})
+    if "csv" in values and not is_object_address(values["csv"]):
+        raise UserError(
+            "parameters: csv: expected the address of an object, such as gs://BUCKET/rows.csv; "
+            f"got {values['csv'][:100]!r}."
+        )
+    if "hyperparameters" in values:
         from trainer.config import Hyperparameters
 
-        Hyperparameters.from_parameter(changed["hyperparameters"])
-    return changed
+        Hyperparameters.from_parameter(values["hyperparameters"])
+    return values
 
 
-def check_rows(address: str) -> None:
-    """Refuse what is no object that a mounted bucket shows as a file.
-
-    Raises:
-        UserError: says what is wanted.
-    """
-    if not re.fullmatch(ROWS, address) or {"", ".", ".."} & set(
-        address.removeprefix("gs://").split("/")
-    ):
-        raise UserError(
-            f"parameters: csv: wants an object's address, such as gs://BUCKET/rows.csv; it is {address[:100]!r}."
-        )
+def is_object_address(address: str) -> bool:
+    """Whether a mounted bucket shows this object as a file."""
+    parts = set(address.removeprefix("gs://").split("/"))
+    return bool(re.fullmatch(OBJECT, address)) and not {"", ".", ".."} & parts

@@ -6,13 +6,13 @@ import shlex
 from typing import Any
 
 from core.errors import UserError, run_command
-from gcp import command_line
+from gcp import pipeline_template
 from gcp.training_job import Request, train
 
 
 def read_jobs(text: str) -> list[dict[str, Any]]:
     """Parse one resolved job or a list of jobs from JSON, a JSON file or a gs:// address."""
-    document = command_line.read_json(text, "--jobs")
+    document = pipeline_template.read_json(text, "--jobs")
     jobs = [document] if isinstance(document, dict) else document
     if not isinstance(jobs, list) or not all(isinstance(job, dict) for job in jobs):
         raise UserError(
@@ -35,7 +35,7 @@ def main() -> None:
     add("--dry-run", action="store_true", help="print the request; send nothing")
     add("args", nargs="*", metavar="ARGUMENT", help="after --: arguments of trainer.train")
     options = parser.parse_args()
-    labels = command_line.pairs(options.label, "--label")
+    labels = pipeline_template.pairs(options.label, "--label")
     jobs = read_jobs(options.jobs)
     request = Request(options.run, jobs, options.args, options.output, labels, options.key)
     if options.dry_run:

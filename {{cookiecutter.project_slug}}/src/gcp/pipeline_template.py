@@ -1,29 +1,30 @@
-"""A published pipeline: read from where it was published, and asked whether parameters fit it.
+"""Compiled pipelines and their parameters: read, override, check.
 
-Only the standard library is imported at the top: a mistake in a parameter is told before Google's packages are loaded.
+Google's packages are imported only for a download: invalid parameters are reported before that.
 """
 
 import difflib
 import json
 import math
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
-from gcp.command_line import parse, read_json, read_text
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a number that JSON knows; true and false are none."""
+    """Whether it is a JSON number; true and false are not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-# What a compiled pipeline calls its parameters' types: what a person calls them, and how a value is recognised.
+# Parameter type of a compiled pipeline → its description, and a check of a value.
 TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "STRING": ("a text", lambda value: isinstance(value, str)),
+    "STRING": ("text", lambda value: isinstance(value, str)),
     "BOOLEAN": ("true or false", lambda value: isinstance(value, bool)),
     "NUMBER_INTEGER": (
-        "a whole number",
+        "an integer",
         lambda value: is_number(value) and float(value).is_integer(),
     ),
     "NUMBER_DOUBLE": ("a number", is_number),
@@ -32,15 +33,57 @@ TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-# ── the template ────────────────────────────────────────────────────────────────────────────────────────────────────
+def parse(text: str) -> Any:
+    """Parse JSON; refuse NaN and Infinity, which only Python accepts."""
+
+    def refuse(name: str) -> Any:
+        raise ValueError(f"{name} is not a JSON number")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def read_text(address: str, what: str) -> str:
+    """Read a file, or an object in a bucket."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(address)
+        if address.startswith("gs://"):
+            from gcp import storage
+
+            path = storage.fetch(address, Path(folder))
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{what} {address}: cannot be read: {reason}.") from None
+
+
+def read_json(source: str, option: str) -> Any:
+    """Read JSON: the text itself, or a file or gs:// address that contains it."""
+    text = source if source.lstrip()[:1] in {"{", "["} else read_text(source, option)
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise UserError(
+            f"{option}: expected JSON, or a file or gs:// address with JSON: {error}."
+        ) from None
+
+
+def pairs(texts: Iterable[str], option: str) -> dict[str, str]:
+    """Parse repeated KEY=VALUE options."""
+    items = [text.partition("=") for text in texts]
+    for key, equals, value in items:
+        if not key or not equals:
+            raise UserError(
+                f"{option} {key}{equals}{value}: expected KEY=VALUE, such as commit=1a2b3c."
+            )
+    return {key: value for key, _, value in items}
+
+
 def read(address: str) -> dict[str, Any]:
-    """A compiled pipeline (PipelineSpec as JSON or YAML).
+    """Read a compiled pipeline (PipelineSpec as JSON or YAML).
 
     Args:
         address: a file, gs://BUCKET/OBJECT, or https://REGION-kfp.pkg.dev/PROJECT/REPOSITORY/NAME/VERSION.
-
-    Raises:
-        UserError: it cannot be had, or is no pipeline.
     """
     if address.startswith(("https://", "http://")):
         content = str(ask_registry("GET", address, f"reading the template {address}").text)
@@ -50,36 +93,27 @@ def read(address: str) -> dict[str, Any]:
 
 
 def parse_spec(content: str, address: str) -> dict[str, Any]:
-    """A compiled pipeline, from its text.
+    """Parse a compiled pipeline.
 
     Args:
-        address: where it came from, for the message.
-
-    Raises:
-        UserError: it is none.
+        address: its origin, for the error message.
     """
     try:
         spec = parse(content) if content.lstrip().startswith("{") else _parse_yaml(content)
     except ValueError as error:
-        raise UserError(f"{address} is no compiled pipeline: {error}.") from None
+        raise UserError(f"{address} is not a compiled pipeline: {error}.") from None
     if (
         not isinstance(spec, dict)
         or not {"pipelineInfo", "root", "components", "deploymentSpec"} <= spec.keys()
     ):
-        raise UserError(
-            f"{address} is no compiled pipeline: level_2_cicd.kfp_compile_container.main makes one."
-        )
+        raise UserError(f"{address} is not a compiled pipeline; kfp_compile_container makes one.")
     return spec
 
 
 def ask_registry(method: str, address: str, what: str, **options: Any) -> Any:
-    """One request to a template registry, with a deadline, and again when the world failed; http:// is one without credentials.
+    """Send a request to a registry, with a deadline and retries; without credentials to http://.
 
-    What is uploaded is named by its content, so an upload may be repeated too.
-
-    Raises:
-        ApiError: it was refused, or not answered.
-        UserError: there are no credentials.
+    Uploads are named by their content, so they may be retried too.
     """
     import google.auth
     import requests
@@ -99,7 +133,7 @@ def ask_registry(method: str, address: str, what: str, **options: Any) -> Any:
     except DefaultCredentialsError:
         raise UserError(api.NO_CREDENTIALS) from None
 
-    def ask() -> requests.Response:
+    def send() -> requests.Response:
         response = session.request(method, address, timeout=api.DEADLINE, **options)
         if not response.ok:
             raise exceptions.from_http_response(response)
@@ -107,7 +141,7 @@ def ask_registry(method: str, address: str, what: str, **options: Any) -> Any:
 
     try:
         with session:
-            return api.retry_policy()(ask)()
+            return api.retry_policy()(send)()
     except Exception as error:
         raise api.explain(error, what) from error
 
@@ -122,13 +156,13 @@ def _parse_yaml(text: str) -> Any:
 
 
 def tasks(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every task of the pipeline, those within conditions too; to read or to change."""
+    """Return all tasks, those within conditions too; they may be changed."""
     graphs = [spec["root"], *spec["components"].values()]
     return [task for graph in graphs for task in graph.get("dag", {}).get("tasks", {}).values()]
 
 
 def steps(spec: Mapping[str, Any]) -> list[str]:
-    """The names of the tasks that are containers: what people call steps."""
+    """Return the names of the tasks that run containers."""
     containers = {
         name for name, component in spec["components"].items() if "executorLabel" in component
     }
@@ -137,9 +171,8 @@ def steps(spec: Mapping[str, Any]) -> list[str]:
     return [name for name, task in named if task["componentRef"]["name"] in containers]
 
 
-# ── its parameters ──────────────────────────────────────────────────────────────────────────────────────────────────
 def signature(spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The parameters that the pipeline declares: name → parameterType, and defaultValue or isOptional where it has them."""
+    """Return the declared parameters: name → parameterType, and maybe defaultValue or isOptional."""
     declared: dict[str, dict[str, Any]] = (
         spec["root"].get("inputDefinitions", {}).get("parameters", {})
     )
@@ -147,14 +180,11 @@ def signature(spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def read_parameters(source: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Parameters, and the labels that every run with them bears.
+    """Read parameters, and the labels of every run with them.
 
     Args:
-        source: JSON, or a file or gs:// address with JSON: what level_2_cicd.kfp_compile_container.main wrote, {"labels": …, "parameters": …},
-            or the parameters alone, which bring no labels.
-
-    Raises:
-        UserError: it is no JSON object.
+        source: JSON, or a file or gs:// address with it: {"labels": …, "parameters": …} as
+            kfp_compile_container writes it, or the parameters alone.
     """
     document = read_json(source, "--parameters")
     published = (
@@ -164,18 +194,14 @@ def read_parameters(source: str) -> tuple[dict[str, Any], dict[str, str]]:
     )
     values, labels = (published["parameters"], published["labels"]) if published else (document, {})
     if not isinstance(values, dict) or not isinstance(labels, dict):
-        raise UserError('--parameters: wants a JSON object, such as {"csv": "gs://…"}.')
+        raise UserError('--parameters: expected a JSON object, such as {"csv": "gs://…"}.')
     return values, {key: str(value) for key, value in labels.items()}
 
 
 def override(
     spec: Mapping[str, Any], values: Mapping[str, Any], assignments: list[str]
 ) -> dict[str, Any]:
-    """The values with KEY=VALUE put over them; VALUE is JSON, except for a text, and KEY may go into a mapping: hyperparameters.epochs.
-
-    Raises:
-        UserError: an assignment is none, or its value is no JSON where JSON is wanted.
-    """
+    """Apply KEY=VALUE assignments to a copy of the values; see `assigned` and `put`."""
     changed: dict[str, Any] = json.loads(json.dumps(values))
     for assignment in assignments:
         path, value = assigned(spec, assignment)
@@ -184,15 +210,11 @@ def override(
 
 
 def assigned(spec: Mapping[str, Any], assignment: str) -> tuple[str, Any]:
-    """KEY=VALUE as the key and the value that it means; see `override`.
-
-    Raises:
-        UserError: it is none, or its value is no JSON where JSON is wanted.
-    """
+    """Parse KEY=VALUE; VALUE is JSON, except where the pipeline declares text."""
     path, equals, text = assignment.partition("=")
     if not equals:
         raise UserError(
-            f"--set {assignment}: is not KEY=VALUE, such as threshold=0.9 or hyperparameters.epochs=50."
+            f"--set {assignment}: expected KEY=VALUE, such as threshold=0.9 or hyperparameters.epochs=50."
         )
     if signature(spec).get(path, {}).get("parameterType") == "STRING":
         return path, text
@@ -200,36 +222,31 @@ def assigned(spec: Mapping[str, Any], assignment: str) -> tuple[str, Any]:
         return path, parse(text)
     except ValueError:
         raise UserError(
-            f"--set {assignment}: the value is no JSON; a text in a mapping wants quotes: '\"text\"'."
+            f"--set {assignment}: the value is not valid JSON; text in a mapping needs quotes: '\"text\"'."
         ) from None
 
 
 def put(values: dict[str, Any], path: str, value: Any, what: str) -> None:
-    """Set one value; its path may go into a mapping: hyperparameters.epochs.
+    """Set one value; its path may lead into a mapping: hyperparameters.epochs.
 
     Args:
-        what: where this was asked for, for the message.
-
-    Raises:
-        UserError: the path goes into what is no mapping.
+        what: the origin of the value, for the error message.
     """
     *parents, key = path.split(".")
     if not all([*parents, key]):
-        raise UserError(f"{what}: '{path}' is no key, such as threshold or hyperparameters.epochs.")
+        raise UserError(
+            f"{what}: '{path}' is not a key, such as threshold or hyperparameters.epochs."
+        )
     block: Any = values
     for parent in parents:
         block = block.setdefault(parent, {}) if isinstance(block, dict) else None
     if not isinstance(block, dict):
-        raise UserError(f"{what}: '{'.'.join(parents)}' is no mapping.")
+        raise UserError(f"{what}: '{'.'.join(parents)}' is not a mapping.")
     block[key] = value
 
 
 def check_parameters(spec: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    """Compare parameters with those that the template declares.
-
-    Raises:
-        UserError: names all that are unknown, missing or of another type.
-    """
+    """Check parameters against the declared ones; the error names each problem."""
     declared = signature(spec)
     problems = [_unknown(name, list(declared)) for name in values if name not in declared]
     for name, parameter in declared.items():
@@ -237,7 +254,7 @@ def check_parameters(spec: Mapping[str, Any], values: Mapping[str, Any]) -> None
             problems += _mistyped(name, parameter, values[name])
         elif "defaultValue" not in parameter and not parameter.get("isOptional"):
             problems.append(
-                f"{name}: is missing; it wants {TYPES.get(parameter['parameterType'], ('a value',))[0]}."
+                f"{name}: missing; expected {TYPES.get(parameter['parameterType'], ('a value',))[0]}."
             )
     if problems:
         name = spec["pipelineInfo"]["name"]
@@ -249,21 +266,21 @@ def check_parameters(spec: Mapping[str, Any], values: Mapping[str, Any]) -> None
 
 def _unknown(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, 1)
-    return f"{name}: there is no such parameter; " + (
-        f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}."
+    return f"{name}: unknown parameter; " + (
+        f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}."
     )
 
 
 def _mistyped(name: str, parameter: Mapping[str, Any], value: Any) -> list[str]:
-    wanted, fits = TYPES.get(parameter["parameterType"], ("", lambda _: True))
+    expected, fits = TYPES.get(parameter["parameterType"], ("", lambda _: True))
     if not fits(value):
         shown = json.dumps(value, ensure_ascii=False)
         return [
-            f"{name}: wants {wanted}; it is {shown if len(shown) <= 60 else shown[:60] + ' …'}."
+            f"{name}: expected {expected}; got {shown if len(shown) <= 60 else shown[:60] + ' …'}."
         ]
     literals = parameter.get("literals")
     return (
-        [f"{name}: must be one of {', '.join(map(str, literals))}; it is {value}."]
+        [f"{name}: expected one of {', '.join(map(str, literals))}; got {value}."]
         if literals and value not in literals
         else []
     )

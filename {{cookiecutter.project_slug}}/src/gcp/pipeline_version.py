@@ -1,8 +1,8 @@
-"""The published pipelines, as whoever starts a run finds them: which version is current, and what is in a version.
+"""Published pipeline versions, and which of them is current.
 
-Their folder is gs://…/templates/train-and-register. level_2_cicd.kfp_compile_container.main writes VERSION/pipeline.json and
-VERSION/parameters.json there, which never change; current.json names the version that an event starts. Only the standard
-library is imported until something is read.
+Their folder is gs://…/templates/train-and-register. kfp_compile_container writes
+VERSION/pipeline.json and VERSION/parameters.json there, which never change; current.json names the
+version that an event starts.
 """
 
 import json
@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from core.errors import UserError
-from gcp import command_line, pipeline_template, storage
+from gcp import pipeline_template, storage
 from gcp.environment import Environment
 
 NAME = "train-and-register"  # as level_1_pipeline/pipeline.py calls the pipeline
@@ -31,24 +31,24 @@ FIELDS = (
 
 
 class NotPublished(UserError):
-    """There is no such version, or none is current yet."""
+    """The version does not exist, or none is current yet."""
 
 
-class Damaged(UserError):
-    """What says which version is current cannot be read."""
+class InvalidPointer(UserError):
+    """current.json cannot be read."""
 
     def __init__(self, message: str, generation: int) -> None:
-        super().__init__(f"{message}. The next build that passes its tests writes it anew.")
+        super().__init__(f"{message}. The next build that passes its tests rewrites it.")
         self.generation = generation
 
 
 @dataclass(frozen=True)
-class Published:
-    """A version; not to be changed.
+class PipelineVersion:
+    """A published version; immutable.
 
     Attributes:
-        address: where the compiled pipeline is; spec: the pipeline.
-        values, labels: its parameters, and what every run with them bears.
+        address: of the compiled pipeline; spec: its content.
+        values, labels: the parameters, and the labels of every run.
     """
 
     version: str
@@ -58,128 +58,114 @@ class Published:
     labels: dict[str, str]
 
 
-def read(folder: str, version: str = "") -> Published:
-    """A version, or the current one.
+def read(folder: str, version: str = "") -> PipelineVersion:
+    """Read a version, by default the current one.
 
     Args:
-        folder: the gs:// address below which the versions are.
-
-    Raises:
-        NotPublished: there is none.
-        UserError: it cannot be read, or is no pipeline.
+        folder: the gs:// folder of the versions.
     """
     if not version:
         pointer = read_pointer(folder)
         if pointer is None:
             raise NotPublished(
-                f"nothing is published yet: there is no {folder}/{POINTER}. The first build that passes its tests writes it."
+                f"nothing is published yet: {folder}/{POINTER} does not exist. "
+                "The first build that passes its tests writes it."
             )
         version = pointer["version"]
     if not re.fullmatch(VERSION, version):
         raise NotPublished(
-            f"'{version[:40]}' is no version; one has 16 digits, such as 0123456789abcdef."
+            f"'{version[:40]}' is not a version; expected 16 digits, such as 0123456789abcdef."
         )
     return _version(folder, version)
 
 
 @lru_cache(maxsize=4)  # a version never changes
-def _version(folder: str, version: str) -> Published:
+def _version(folder: str, version: str) -> PipelineVersion:
     address = f"{folder}/{version}/pipeline.json"
-    found = [storage.read(f"{folder}/{version}/{name}.json") for name in ("pipeline", "parameters")]
-    if found[0] is None or found[1] is None:
-        raise NotPublished(f"version {version} is not published: there is no {address}.")
+    objects = [
+        storage.read(f"{folder}/{version}/{name}.json") for name in ("pipeline", "parameters")
+    ]
+    if objects[0] is None or objects[1] is None:
+        raise NotPublished(f"version {version} is not published: {address} does not exist.")
     try:
-        pipeline, parameters = found[0][0].decode(), found[1][0].decode()
+        pipeline, parameters = objects[0][0].decode(), objects[1][0].decode()
     except UnicodeDecodeError:
-        raise UserError(f"what is in {folder}/{version} is no JSON.") from None
+        raise UserError(f"{folder}/{version} is not valid JSON.") from None
     values, labels = pipeline_template.read_parameters(parameters)
-    return Published(
+    return PipelineVersion(
         version, address, pipeline_template.parse_spec(pipeline, address), values, labels
     )
 
 
 def read_pointer(folder: str) -> dict[str, Any] | None:
-    """What current.json says; None where nothing is current yet.
-
-    Raises:
-        Damaged: it is no JSON, or names no version.
-        UserError: it cannot be read.
-    """
+    """Read current.json; None if nothing is current yet."""
     return _read_pointer(folder)[0]
 
 
 def _read_pointer(folder: str) -> tuple[dict[str, Any] | None, int]:
-    """The same, and the object's generation; 0 where it is not there."""
+    """Read current.json and its generation; 0 if it does not exist."""
     address = f"{folder}/{POINTER}"
-    found = storage.read(address)
-    if found is None:
+    current = storage.read(address)
+    if current is None:
         return None, 0
-    content, generation = found
+    content, generation = current
     try:
-        document = command_line.parse(content.decode())
+        document = pipeline_template.parse(content.decode())
     except ValueError as error:
-        raise Damaged(f"{address} is no JSON: {error}", generation) from None
+        raise InvalidPointer(f"{address} is not valid JSON: {error}", generation) from None
     if not isinstance(document, dict) or not re.fullmatch(VERSION, str(document.get("version"))):
-        raise Damaged(f"{address} names no version", generation)
+        raise InvalidPointer(f"{address} names no version", generation)
     return document, generation
 
 
-def is_later(told: Mapping[str, Any], other: Mapping[str, Any] | None) -> bool:
-    """Whether one's build began after the other's: of two builds that end out of order, the later push counts."""
-    return other is None or str(told["began"]) >= str(other.get("began", ""))
+def is_later(pointer: Mapping[str, Any], other: Mapping[str, Any] | None) -> bool:
+    """Whether one build began after the other: if they end out of order, the later push wins."""
+    return other is None or str(pointer["began"]) >= str(other.get("began", ""))
 
 
-def write_pointer(folder: str, told: Mapping[str, Any]) -> bool:
-    """Make a version the current one: from now on, events start it. What a later build has released stays.
+def write_pointer(folder: str, pointer: Mapping[str, Any]) -> bool:
+    """Make a version the current one, unless a later build has released another.
 
     Args:
-        told: the line that level_2_cicd.kfp_compile_container.main printed, the commit, and when the build began, in ISO 8601 and UTC.
+        pointer: the output of kfp_compile_container, the commit, and the start of the build
+            (ISO 8601, UTC).
 
     Returns:
-        Whether it is the current one.
-
-    Raises:
-        UserError: a field is missing, or the object cannot be written.
+        Whether it is the current one now.
     """
-    missing = [name for name in FIELDS if name not in told]
+    missing = [name for name in FIELDS if name not in pointer]
     if missing:
-        raise UserError(f"{POINTER} wants {', '.join(FIELDS)}; {', '.join(missing)} is missing.")
-    if not re.fullmatch(VERSION, str(told["version"])):
-        raise UserError(
-            f"{POINTER}: '{told['version']}' is no version; one has 16 digits, such as 0123456789abcdef."
-        )
-    content = (json.dumps({name: told[name] for name in FIELDS}, indent=1) + "\n").encode()
+        raise UserError(f"{POINTER}: missing {', '.join(missing)}.")
+    if not re.fullmatch(VERSION, str(pointer["version"])):
+        raise UserError(f"{POINTER}: '{pointer['version']}' is not a version; expected 16 digits.")
+    content = (json.dumps({name: pointer[name] for name in FIELDS}, indent=1) + "\n").encode()
     while True:
         try:
-            there, generation = _read_pointer(folder)
-        except Damaged as error:
-            there, generation = None, error.generation
-        if not is_later(told, there):
+            current, generation = _read_pointer(folder)
+        except InvalidPointer as error:
+            current, generation = None, error.generation
+        if not is_later(pointer, current):
             return False
         try:
             storage.write(f"{folder}/{POINTER}", content, if_generation_match=generation)
         except storage.Conflict:
-            continue  # somebody else was quicker: which of the two is later?
+            continue  # another build wrote meanwhile: compare again
         return True
 
 
 def templates_folder(environment: Environment) -> str:
-    """The gs:// folder of the published versions, and of current.json."""
+    """Return the gs:// folder of the published versions and current.json."""
     return f"{environment.storage}/templates/{NAME}"
 
 
 def read_current(environment: Environment) -> dict[str, Any] | None:
-    """What is told of the version that events start: see published.FIELDS; None: there is none yet, or that is damaged.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """Read the pointer to the version that events start; None if missing or invalid."""
     try:
         return read_pointer(templates_folder(environment))
-    except Damaged:
-        return None  # a build writes it anew
+    except InvalidPointer:
+        return None  # the next build rewrites it
 
 
-def write_current(environment: Environment, told: Mapping[str, Any]) -> bool:
-    """Let events start another version from now on; see published.write_pointer."""
-    return write_pointer(templates_folder(environment), told)
+def write_current(environment: Environment, pointer: Mapping[str, Any]) -> bool:
+    """Make a version the current one; see `write_pointer`."""
+    return write_pointer(templates_folder(environment), pointer)
