@@ -144,7 +144,10 @@ def make_events(
             function.start()
             started.append(function)
             emulator.create_topic(
-                topics["requests"], (project / "level_2_cicd/trigger_function_container/request.avsc").read_text(encoding="utf-8")
+                topics["requests"],
+                (project / "level_2_cicd/trigger_function_container/request.avsc").read_text(
+                    encoding="utf-8"
+                ),
             )
             emulator.create_topic(topics["data"])
             emulator.create_topic(topics["dead-letters"])

@@ -45,7 +45,12 @@ def measure(small: bool) -> Iterator[Figure]:
             }
             function = TriggerFunction(project, {**cloud.variables, **leading}, folder / "log")
             topic = cloud.environment.topic("requests")
-            pubsub.create_topic(topic, (project / "level_2_cicd/trigger_function_container/request.avsc").read_text(encoding="utf-8"))
+            pubsub.create_topic(
+                topic,
+                (project / "level_2_cicd/trigger_function_container/request.avsc").read_text(
+                    encoding="utf-8"
+                ),
+            )
             pubsub.subscribe(topic, f"{function.address}/{topic}")
 
             def ask(event: str) -> None:
