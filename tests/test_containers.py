@@ -285,7 +285,7 @@ def test_an_image_runs_under_any_user_and_says_what_it_is(
     elif name == "trigger_function":
         assert done.returncode == 1
         assert done.stderr.startswith(
-            "error: the function's environment variables are wrong:\n  PROJECT="
+            "error: invalid environment variables of the function:\n  PROJECT="
         )
     else:
         assert done.returncode == 0, done.stderr
