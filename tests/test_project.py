@@ -120,9 +120,6 @@ def test_level_0_reads_digits_and_answers_in_a_picture(project: Path) -> None:
     assert "██" in answer
     assert "truth" in answer
     assert newest_run(project).name in make(project, "runs").stdout
-    assert (
-        newest_run(project).name in make(project / "level_0_manual", "runs").stdout
-    )  # from the level's folder too
 
 
 def test_level_0_on_other_real_data_by_editing_the_data_block_alone(
