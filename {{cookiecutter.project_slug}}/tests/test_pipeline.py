@@ -257,7 +257,7 @@ def test_two_runs_at_once_leave_one_champion(registry):
 
 
 def test_success_without_outputs_is_no_success(pipeline_project, registry, monkeypatch):
-    def nothing(run, *_):
+    def nothing(run, *_, **options):
         (run.folder / "steps").mkdir()
 
     monkeypatch.setattr(pipeline_runner, "run_steps", nothing)
