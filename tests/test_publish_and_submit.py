@@ -135,7 +135,7 @@ def test_the_containers_publish_and_start_the_pipeline(
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads(done.stdout)
     start = [
-        "gcp.pipeline_run",
+        "level_2_cicd.kfp_run_container.main",
         "--parameters",
         told["parameters"],
         *WHERE,

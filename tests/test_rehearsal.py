@@ -37,7 +37,7 @@ def served(
     ]
     process = subprocess.Popen(
         [*command, "--bucket", "my-bucket"],
-        cwd=template / "level_2_cicd",
+        cwd=template,
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -73,11 +73,11 @@ def test_each_call_is_one_line_and_sigterm_ends_it(
     assert process.returncode == 0
 
 
-def test_a_port_in_use_is_reported(template: Path, vertex: FakeVertex) -> None:
+def test_a_port_in_use_is_reported(template: Path, vertex: FakeVertex, tmp_path: Path) -> None:
     port = vertex.address.rpartition(":")[2]
-    command = [sys.executable, "-m", "level_2_cicd.rehearsal", "--port", port]
-    folder = template / "level_2_cicd"
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    options = ["--port", port, "--buckets", str(tmp_path)]  # nothing is written into the template
+    command = [sys.executable, "-m", "level_2_cicd.rehearsal", *options]
+    done = subprocess.run(command, cwd=template, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert f"port {port}" in done.stderr

@@ -29,7 +29,7 @@ import sys
 from pathlib import Path
 from level_1_pipeline import compile as pipeline_compiler, parameters
 images = {name: f"example.com/{name}@sha256:{'0' * 64}" for name in parameters.STEP_IMAGES}
-kfp_compile.compile_for_cloud(images, Path(sys.argv[1]))
+pipeline_compiler.compile_for_cloud(images, Path(sys.argv[1]))
 """
 JSON = "import json, sys, yaml; print(json.dumps(yaml.safe_load(open(sys.argv[1]))))"
 IMPORT = "import google.cloud.aiplatform_v1"

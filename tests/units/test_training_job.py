@@ -558,8 +558,8 @@ def test_a_dry_run_prints_what_would_be_sent_and_sends_nothing(vertex):
     [
         ("nowhere.json", "--jobs nowhere.json: cannot be read: No such file"),
         ("[1]", "--jobs: expected a JSON list of jobs"),
-        ("{", "--jobs: wants JSON, or a file"),
-        ('[{"replicaCount": NaN}]', "--jobs: wants JSON.*NaN is no JSON number"),
+        ("{", "--jobs: expected JSON, or a file"),
+        ('[{"replicaCount": NaN}]', "--jobs: expected JSON.*NaN is not a JSON number"),
     ],
 )
 def test_jobs_that_cannot_be_read_are_told(jobs, problem):
@@ -579,5 +579,5 @@ def test_jobs_are_read_from_a_file_and_from_a_bucket(tmp_path, monkeypatch):
 def test_a_label_without_a_key_or_a_value_is_told_and_nothing_is_sent(vertex, label):
     done = command("--label", label)
     assert done.returncode == 2
-    assert done.stderr == f"error: --label {label}: is not KEY=VALUE, such as commit=1a2b3c.\n"
+    assert done.stderr == f"error: --label {label}: expected KEY=VALUE, such as commit=1a2b3c.\n"
     assert vertex.received == []

@@ -1,4 +1,4 @@
-"""Submit builds to Cloud Build: gcloud commands and the substitutions of each build file.
+"""Submit builds to Cloud Build with the substitutions of each build file.
 
 python -m level_2_cicd.submit_build [--dry-run]              make submit: build as a push does
 python -m level_2_cicd.submit_build --triggers [--dry-run]   make setup-triggers: one per container

@@ -65,7 +65,7 @@ def with_own_cloud(folder: Path) -> None:
     """Write this project's project.yaml into a folder, with the block `cloud` that the tests know."""
     text = (ROOT / "project.yaml").read_text(encoding="utf-8")
     (folder / "project.yaml").write_text(
-        re.sub(r"(?ms)^cloud:\n.*?(?=^\S)", CLOUD, text), encoding="utf-8"
+        re.sub(r"(?ms)^cloud:\n.*?(?=^\S|\Z)", CLOUD, text), encoding="utf-8"
     )
 
 
