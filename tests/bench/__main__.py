@@ -8,14 +8,12 @@ from tests.bench import report
 
 # In this order: the quick ones first.
 NAMES = [
-    "generation",
     "training",
     "pipeline",
     "server",
     "commands",
     "containers",
     "preprocessing",
-    "submission",
     "events",
     "builds",
 ]

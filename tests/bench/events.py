@@ -19,15 +19,29 @@ from tempfile import TemporaryDirectory
 
 from level_2_cicd import request as request_run
 from level_2_cicd.rehearsal.pubsub_emulator import PubSubEmulator, TriggerFunction, eventually
+from level_2_cicd.rehearsal.server import Request, Response
 from level_2_cicd.rehearsal.storage import FakeStorage
+from level_2_cicd.rehearsal.vertex import FakeVertex
 
 from tests import published
 from tests.bench import generated
 from tests.bench.report import Figure
-from tests.bench.submission import IMPORT, Watched
 
+IMPORT = "import google.cloud.aiplatform_v1"
 COLD, WARM = 5, 50
 NEEDS_GCLOUD = True
+
+
+class Watched(FakeVertex):
+    """A Vertex AI fake that records when the request for a run arrived."""
+
+    arrived = 0.0
+
+    def handle(self, request: Request) -> Response | None:
+        """Record the time and respond."""
+        if request.method == "POST" and request.path.endswith("/pipelineJobs"):
+            self.arrived = time.perf_counter()
+        return super().handle(request)
 
 
 def measure(small: bool) -> Iterator[Figure]:
